@@ -1,0 +1,27 @@
+"""kvlearn: making the KV cache of language models small, one mechanism at a time.
+
+``kvlearn.check``, ``kvlearn.hint`` and ``kvlearn.solution`` serve the exercises; the mechanisms live in
+``kvlearn.attention``, the language model that takes any of them in ``kvlearn.model``.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "check": "kvlearn.grading",
+    "hint": "kvlearn.grading",
+    "solution": "kvlearn.grading",
+    "from_transformers": "kvlearn.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'kvlearn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

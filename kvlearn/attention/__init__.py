@@ -1,0 +1,20 @@
+"""Mechanisms: one a file, all on the contract in base.py, found by name in ``REGISTRY``."""
+
+from kvlearn.attention.base import KV, REGISTRY, Cache, Mechanism, register
+from kvlearn.attention.full import FullAttention, KVCache
+from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
+
+__all__ = [
+    "KV",
+    "REGISTRY",
+    "Cache",
+    "FullAttention",
+    "KVCache",
+    "LinearScaling",
+    "Llama3Scaling",
+    "Mechanism",
+    "Rope",
+    "RopeConfig",
+    "YarnScaling",
+    "register",
+]

@@ -1,0 +1,119 @@
+"""Rotary position embedding (RoPE): queries and keys turned by an angle that grows with their position.
+
+A pair of coordinates (x_i, x_{i+D/2}) is turned by the angle m·ω_i at position m, so that a score depends on
+the distance of two tokens alone: ⟨R_m q, R_n k⟩ = ⟨q, R_{n-m} k⟩.
+
+Pairs are *half-split*, as in Llama: coordinate i goes with i + D/2. The paper pairs neighbours (2i, 2i+1);
+that is the same up to an order of the coordinates, and checkpoints that use it are permuted when loaded.
+
+Source: Su et al., "RoFormer" (2021), equations 14, 15 and 34.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kvlearn import expect
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All angles divided by ``factor``. Source: Chen et al., "Position Interpolation" (2023), equation 4."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Slow angles divided by ``factor``, fast ones kept, those between blended. Source: Llama 3.1 (2024)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Blended by dimension, with warmer scores. Source: Peng et al., "YaRN" (2023), equations 17 to 22.
+
+    ``attention_factor`` multiplies queries and keys; None means 0.1·ln(factor) + 1.
+    """
+
+    factor: float
+    original_max_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The base of the angles, and how they are stretched to reach further than the model was trained."""
+
+    theta: float = 10_000.0
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+
+def angular_frequencies(head_dim: int, config: RopeConfig) -> tuple[Float[Tensor, "half_D"], float]:
+    """ω_i = theta^(-2i/D) in radians per token, scaled; and the factor on queries and keys."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    omega = config.theta**-exponents
+    match config.scaling:
+        case None:
+            return omega, 1.0
+        case LinearScaling(factor):
+            return omega / factor, 1.0
+        case Llama3Scaling(factor, low, high, original):
+            turns = original * omega / (2 * math.pi)  # full turns within the original context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            return keep * omega + (1 - keep) * omega / factor, 1.0
+        case YarnScaling(factor, original, fast, slow, attention_factor):
+
+            def dimension(turns: float) -> float:
+                """The dimension that makes so many turns within the original context."""
+                return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+            first = max(math.floor(dimension(fast)), 0)
+            last = min(math.ceil(dimension(slow)), head_dim - 1)
+            ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
+            keep = 1 - ramp.clamp(0, 1)
+            warmth = 0.1 * math.log(factor) + 1 if attention_factor is None else attention_factor
+            return keep * omega + (1 - keep) * omega / factor, warmth
+        case other:
+            raise TypeError(f"config.scaling: expected one of rope.py's scalings, got {type(other).__name__}")
+
+
+def rotate_half(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """(a, b) -> (-b, a) on the two halves: a quarter turn of every pair."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+class Rope(nn.Module):
+    """Turns the heads of queries or keys to their positions; holds no weights.
+
+    Raises ValueError for an odd ``head_dim`` or a ``theta`` that is not above 1.
+    """
+
+    omega: Float[Tensor, "half_D"]
+
+    def __init__(self, head_dim: int, config: RopeConfig) -> None:
+        super().__init__()
+        if expect.positive("head_dim", head_dim) % 2:
+            raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
+        if not config.theta > 1:
+            raise ValueError(f"rope.theta: expected a number above 1, got {config.theta}")
+        omega, self.factor = angular_frequencies(head_dim, config)
+        self.register_buffer("omega", omega, persistent=False)
+
+    def forward(
+        self, x: Float[Tensor, "B H T D"], positions: Int[Tensor, "#B T"]
+    ) -> Float[Tensor, "B H T D"]:
+        """x · cos(mω) + rotate_half(x) · sin(mω), in fp32 whatever x's dtype: an angle of 10⁵ has no bf16."""
+        angles = positions[:, None, :, None].float() * self.omega.float()  # (#B, 1, T, D/2)
+        cos, sin = (torch.cat((wave, wave), dim=-1) * self.factor for wave in (angles.cos(), angles.sin()))
+        return (x.float() * cos + rotate_half(x.float()) * sin).to(x.dtype)

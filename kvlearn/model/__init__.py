@@ -1,0 +1,18 @@
+"""The small decoder language model that takes any mechanism per layer, its generation and its checkpoints."""
+
+from kvlearn.model.checkpoints import card, from_transformers, load, save
+from kvlearn.model.config import ModelConfig, Spec
+from kvlearn.model.decoder import Decoder, DecoderCache
+from kvlearn.model.generate import generate
+
+__all__ = [
+    "Decoder",
+    "DecoderCache",
+    "ModelConfig",
+    "Spec",
+    "card",
+    "from_transformers",
+    "generate",
+    "load",
+    "save",
+]

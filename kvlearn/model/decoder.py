@@ -1,0 +1,162 @@
+"""A decoder language model on one screen, which takes any mechanism of the course in any layer.
+
+Notable: RMSNorm before each part and no bias anywhere; SwiGLU; rotary positions inside the mechanisms; the
+output shares its weights with the embedding. The cache of the model is a list of its layers' caches.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kvlearn import expect
+from kvlearn.attention import REGISTRY, Cache, Mechanism
+from kvlearn.model.config import ModelConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)). Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream."""
+
+    def __init__(self, mixer: Mechanism, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.d_ff is not None
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Float[Tensor, "B T M"], cache: Cache | None) -> Float[Tensor, "B T M"]:
+        x = x + self.mixer(self.mixer_norm(x), cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DecoderCache:
+    """The caches of all layers, moved together."""
+
+    def __init__(self, layers: list[Cache]) -> None:
+        self.layers = layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated by all layers."""
+        return sum(cache.nbytes for cache in self.layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return self.layers[0].length
+
+    def trim(self, lengths: Int[Tensor, "B"]) -> None:
+        """Cut every row back to its own length, in every layer."""
+        for cache in self.layers:
+            cache.trim(lengths)
+
+    def reset(self) -> None:
+        """Empty every layer's cache."""
+        for cache in self.layers:
+            cache.reset()
+
+
+class Decoder(nn.Module):
+    """Tokens in, logits of the next token out; with a cache, the tokens continue the sequence in it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList()
+        for spec in config.specs:
+            options: dict[str, Any] = {"head_dim": config.head_dim, "rope": config.rope, **spec.options}
+            self.blocks.append(Block(REGISTRY[spec.name](config.d_model, config.n_heads, **options), config))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # 2 · n_layers of them add up
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], cache: DecoderCache | None = None
+    ) -> Float[Tensor, "B T V"]:
+        """Logits (batch, time, vocabulary) for the token after each of ``tokens``."""
+        return self.head(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Int[Tensor, "B T"], cache: DecoderCache | None = None) -> Float[Tensor, "B T M"]:
+        """What the last layer says of each token, normalised: all of ``forward`` but the output matrix."""
+        expect.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
+        if tokens.is_floating_point():
+            raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
+        if tokens.device.type == "cpu" and tokens.numel():  # elsewhere a look at the values would synchronise
+            least, most = (int(bound) for bound in tokens.aminmax())
+            if least < 0 or most >= self.config.vocab_size:
+                raise ValueError(f"tokens: expected 0 to {self.config.vocab_size - 1}, got {least} to {most}")
+        if cache is not None and len(expect.instance("cache", cache, DecoderCache).layers) != len(
+            self.blocks
+        ):
+            raise ValueError(f"cache: expected {len(self.blocks)} layers, got {len(cache.layers)}")
+        x = self.embed(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    @property
+    def mixers(self) -> list[Mechanism]:
+        """The mechanism of each layer."""
+        return [block.mixer for block in self.blocks]  # type: ignore[misc]
+
+    @property
+    def n_parameters(self) -> int:
+        """Trained numbers, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def new_cache(
+        self,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> DecoderCache:
+        """An empty cache for up to ``max_len`` tokens in every layer."""
+        return DecoderCache([mixer.new_cache(batch, max_len, dtype, device) for mixer in self.mixers])
+
+    def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
+        """Bytes STORED at ``length`` tokens and bytes READ by a step there: a row a layer, then the total."""
+        rows: list[dict[str, Any]] = [
+            {
+                "layer": i,
+                "mechanism": mixer.name,
+                "stored": mixer.cache_bytes(length, batch=batch, dtype=dtype),
+                "read": mixer.read_bytes(length, batch=batch, dtype=dtype),
+            }
+            for i, mixer in enumerate(self.mixers)
+        ]
+        total = {column: sum(row[column] for row in rows) for column in ("stored", "read")}
+        return [*rows, {"layer": "all", "mechanism": "", **total}]
+
+    def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B T+{n_new}"]:
+        """``tokens`` continued by ``n_new``; see ``kvlearn.model.generate`` for the options."""
+        from kvlearn.model.generate import generate
+
+        return generate(self, tokens, n_new, **options)

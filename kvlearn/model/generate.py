@@ -1,0 +1,68 @@
+"""Generation: prefill the prompt, whole or in chunks, then one token a step."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kvlearn import expect
+from kvlearn.model.decoder import Decoder
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    tokens: Int[Tensor, "B T"],
+    n_new: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    chunk: int | None = None,
+    use_cache: bool = True,
+    progress: bool = False,
+) -> Int[Tensor, "B T+{n_new}"]:
+    """``tokens`` followed by ``n_new`` that the model chose.
+
+    ``temperature`` 0 is greedy; above, logits are divided by it and sampled from the smallest set of tokens
+    that holds ``top_p`` of the probability. ``seed`` makes sampling repeatable. ``chunk`` tokens of the
+    prompt are fed at a time (all at once by default). ``use_cache=False`` computes everything again at every
+    step: the same tokens, and the price of having no cache.
+    """
+    expect.tensor("tokens", tokens, ("batch", "time"))
+    expect.at_least("tokens.shape[1] (time)", tokens.shape[1], 1)
+    expect.positive("n_new", n_new)
+    if temperature < 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a probability above 0 and at most 1, got {top_p}")
+    chunk = expect.positive("chunk", tokens.shape[1] if chunk is None else chunk)
+
+    generator = torch.Generator(tokens.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    cache = model.new_cache(len(tokens), tokens.shape[1] + n_new) if use_cache else None
+    out = tokens
+    for _ in tqdm(range(n_new), desc="generate", unit="token", disable=not progress):
+        if cache is None:
+            hidden = model.hidden(out)
+        else:
+            for piece in out[:, cache.length :].split(chunk, dim=1):
+                hidden = model.hidden(piece, cache)
+        token = sample(model.head(hidden[:, -1]), temperature, top_p, generator)
+        out = torch.cat((out, token[:, None]), dim=1)
+    return out
+
+
+def sample(
+    logits: Float[Tensor, "B V"], temperature: float, top_p: float, generator: torch.Generator
+) -> Int[Tensor, "B"]:
+    """One token a row: the likeliest at temperature 0, else drawn from the nucleus of ``top_p``.
+
+    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019), section 3.1.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities  # the likeliest token has 0 before it: always kept
+    choice = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
+    return order.gather(-1, choice)[:, 0]

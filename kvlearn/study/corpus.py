@@ -1,0 +1,80 @@
+"""The corpus: the Python source of sympy, which torch installs. Real text with long reach, no download.
+
+Byte-level (a token is a byte, the vocabulary 256), split by file, so that training sees no validation text.
+sympy 1.14.0 is BSD-licensed; its tests are left out.
+"""
+
+import hashlib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from kvlearn import expect
+
+SYMPY_VERSION = "1.14.0"
+CHECKSUM = "33724875dc4043e96838048b2c1c258c7d73e235592f49113a54b94cdc49d9b5"
+SEPARATOR = b"\x00"  # before each file; no source file holds this byte
+
+
+class Corpus(NamedTuple):
+    """The text in three parts, as bytes, and the SHA-256 over the paths and contents of all its files."""
+
+    train: UInt8[Tensor, "N"]
+    valid: UInt8[Tensor, "N"]
+    test: UInt8[Tensor, "N"]
+    checksum: str
+
+
+@cache
+def corpus() -> Corpus:
+    """All of sympy's source: nine files in ten for training, one in twenty each for validation and test.
+
+    Raises RuntimeError where the installed sympy is another version or its files have been changed: numbers
+    measured on another text could not be compared.
+    """
+    spec = find_spec("sympy")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"corpus: sympy is not installed; pip install sympy=={SYMPY_VERSION}")
+    root = Path(spec.submodule_search_locations[0])
+    parts: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
+    total = hashlib.sha256()
+    for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
+        if "tests" in path.split("/"):
+            continue
+        text = (root / path).read_bytes()
+        total.update(path.encode() + SEPARATOR + text + SEPARATOR)
+        parts[split_of(path)].append(SEPARATOR + text)
+    if total.hexdigest() != CHECKSUM:
+        raise RuntimeError(
+            f"corpus: the files of sympy at {root} are not those of version {SYMPY_VERSION} "
+            f"(checksum {total.hexdigest()[:16]}…, expected {CHECKSUM[:16]}…); reinstall it"
+        )
+    train, valid, test = (torch.tensor(np.frombuffer(b"".join(part), np.uint8)) for part in parts.values())
+    return Corpus(train, valid, test, CHECKSUM)
+
+
+def split_of(path: str) -> str:
+    """Which part a file belongs to, by the hash of its path: the same on every machine."""
+    bucket = hashlib.sha256(path.encode()).digest()[0] % 20
+    return {0: "valid", 1: "test"}.get(bucket, "train")
+
+
+def windows(
+    text: UInt8[Tensor, "N"], batch: int, length: int, *, seed: int, step: int
+) -> Int[Tensor, "{batch} {length}+1"]:
+    """The batch of training step ``step``: random windows of ``length`` bytes and the one that follows.
+
+    A pure function of its arguments, so that a run that was killed goes on with exactly the batches it would
+    have seen.
+    """
+    if len(text) <= length:
+        raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + expect.at_least("step", step, 0))
+    starts = torch.randint(len(text) - length, (batch,), generator=generator)
+    return text[starts[:, None] + torch.arange(length + 1)].long()

@@ -1,0 +1,49 @@
+"""Evaluation: the loss on held-out text, over all and by position in the context."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from kvlearn import expect
+from kvlearn.model import Decoder
+
+
+class Evaluation(NamedTuple):
+    """Loss in nats a byte, over all positions and at each; ``error`` is the standard error over windows."""
+
+    loss: float
+    error: float
+    by_position: Float[Tensor, "length"]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits."""
+        return self.loss / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): how many equally likely bytes would be as hard to guess. It rises as a model worsens."""
+        return math.exp(self.loss)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Decoder, text: UInt8[Tensor, "N"], *, length: int, n_windows: int = 64, batch: int = 16
+) -> Evaluation:
+    """The loss over ``n_windows`` windows of ``length`` bytes, spread evenly over ``text``."""
+    expect.positive("n_windows", n_windows)
+    if len(text) <= length:
+        raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
+    starts = torch.linspace(0, len(text) - length - 1, n_windows, dtype=torch.float64).long()
+    losses = []
+    for some in starts.split(expect.positive("batch", batch)):
+        window = text[some[:, None] + torch.arange(length + 1)].long()
+        logits = model(window[:, :-1]).float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))
+    loss = torch.cat(losses)
+    error = loss.mean(1).std(correction=min(1, n_windows - 1)).item() / n_windows**0.5
+    return Evaluation(loss.mean().item(), error, loss.mean(0))

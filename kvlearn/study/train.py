@@ -1,0 +1,152 @@
+"""The training loop: AdamW, a cosine schedule, and checkpoints that make a killed run as good as a whole."""
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kvlearn import expect
+from kvlearn.model import Decoder
+from kvlearn.study.corpus import windows
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on how much, how fast. A step sees batch · length tokens."""
+
+    steps: int
+    batch: int = 16
+    length: int = 256
+    lr: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "length"):
+            expect.positive(name, getattr(self, name))
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth. Loshchilov & Hutter, "SGDR" (2016), eq. 5."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class Step(TypedDict):
+    """One line of a run's history; the loss is in nats a byte."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+
+
+def train(
+    model: Decoder,
+    text: UInt8[Tensor, "N"],
+    config: TrainConfig,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 100,
+    progress: bool = True,
+) -> list[Step]:
+    """Train ``model`` in place on random windows of ``text``; returns the history, a ``Step`` a step.
+
+    With ``checkpoint``, the state is written there every ``every`` steps, whole or not at all, and a later
+    call with the same configuration goes on from it: the losses are those of an uninterrupted run.
+
+    Raises FloatingPointError at the first loss or gradient that is not finite, before it reaches a weight or
+    the checkpoint; ValueError where the checkpoint belongs to another run.
+    """
+    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
+    history: list[Step] = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = _resume(Path(checkpoint), model, optimizer, config)
+    model.train()
+    bar = tqdm(total=config.steps, initial=len(history), desc="train", unit="step", disable=not progress)
+    tokens_per_step, started, first = config.batch * config.length, time.perf_counter(), len(history)
+    for step in range(len(history), config.steps):
+        line = _step(model, optimizer, text, config, step)
+        history.append(line)
+        rate = tokens_per_step * (step + 1 - first) / (time.perf_counter() - started)
+        bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+        bar.update()
+        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
+            _write(Path(checkpoint), model, optimizer, config, history)
+    bar.close()
+    model.eval()
+    return history
+
+
+def _step(
+    model: Decoder, optimizer: torch.optim.Optimizer, text: Tensor, config: TrainConfig, step: int
+) -> Step:
+    """One step of AdamW on one batch."""
+    lr = config.lr_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    batch = windows(text, config.batch, config.length, seed=config.seed, step=step)
+    tokens, targets = batch[:, :-1], batch[:, 1:]
+    loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    line = Step(step=step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item())
+    if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
+        raise FloatingPointError(f"training diverged: {line}; a lower lr or a longer warmup may help")
+    optimizer.step()
+    return line
+
+
+def _groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; gains and other vectors do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _identity(model: Decoder, config: TrainConfig) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    return {"model": model.config.to_dict(), "train": asdict(config)}
+
+
+def _write(
+    path: Path, model: Decoder, optimizer: torch.optim.Optimizer, config: TrainConfig, history: list[Step]
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    state = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    torch.save({**state, "identity": _identity(model, config)}, partial)
+    partial.replace(path)
+
+
+def _resume(path: Path, model: Decoder, optimizer: torch.optim.Optimizer, config: TrainConfig) -> list[Step]:
+    try:
+        state = torch.load(path, weights_only=True)
+        theirs = state["identity"]
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run: {error}") from error
+    ours = _identity(model, config)
+    for part in ours:
+        for name, value in ours[part].items():
+            if theirs[part].get(name) != value:
+                raise ValueError(
+                    f"checkpoint: {path} is of another run: its {name} is {theirs[part].get(name)!r}, "
+                    f"this run's {value!r}; delete it or choose another path"
+                )
+    model.load_state_dict(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"]

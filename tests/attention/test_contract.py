@@ -1,0 +1,310 @@
+"""What every mechanism must do, whatever it is. Fed from the registry: who registers is covered.
+
+Weights are drawn anew with a large spread, norms and other vectors too: at the usual initialisation attention
+is nearly uniform, and a wrong mask or a wrong position would hide within the tolerance.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvlearn.attention import REGISTRY, Cache, Mechanism
+
+BATCH, TIME = 3, 13
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+
+every_mechanism = pytest.mark.parametrize("name", sorted(REGISTRY))
+every_sharer = pytest.mark.parametrize(
+    "name", sorted(name for name, kind in REGISTRY.items() if kind.kv is not Mechanism.kv)
+)
+
+
+def randomised(layer: Mechanism, seed: int = 0) -> Mechanism:
+    """``layer`` with all its weights drawn anew, sharp enough that attention picks."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in layer.parameters():
+        spread = 1.5 * weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
+        weight.data = (torch.randn(weight.shape, generator=generator) * spread + (weight.dim() == 1)).to(
+            weight
+        )
+    return layer.eval()
+
+
+def tiny(name: str, seed: int = 0) -> Mechanism:
+    return randomised(REGISTRY[name].tiny(), seed)
+
+
+def tokens(layer: Mechanism, batch: int = BATCH, time: int = TIME, seed: int = 1) -> Tensor:
+    return torch.randn(batch, time, layer.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def in_chunks(layer: Mechanism, x: Tensor, cuts: list[int], cache: Cache) -> Tensor:
+    """The outputs of ``layer`` when ``x`` is fed in pieces that end at ``cuts``."""
+    edges = [0, *sorted(set(cuts)), x.shape[1]]
+    with torch.no_grad():
+        pieces = [layer(x[:, a:b], cache) for a, b in pairwise(edges) if b > a]
+    return torch.cat(pieces, dim=1)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(got.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+@every_mechanism
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, TIME - 1), max_size=TIME))
+def test_any_cutting_into_chunks_gives_what_one_pass_gives(name: str, cuts: list[int]) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    close(in_chunks(layer, x, cuts, layer.new_cache(BATCH, TIME + 2)), layer(x))
+
+
+@every_mechanism
+def test_one_token_at_a_time_gives_what_one_pass_gives(name: str) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    close(in_chunks(layer, x, list(range(TIME)), layer.new_cache(BATCH, TIME)), layer(x))
+
+
+@every_mechanism
+def test_the_fast_form_equals_the_naive_form(name: str) -> None:
+    layer = tiny(name)
+    for time in (1, 2, TIME):
+        x = tokens(layer, time=time)
+        close(layer(x), layer.naive(x))
+
+
+@every_mechanism
+def test_gradients_are_those_of_the_naive_form(name: str) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    weights = tokens(layer, seed=2)
+    fast, naive = (
+        torch.autograd.grad((form(x) * weights).sum(), list(layer.parameters()))
+        for form in (layer, layer.naive)
+    )
+    for got, expected in zip(fast, naive, strict=True):
+        assert got.isfinite().all()
+        close(got, expected, 1e-4)
+
+
+@every_mechanism
+@pytest.mark.parametrize("t", [0, 5, TIME - 1])
+def test_a_token_changes_no_output_before_it_and_its_own(name: str, t: int) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    changed = x.clone()
+    changed[:, t] += 1
+    before, after = layer(x), layer(changed)
+    assert torch.equal(before[:, :t], after[:, :t]) or (before - after)[:, :t].abs().max() < 1e-6
+    assert ((before - after)[:, t].abs().amax(-1) > 1e-3).all()
+
+
+@every_mechanism
+def test_rows_of_a_batch_do_not_touch_each_other(name: str) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    together = in_chunks(layer, x, [4, 5], layer.new_cache(BATCH, TIME))
+    for row in range(BATCH):
+        alone = in_chunks(layer, x[row : row + 1], [4, 5], layer.new_cache(1, TIME))
+        close(together[row : row + 1], alone)
+
+
+@every_mechanism
+def test_rows_may_differ_in_length(name: str) -> None:
+    """Prompts padded on the right, cut back to their own lengths, then continued together."""
+    layer = tiny(name)
+    lengths, x, new = torch.tensor([7, 3, 5]), tokens(layer, time=7), tokens(layer, time=4, seed=3)
+    cache = layer.new_cache(3, TIME)
+    with torch.no_grad():
+        layer(x, cache)
+        if type(cache).trim is not Cache.trim:
+            pytest.skip("this cache cannot forget its newest tokens")
+        cache.trim(lengths)
+        together = torch.cat([layer(new[:, :3], cache), layer(new[:, 3:], cache)], dim=1)
+        for row, length in enumerate(lengths.tolist()):
+            whole = layer(torch.cat((x[row, :length], new[row]))[None])
+            close(together[row], whole[0, length:])
+
+
+@every_mechanism
+def test_reset_really_resets(name: str) -> None:
+    layer = tiny(name)
+    cache = layer.new_cache(BATCH, TIME)
+    in_chunks(layer, tokens(layer, seed=9), [6], cache)
+    cache.reset()
+    x = tokens(layer)
+    assert cache.length == 0
+    close(in_chunks(layer, x, [6], cache), layer(x))
+    assert cache.length == TIME
+
+
+@every_mechanism
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_len", [1, 5, 64])
+def test_bytes_stored_are_what_the_formula_says(name: str, dtype: torch.dtype, max_len: int) -> None:
+    layer = tiny(name)
+    cache = layer.new_cache(2, max_len, dtype=dtype)
+    assert cache.nbytes == layer.cache_bytes(max_len, batch=2, dtype=dtype)
+    assert cache.nbytes == sum(t.numel() * t.element_size() for t in cache.tensors())
+
+
+@every_mechanism
+def test_memory_is_allocated_once(name: str) -> None:
+    layer = tiny(name)
+    cache = layer.new_cache(BATCH, TIME)
+    before = [t.data_ptr() for t in cache.tensors()]
+    nbytes = cache.nbytes
+    in_chunks(layer, tokens(layer), [1, 2, 8], cache)
+    assert [t.data_ptr() for t in cache.tensors()] == before
+    assert cache.nbytes == nbytes
+
+
+@every_mechanism
+def test_a_step_reads_no_more_than_is_stored(name: str) -> None:
+    layer = tiny(name)
+    for length in (1, 7, 64):
+        assert 0 < layer.read_bytes(length, batch=2) <= layer.cache_bytes(length, batch=2)
+
+
+@every_mechanism
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_precision_stays_near_single(name: str, dtype: torch.dtype) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    expected = layer(x)
+    layer = layer.to(dtype)
+    got = in_chunks(layer, x.to(dtype), [5, 6], layer.new_cache(BATCH, TIME))
+    assert got.dtype == dtype
+    close(got, expected, DTYPES[dtype] * max(1.0, expected.abs().max().item()))
+
+
+@every_mechanism
+def test_a_cache_may_have_another_dtype_than_the_weights(name: str) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    got = in_chunks(layer, x, [5, 6], layer.new_cache(BATCH, TIME, dtype=torch.float16))
+    assert got.dtype == x.dtype
+    close(got, layer(x), 2e-2)
+
+
+@every_mechanism
+def test_the_limit_is_full_attention(name: str) -> None:
+    pair = REGISTRY[name].tiny_at_limit()
+    if pair is None:
+        pytest.skip(f"{name} has no setting at which it is full attention")
+    limit, full = pair
+    x = tokens(limit)
+    close(limit(x), full(x))
+    close(in_chunks(limit, x, [4, 5], limit.new_cache(BATCH, TIME)), full(x))
+
+
+@every_sharer
+def test_a_layer_that_reads_its_own_keys_and_values_is_itself(name: str) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    cache = layer.new_cache(BATCH, TIME)
+    with torch.no_grad():
+        pieces = [layer(part, cache, source=layer.kv(part, cache)) for part in x.split(5, dim=1)]
+    close(torch.cat(pieces, dim=1), layer(x))
+
+
+@every_sharer
+def test_a_reader_follows_its_owner_and_stores_nothing(name: str) -> None:
+    owner, reader = tiny(name), tiny(name, seed=5)
+    x, theirs = tokens(owner), tokens(owner, seed=2)
+    whole = reader(x, source=owner.kv(theirs))
+    assert not torch.allclose(whole, reader(x), atol=1e-2)
+    cache, own = owner.new_cache(BATCH, TIME), reader.new_cache(BATCH, TIME)
+    with torch.no_grad():
+        pieces = [
+            reader(a, own, source=owner.kv(b, cache))
+            for a, b in zip(x.split(4, 1), theirs.split(4, 1), strict=True)
+        ]
+    close(torch.cat(pieces, dim=1), whole)
+    assert own.length == 0
+
+
+@every_mechanism
+@pytest.mark.parametrize(
+    ("case", "error", "names"),
+    [
+        ("two dimensions", ValueError, "x: expected shape"),
+        ("wrong width", ValueError, "x: expected shape"),
+        ("no tokens", ValueError, "time"),
+        ("wrong dtype", TypeError, "x: expected dtype"),
+        ("not a tensor", TypeError, "x: expected Tensor"),
+        ("wrong batch", ValueError, "batch"),
+        ("too many tokens", ValueError, "cache: expected at most max_len"),
+        ("no cache at all", TypeError, "cache: expected a"),
+        ("another device", ValueError, "device"),
+    ],
+)
+@pytest.mark.usefixtures("doors")
+def test_bad_input_is_refused_by_name(name: str, case: str, error: type[Exception], names: str) -> None:
+    layer = tiny(name)
+    x, cache = tokens(layer), layer.new_cache(BATCH, TIME)
+    arguments = {
+        "two dimensions": (x[0], cache),
+        "wrong width": (x[..., :-1], cache),
+        "no tokens": (x[:, :0], cache),
+        "wrong dtype": (x.double(), cache),
+        "not a tensor": (x.tolist(), cache),
+        "wrong batch": (x[:2], cache),
+        "too many tokens": (torch.cat((x, x), dim=1), cache),
+        "no cache at all": (x, "cache"),
+        "another device": (x.to("meta"), cache),
+    }
+    with pytest.raises(error, match=names):
+        layer(*arguments[case])
+    assert cache.length == 0  # nothing was half written
+
+
+@every_mechanism
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"batch": 0, "max_len": 4}, "batch"),
+        ({"batch": 2, "max_len": 0}, "max_len"),
+        ({"batch": 2, "max_len": -1}, "max_len"),
+    ],
+)
+@pytest.mark.usefixtures("doors")
+def test_a_cache_of_no_size_is_refused_by_name(name: str, arguments: dict[str, int], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        tiny(name).new_cache(**arguments)
+
+
+@every_mechanism
+@pytest.mark.parametrize(
+    ("d_model", "n_heads", "names"), [(0, 1, "d_model"), (24, 0, "n_heads"), (24, 5, "n_heads")]
+)
+@pytest.mark.usefixtures("doors")
+def test_a_layer_of_no_size_is_refused_by_name(name: str, d_model: int, n_heads: int, names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        REGISTRY[name](d_model, n_heads)  # type: ignore[call-arg]
+
+
+@every_mechanism
+@pytest.mark.usefixtures("doors")
+def test_trim_refuses_lengths_that_never_were(name: str) -> None:
+    layer = tiny(name)
+    cache = layer.new_cache(BATCH, TIME)
+    in_chunks(layer, tokens(layer, time=4), [], cache)
+    if type(cache).trim is not Cache.trim:
+        pytest.skip("this cache cannot forget its newest tokens")
+    with pytest.raises(ValueError, match="lengths"):
+        cache.trim(torch.tensor([5, 1, 1]))
+    with pytest.raises(ValueError, match="lengths"):
+        cache.trim(torch.tensor([1, 1]))
+
+
+def test_a_name_is_registered_once() -> None:
+    from kvlearn.attention import register
+
+    with pytest.raises(ValueError, match="'full' is registered already"):
+        register("full")(REGISTRY["full"])

@@ -1,0 +1,111 @@
+"""Rotary positions: what RoPE promises, and what it agrees with."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvlearn.attention import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
+from kvlearn.attention.rope import angular_frequencies
+
+
+def heads(time: int, head_dim: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 3, time, head_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_pair_is_turned_by_its_own_angle() -> None:
+    """Complex numbers say it in one line: (x_i + j·x_{i+D/2}) · exp(j·m·ω_i)."""
+    x, positions = heads(5), torch.tensor([[0, 1, 7, 100, 4000]])
+    omega = 10_000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
+    turned = torch.complex(*x.double().chunk(2, -1)) * torch.exp(1j * positions[0, :, None] * omega)
+    expected = torch.cat((turned.real, turned.imag), -1).float()
+    torch.testing.assert_close(Rope(16, RopeConfig())(x, positions), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_position_zero_changes_nothing() -> None:
+    x = heads(1)
+    assert torch.equal(Rope(16, RopeConfig())(x, torch.tensor([[0]])), x)
+
+
+@given(m=st.integers(0, 2000), n=st.integers(0, 2000), shift=st.integers(0, 2000))
+def test_a_score_depends_on_the_distance_alone(m: int, n: int, shift: int) -> None:
+    rope, q, k = Rope(16, RopeConfig()), heads(1), heads(1, seed=1)
+
+    def score(a: int, b: int) -> torch.Tensor:
+        return (rope(q, torch.tensor([[a]])) * rope(k, torch.tensor([[b]]))).sum(-1)
+
+    torch.testing.assert_close(score(m, n), score(m + shift, n + shift), atol=2e-2, rtol=0)
+
+
+def test_rows_may_stand_at_different_positions() -> None:
+    rope, x = Rope(16, RopeConfig()), heads(3)
+    together = rope(x, torch.tensor([[0, 1, 2], [5, 6, 7]]))
+    assert torch.equal(together[0], rope(x, torch.tensor([[0, 1, 2]]))[0])
+    assert torch.equal(together[1], rope(x, torch.tensor([[5, 6, 7]]))[1])
+
+
+def test_half_precision_heads_are_turned_in_single() -> None:
+    rope, x = Rope(16, RopeConfig()), heads(1)
+    far = torch.tensor([[50_001]])
+    got = rope(x.bfloat16(), far)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), rope(x, far), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "theirs"),
+    [
+        (None, {"rope_type": "default"}),
+        (LinearScaling(4.0), {"rope_type": "linear", "factor": 4.0}),
+        (
+            Llama3Scaling(8.0, 1.0, 4.0, 8192),
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+        (
+            YarnScaling(16.0, 4096),
+            {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096},
+        ),
+        (
+            YarnScaling(4.0, 2048, beta_fast=16.0, beta_slow=2.0, attention_factor=1.3),
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 2048,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "attention_factor": 1.3,
+            },
+        ),
+    ],
+    ids=["default", "linear", "llama3", "yarn", "yarn with options"],
+)
+def test_scaled_frequencies_are_those_of_transformers(scaling: object, theirs: dict[str, object]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=4 * 64,
+        num_attention_heads=4,
+        max_position_embeddings=131_072,
+        rope_parameters={"rope_theta": 500_000.0, **theirs},
+    )
+    oracle = LlamaRotaryEmbedding(config)
+    omega, factor = angular_frequencies(64, RopeConfig(500_000.0, scaling))  # type: ignore[arg-type]
+    torch.testing.assert_close(omega, oracle.inv_freq, atol=0, rtol=1e-6)
+    assert factor == pytest.approx(oracle.attention_scaling)
+
+
+@pytest.mark.usefixtures("doors")
+@pytest.mark.parametrize(
+    ("head_dim", "config", "names"),
+    [(7, RopeConfig(), "head_dim"), (0, RopeConfig(), "head_dim"), (8, RopeConfig(theta=1.0), "rope.theta")],
+)
+def test_impossible_rotations_are_refused_by_name(head_dim: int, config: RopeConfig, names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        Rope(head_dim, config)

@@ -1,0 +1,225 @@
+"""The decoder, its generation and its checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
+from kvlearn.model.generate import sample
+
+SMALL = ModelConfig(vocab_size=50, d_model=24, n_layers=3, n_heads=3, d_ff=32)
+
+
+def decoder(config: ModelConfig = SMALL, seed: int = 0) -> Decoder:
+    """A decoder whose weights are large enough that the next token is not a toss-up."""
+    torch.manual_seed(seed)
+    model = Decoder(config).eval()
+    for weight in model.parameters():
+        weight.data.mul_(8.0 if weight.dim() > 1 else 1.0)
+    return model
+
+
+def prompt(batch: int = 2, time: int = 9) -> Tensor:
+    return torch.randint(0, 50, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+def test_cache_and_no_cache_choose_the_same_tokens() -> None:
+    model = decoder()
+    expected = model.generate(prompt(), 25, use_cache=False)
+    assert expected.shape == (2, 34)
+    assert torch.equal(expected[:, :9], prompt())
+    assert torch.equal(model.generate(prompt(), 25), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 9, 100])
+def test_prefill_in_chunks_chooses_the_same_tokens(chunk: int) -> None:
+    model = decoder()
+    assert torch.equal(model.generate(prompt(), 15, chunk=chunk), model.generate(prompt(), 15))
+
+
+def test_sampling_is_repeatable_by_its_seed_alone() -> None:
+    model = decoder()
+    first = model.generate(prompt(), 30, temperature=1.5, seed=1)
+    torch.manual_seed(99)
+    assert torch.equal(model.generate(prompt(), 30, temperature=1.5, seed=1), first)
+    assert not torch.equal(model.generate(prompt(), 30, temperature=1.5, seed=2), first)
+
+
+def test_sampling_follows_temperature() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0]).log_softmax(-1).expand(20_000, 3)
+    drawn = sample(logits, 2.0, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=3) / 20_000
+    torch.testing.assert_close(drawn, (logits[0] / 2).softmax(-1), atol=0.015, rtol=0)
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
+    logits = torch.tensor([0.15, 0.5, 0.3, 0.05]).log().expand(5000, 4)
+
+    def kept(p: float) -> set[int]:
+        return set(sample(logits, 1.0, p, torch.Generator().manual_seed(0)).tolist())
+
+    assert kept(0.4) == {1}
+    assert kept(0.5) == {1}
+    assert kept(0.6) == {1, 2}
+    assert kept(0.9) == {0, 1, 2}
+    assert kept(1.0) == {0, 1, 2, 3}
+
+
+def test_the_pattern_of_layers_repeats_to_the_depth() -> None:
+    config = ModelConfig(n_layers=5, layers=("full", Spec("full", rope=None)))
+    assert [spec.options for spec in config.specs] == [{}, {"rope": None}, {}, {"rope": None}, {}]
+    assert Decoder(config).mixers[1].rope is None
+
+
+def test_tied_weights_are_one_matrix() -> None:
+    tied, untied = decoder(), decoder(ModelConfig(**{**vars(SMALL), "tied": False}))
+    assert tied.head.weight is tied.embed.weight
+    assert untied.n_parameters - tied.n_parameters == 50 * 24
+
+
+def test_the_table_counts_what_is_allocated() -> None:
+    model = decoder()
+    *rows, total = model.table(64, batch=2, dtype=torch.bfloat16)
+    assert len(rows) == 3
+    assert total["stored"] == model.new_cache(2, 64, dtype=torch.bfloat16).nbytes == 3 * 2 * 2 * 64 * 24 * 2
+    assert total["read"] == sum(row["read"] for row in rows)
+
+
+def test_rows_of_different_length_continue_as_if_alone() -> None:
+    model, lengths = decoder(), [9, 4]
+    cache = model.new_cache(2, 20)
+    with torch.no_grad():
+        model(prompt(), cache)
+        cache.trim(torch.tensor(lengths))
+        step = model(prompt()[:, :1], cache)[:, 0]
+        for row, length in enumerate(lengths):
+            alone = torch.cat((prompt()[row, :length], prompt()[row, :1]))[None]
+            torch.testing.assert_close(step[row], model(alone)[0, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(),
+        None,
+        RopeConfig(5e5, LinearScaling(2.0)),
+        RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 64)),
+        RopeConfig(1e4, YarnScaling(4.0, 64)),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path, rope: RopeConfig | None, tied: bool) -> None:
+    config = ModelConfig(**{**vars(SMALL), "rope": rope, "tied": tied, "layers": (Spec("full", head_dim=6),)})
+    model = decoder(config)
+    save(model, tmp_path / "deep" / "model.safetensors", {"seed": 3})
+    again = load(tmp_path / "deep" / "model.safetensors")
+    assert again.config == config
+    assert torch.equal(again(prompt()), model(prompt()))
+    assert card(tmp_path / "deep" / "model.safetensors") == {"seed": 3}
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["model.safetensors"]
+
+
+def damaged(path: Path, how: str) -> Path:
+    """A checkpoint that is wrong in one way."""
+    save(decoder(), path)
+    content = path.read_bytes()
+    match how:
+        case "cut":
+            path.write_bytes(content[: len(content) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("no checkpoint at all")
+        case "foreign":
+            save_file({"weight": torch.zeros(3)}, path)
+        case "no mechanism of ours":
+            path.write_bytes(content.replace(b'[[\\"full\\"', b'[[\\"fool\\"'))
+        case "a missing tensor":
+            weights = decoder().state_dict()
+            del weights["norm.weight"], weights["head.weight"]
+            save_file(weights, path, _metadata())
+        case "another shape":
+            weights = decoder().state_dict()
+            del weights["head.weight"]
+            weights["norm.weight"] = torch.ones(7)
+            save_file(weights, path, _metadata())
+    return path
+
+
+def _metadata() -> dict[str, str]:
+    return {"format": "kvlearn.decoder.v1", "config": json.dumps(SMALL.to_dict()), "card": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("cut", "damaged"),
+        ("empty", "damaged"),
+        ("text", "damaged"),
+        ("foreign", "not a decoder of kvlearn"),
+        ("no mechanism of ours", "'fool'"),
+        ("a missing tensor", "'norm.weight' is missing"),
+        ("another shape", r"'norm.weight' expected with shape \(24,\), got \(7,\)"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused_and_named(tmp_path: Path, how: str, says: str) -> None:
+    path = damaged(tmp_path / "model.safetensors", how)
+    with pytest.raises(ValueError, match=says) as refused:
+        load(path)
+    assert "model.safetensors" in str(refused.value)
+
+
+def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        load(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.usefixtures("doors")
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        ({"n_new": 0}, ValueError, "n_new"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"top_p": 0.0}, ValueError, "top_p"),
+        ({"top_p": 1.5}, ValueError, "top_p"),
+        ({"chunk": 0}, ValueError, "chunk"),
+        ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, ValueError, "tokens"),
+        ({"tokens": torch.zeros(5, dtype=torch.long)}, ValueError, "tokens"),
+        ({"tokens": torch.zeros(2, 3)}, TypeError, "tokens"),
+        ({"tokens": [[1, 2]]}, TypeError, "tokens"),
+    ],
+)
+def test_generate_refuses_nonsense_by_name(
+    options: dict[str, object], error: type[Exception], names: str
+) -> None:
+    with pytest.raises(error, match=names):
+        decoder().generate(**{"tokens": prompt(), "n_new": 3, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"n_layers": 0}, "n_layers"),
+        ({"layers": ()}, "layers"),
+        ({"layers": ("fool",)}, "layers: expected one of 'full'"),
+        ({"d_model": 25}, "n_heads: expected a divisor of d_model=25"),
+    ],
+)
+def test_impossible_models_are_refused_by_name(fields: dict[str, object], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        Decoder(ModelConfig(**{**vars(SMALL), **fields}))  # type: ignore[arg-type]
+
+
+def test_a_token_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens: expected 0 to 49"):
+        decoder()(torch.tensor([[3, 50]]))
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    other = decoder(ModelConfig(**{**vars(SMALL), "n_layers": 2}))
+    with pytest.raises(ValueError, match="cache: expected 3 layers, got 2"):
+        decoder()(prompt(), other.new_cache(2, 20))

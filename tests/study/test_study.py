@@ -1,0 +1,152 @@
+"""The corpus, the training loop and the evaluation."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvlearn.model import Decoder, ModelConfig
+from kvlearn.study import TrainConfig, corpus, evaluate, train, windows
+from kvlearn.study.corpus import split_of
+
+SMALL = ModelConfig(d_model=24, n_layers=2, n_heads=3, d_ff=32)
+CONFIG = TrainConfig(steps=12, batch=4, length=32, warmup=2)
+KILLED = TrainConfig(steps=120, batch=2, length=16, warmup=2)
+
+
+def model(seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    return Decoder(SMALL)
+
+
+def text(length: int = 4000) -> Tensor:
+    return torch.tensor(list(b"def f(x): return x + 1\n" * (length // 23)), dtype=torch.uint8)
+
+
+def test_the_corpus_is_source_code_in_three_parts_that_share_no_file() -> None:
+    parts = corpus()
+    assert [round(len(part) / 1e6) for part in parts[:3]] == [14, 1, 1]
+    assert b"class Symbol(" in bytes(parts.train.tolist())
+    assert split_of("core/add.py") == split_of("core/add.py")
+    files = [set(bytes(part.tolist()).split(b"\x00")[1:]) - {b""} for part in parts[:3]]
+    assert not files[0] & files[1]
+    assert not files[0] & files[2]
+    assert not files[1] & files[2]
+
+
+def test_another_text_is_not_taken_for_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["kvlearn.study.corpus"]
+    monkeypatch.setattr(module, "CHECKSUM", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"are not those of version 1\.14\.0"):
+        module.corpus.__wrapped__()
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    some = windows(text(), 4, 32, seed=0, step=7)
+    assert some.shape == (4, 33)
+    assert torch.equal(some, windows(text(), 4, 32, seed=0, step=7))
+    assert not torch.equal(some, windows(text(), 4, 32, seed=0, step=8))
+    assert not torch.equal(some, windows(text(), 4, 32, seed=1, step=7))
+
+
+def test_training_learns() -> None:
+    history = train(model(), text(), TrainConfig(steps=100, batch=4, length=32, warmup=5), progress=False)
+    assert [line["step"] for line in history] == list(range(100))
+    assert history[0]["loss"] == pytest.approx(math.log(256), abs=0.3)
+    assert history[-1]["loss"] < 2.0
+
+
+def test_the_schedule_warms_up_and_comes_down() -> None:
+    config = TrainConfig(steps=100, lr=1.0, warmup=10)
+    rates = [config.lr_at(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """A real process, killed by SIGKILL between two checkpoints; losses and weights equal to the last bit."""
+    path = tmp_path / "run.pt"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_study as t; t.torch.set_num_threads(1)\n"
+        "t.train(t.model(), t.text(), t.KILLED, checkpoint=sys.argv[1], every=3, progress=False)\n"
+    )
+    command = [sys.executable, "-c", program, str(path), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(torch.load(path, weights_only=True)["history"])
+    assert 0 < done < KILLED.steps
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole, resumed = model(), model(seed=5)
+    history = train(whole, text(), KILLED, progress=False)
+    assert train(resumed, text(), KILLED, checkpoint=path, progress=False) == history
+    torch.set_num_threads(threads)
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(model(), text(), CONFIG, checkpoint=tmp_path / "run.pt", progress=False)
+    again = model(seed=5)
+    assert train(again, text(), CONFIG, checkpoint=tmp_path / "run.pt", progress=False) == first
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    train(model(), text(), CONFIG, checkpoint=path, progress=False)
+    other = TrainConfig(steps=12, batch=4, length=32, warmup=2, lr=1e-4)
+    with pytest.raises(ValueError, match=r"another run: its lr is 0\.003, this run's 0\.0001"):
+        train(model(), text(), other, checkpoint=path, progress=False)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"run\.pt is damaged"):
+        train(model(), text(), CONFIG, checkpoint=path, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
+    path, poisoned = tmp_path / "run.pt", model()
+    train(poisoned, text(), CONFIG, checkpoint=path, progress=False)
+    before = path.read_bytes()
+    longer = TrainConfig(steps=12, batch=4, length=32, warmup=2, seed=1)
+    poisoned.norm.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"diverged.*'step': 0"):
+        train(poisoned, text(), longer, progress=False)
+    assert path.read_bytes() == before
+
+
+def test_evaluation_is_the_mean_over_fixed_windows() -> None:
+    some = evaluate(model().eval(), text(), length=16, n_windows=6, batch=4)
+    again = evaluate(model().eval(), text(), length=16, n_windows=6, batch=2)
+    assert some.loss == pytest.approx(again.loss)
+    assert some.by_position.shape == (16,)
+    assert some.loss == pytest.approx(some.by_position.mean().item())
+    assert some.bits_per_byte == pytest.approx(some.loss / math.log(2))
+    assert some.perplexity == pytest.approx(math.exp(some.loss))
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"), [({"steps": 0}, "steps"), ({"lr": 0.0}, "lr"), ({"batch": -1}, "batch")]
+)
+def test_impossible_runs_are_refused_by_name(fields: dict[str, float], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        TrainConfig(**{**vars(CONFIG), **fields})  # type: ignore[arg-type]
+
+
+def test_a_text_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="text: expected more than length=32"):
+        windows(text()[:32], 4, 32, seed=0, step=0)
+    with pytest.raises(ValueError, match="text: expected more than length=32"):
+        evaluate(model(), text()[:32], length=32)
