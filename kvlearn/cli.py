@@ -4,6 +4,9 @@ Every command imports what it needs when it runs, so that ``kvlearn bench`` work
 friends are not installed.
 """
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -13,3 +16,125 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The command line of the course: look at this machine, grade exercises, measure, train.",
 )
+
+
+STUDIES = ("base",)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help=f"one of: {', '.join(STUDIES)}")],
+) -> None:
+    """Train what the course commits; a run that was killed goes on where it stood (see runs/)."""
+    if name not in STUDIES:
+        raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
+    from kvlearn.study import train_base
+
+    for key, value in train_base().items():
+        typer.echo(f"{key:16} {value}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="a benchmark (--list shows them), or: all")] = "",
+    record: Annotated[bool, typer.Option("--record", help="keep the rows in results/")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="show the benchmarks")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless told")] = "",
+) -> None:
+    """Measure this machine: bar, measured, pass or miss. A missed bar is a finding, not a failure."""
+    from rich.console import Console
+
+    from kvlearn.measure import results
+    from kvlearn.measure.bench import BENCHMARKS, default_device
+    from kvlearn.measure.provenance import collect_provenance
+    from kvlearn.measure.report import run_and_print
+
+    if list_them:
+        for known, about in BENCHMARKS.items():
+            typer.echo(f"{known:10} {about}")
+        return
+    if name != "all" and name not in BENCHMARKS:
+        expected = ", ".join([*BENCHMARKS, "all"])
+        raise typer.BadParameter(f"expected one of {expected}; got {name!r}", param_hint="NAME")
+    if device not in ("", "cpu", "cuda") or (device == "cuda" and default_device() != "cuda"):
+        expected = "cpu, or cuda where there is one"
+        raise typer.BadParameter(f"expected {expected}; got {device!r}", param_hint="--device")
+    where = device or default_device()
+    for chosen in BENCHMARKS if name == "all" else [name]:
+        rows = run_and_print(chosen, where, Console())
+        if record:
+            command = f"kvlearn bench {chosen} --record" + (f" --device {device}" if device else "")
+            path = results.save(chosen, command, [row.as_dict() for row in rows], collect_provenance(where))
+            typer.echo(f"recorded in {path.parent.name}/{path.name}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Look at this machine: versions, memory, bandwidth, GPU, and what of the course will run how."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from kvlearn.measure.doctor import examine
+    from kvlearn.measure.report import print_findings
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+    else:
+        print_findings(findings, Console())
+    if any(finding.status == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def grade(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH…", help="a unit's folder, a notebook, a tree STUDENT/UNIT/UNIT.ipynb"),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="a list of reports, for programs")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="one row an exercise, for a spreadsheet")] = False,
+    as_html: Annotated[bool, typer.Option("--html", help="a page that needs nothing else")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="a file to write to")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="again whenever the notebook is saved")] = False,
+    jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds for one exercise")] = 60,
+) -> None:
+    """Run the answers in a notebook afresh and print their score. The notebook itself stays as it is."""
+    _need_jupyter()
+    from kvlearn.grading import commands
+
+    styles = [style for style, asked in (("json", as_json), ("csv", as_csv), ("html", as_html)) if asked]
+    if len(styles) > 1:
+        raise typer.BadParameter("expected at most one of --json, --csv and --html")
+    request = commands.Request(paths, styles[0] if styles else "table", output, jobs, timeout)
+    if watch:
+        commands.watch(request)
+    elif commands.grade_and_show(request):
+        raise typer.Exit(1)
+
+
+@app.command()
+def progress(
+    path: Annotated[Path | None, typer.Argument(help="the folder of the exercises")] = None,
+    jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
+) -> None:
+    """Show the whole course: what is solved, attempted and untouched, and the points."""
+    _need_jupyter()
+    from kvlearn.grading import progress as survey
+
+    if survey.show(path, jobs):
+        raise typer.Exit(1)
+
+
+def _need_jupyter() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("nbclient", "nbformat", "ipykernel") if find_spec(name) is None]
+    if missing:
+        typer.echo(f"grading needs {', '.join(missing)}: pip install 'kvlearn[lab]'", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,92 @@
+"""Measuring: bytes, time, memory, rooflines, and where a measurement comes from.
+
+cache_size   what a real model stores and reads: ``cache_bytes``, ``read_bytes``, ``weights_bytes``, ``users``
+models       ``MODELS``: real shapes by name
+calculator   ``calculator``: the same with sliders, in a notebook
+table        ``Table`` for notebooks, and the course's ``running_table``
+units        ``format_bytes`` (KiB, MiB, GiB), ``format_bytes_decimal`` (kB, MB, GB), rates and times
+timing       ``measure_time``, ``compare`` by turns; medians with ``Quartiles``
+memory       ``peak_memory`` of a call
+work         FLOPs and bytes by formula: ``attention_work``, ``attention_layer_work``, ``decoder_work``
+roofline     ``measure_roofline``, ``read_bandwidth``, ``matmul_peak`` of this machine
+provenance   ``collect_provenance``: date, commit, machine, versions
+results      ``results.save`` and ``results.load``: recorded measurements in results/
+bench        ``kvlearn bench``: benchmarks with their bars
+doctor       ``kvlearn doctor``: what runs how on this machine
+"""
+
+from kvlearn.measure import results
+from kvlearn.measure.cache_size import (
+    LayerShape,
+    ModelShape,
+    cache_bytes,
+    elements_per_token,
+    read_bytes,
+    users,
+    weights_bytes,
+)
+from kvlearn.measure.calculator import calculator, memory_table
+from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.models import MODELS
+from kvlearn.measure.provenance import collect_provenance
+from kvlearn.measure.roofline import Roofline, matmul_peak, measure_roofline, read_bandwidth
+from kvlearn.measure.table import Table, running_table
+from kvlearn.measure.timing import Comparison, Quartiles, compare, measure_time
+from kvlearn.measure.units import (
+    GB,
+    GIB,
+    KB,
+    KIB,
+    MB,
+    MIB,
+    TB,
+    TIB,
+    format_bytes,
+    format_bytes_decimal,
+    format_rate,
+    format_seconds,
+)
+from kvlearn.measure.work import Work, attention_layer_work, attention_work, decoder_work, linear_work
+
+__all__ = [
+    "GB",
+    "GIB",
+    "KB",
+    "KIB",
+    "MB",
+    "MIB",
+    "MODELS",
+    "TB",
+    "TIB",
+    "Comparison",
+    "LayerShape",
+    "ModelShape",
+    "Quartiles",
+    "Roofline",
+    "Table",
+    "Work",
+    "attention_layer_work",
+    "attention_work",
+    "cache_bytes",
+    "calculator",
+    "collect_provenance",
+    "compare",
+    "decoder_work",
+    "elements_per_token",
+    "format_bytes",
+    "format_bytes_decimal",
+    "format_rate",
+    "format_seconds",
+    "linear_work",
+    "matmul_peak",
+    "measure_roofline",
+    "measure_time",
+    "memory_table",
+    "peak_memory",
+    "read_bandwidth",
+    "read_bytes",
+    "results",
+    "running_table",
+    "users",
+    "weights_bytes",
+]

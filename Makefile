@@ -1,0 +1,101 @@
+# kvlearn: `make lab` opens the course, `make help` lists the rest. GNU Make 3.81 and a POSIX shell are enough.
+PYTHON ?=
+NAME ?= decode
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two workers with one thread each are faster than one with two; a notebook's timings want the machine alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
+NBVAL := -p no:python --nbval --nbval-sanitize-with tests/course/nbval_sanitize.cfg --nbval-cell-timeout=300
+CLEAN_METADATA := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
+  --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{('language_info', 'name'), 'kernelspec', 'kvlearn'}"
+
+# The course brings its own Python and its own Jupyter settings; what the user's shell or home holds stays out.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV JUPYTER_PATH JUPYTER_CONFIG_PATH MPLBACKEND
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+export JUPYTER_CONFIG_DIR := $(CURDIR)/.jupyter/config
+export JUPYTER_DATA_DIR := $(CURDIR)/.jupyter/data
+export IPYTHONDIR := $(CURDIR)/.jupyter
+
+.PHONY: help env lab test quick grade bench study notebooks exercises lock clean lint unit nbval
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+env: $(READY) ## make .venv with everything pinned (PYTHON=python3.12 chooses the interpreter)
+	@echo "kvlearn: .venv is ready; make lab opens the course"
+
+lab: $(READY) ## open the course in JupyterLab (ARGS="--no-browser --port 8890")
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	  --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+test: lint unit nbval ## everything: lint, types, tests, every notebook run afresh and compared
+
+quick: lint ## lint, types and unit tests, no notebooks: under 3 minutes
+	@$(PYTEST) -m "not slow"
+
+grade: $(READY) ## grade your exercises (ARGS="--json")
+	@$(BIN)/kvlearn grade exercises $(ARGS)
+
+bench: $(READY) ## measure this machine: make bench NAME=decode (or all)
+	@$(BIN)/kvlearn bench $(NAME) $(ARGS)
+
+study: $(READY) ## train and evaluate: what a mechanism costs in quality
+	@$(BIN)/kvlearn study $(ARGS)
+
+# A widget's id is drawn anew in every run; an empty one is what a saved notebook can keep.
+notebooks: $(READY) ## run every notebook in place and keep its outputs
+	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
+	  --ExecutePreprocessor.record_timing=False $(CLEAN_METADATA) notebooks/*.ipynb solutions/*/*.ipynb
+	@for notebook in notebooks/*.ipynb; do \
+	  sed 's/"model_id": "[0-9a-f]*"/"model_id": ""/' "$$notebook" >"$$notebook.new" && mv "$$notebook.new" "$$notebook"; done
+
+exercises: $(READY) ## generate exercises/ from solutions/ (a file you changed stays as it is)
+	@$(BIN)/python -m kvlearn.grading
+
+# nvidia-* and cuda-* stay out: torch pins its own, and a CPU build of torch wants none of them.
+lock: ## renew requirements.txt from pyproject.toml (needs uv; ARGS=--upgrade for newer versions)
+	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
+	@uv pip compile pyproject.toml --universal --all-extras --no-annotate --no-header --quiet -o requirements.txt $(ARGS)
+	@{ echo "# The one pinned list, made by \`make lock\`: Linux and macOS, Python 3.11 to 3.14."; \
+	   echo "-e .[lab,test,teach]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
+	@mv requirements.txt.new requirements.txt
+
+clean: ## remove .venv and caches; your exercises stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+lint: $(READY)
+	@$(BIN)/ruff check -q
+	@$(BIN)/ruff format --check -q
+	@$(BIN)/mypy
+
+unit: $(READY)
+	@$(PYTEST)
+
+nbval: $(READY)
+	@$(BIN)/pytest -q $(NBVAL) notebooks solutions
+
+# The stamp is written last, so an interrupted or failed set-up is taken up again by the next `make`.
+$(READY): requirements.txt pyproject.toml $(BIN)/python
+	@rm -f $(READY)
+	@echo "kvlearn: installing requirements.txt into $(VENV), 2 to 5 minutes (log: $(VENV)/install.log)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt >$(VENV)/install.log 2>&1 || { \
+	  echo "kvlearn: pip could not install requirements.txt ($$(sed -n 's/^ *ERROR: //p' $(VENV)/install.log | tail -1)): check network and disk, then run make again; all of it in $(VENV)/install.log" >&2; \
+	  exit 1; }
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 >>$(VENV)/install.log 2>&1
+	@mkdir -p $(VENV)/etc/jupyter/labconfig
+	@echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' \
+	  >$(VENV)/etc/jupyter/labconfig/page_config.json
+	@touch $(READY)
+
+# A dangling link (its interpreter was upgraded away) counts as missing, so .venv is then made anew.
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14); do \
+	  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && break; python=; done; \
+	if [ -z "$$python" ]; then \
+	  echo "kvlearn needs Python 3.11 to 3.14, and $(or $(PYTHON),python3) is not one: install one, or name yours: make env PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; fi; \
+	"$$python" -m venv --clear $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	  echo "kvlearn: $$python cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv), then run make again" >&2; \
+	  exit 1; }

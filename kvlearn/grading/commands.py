@@ -1,0 +1,179 @@
+"""What ``kvlearn grade`` does once its arguments are known."""
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvlearn.grading import report as reports
+from kvlearn.grading.release import units
+from kvlearn.grading.report import Report, Result
+from kvlearn.grading.runner import Grader
+from kvlearn.grading.sandbox import Limits, NoKernel
+from kvlearn.grading.submission import Unusable, tasks_of, unit_of
+
+OURS = ("exercises", "solutions", "_solutions")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A notebook to grade. ``student`` is empty where it lies in no tree STUDENT/UNIT/UNIT.ipynb."""
+
+    file: Path
+    student: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for: ``style`` "table", "json", "csv" or "html"; ``timeout`` in seconds."""
+
+    paths: list[Path]
+    style: str = "table"
+    output: Path | None = None
+    jobs: int = 2
+    timeout: float = Limits.seconds
+
+    def grader(self, done: Callable[[Result], None]) -> Grader:
+        return Grader(limits=Limits(seconds=self.timeout), jobs=self.jobs, done=done)
+
+
+def find(path: Path) -> list[Found]:
+    """The notebooks meant by a notebook, a unit's folder or a tree. ``Unusable`` if there are none."""
+    if not path.exists():
+        raise Unusable("no such file or folder")
+    if path.is_file():
+        return [Found(path, _student(path))]
+    here = path.absolute()
+    direct = sorted(here.glob("*.ipynb"))
+    files = [here / f"{here.name}.ipynb"] if here / f"{here.name}.ipynb" in direct else direct
+    if not files:
+        below = (p for p in sorted(here.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
+        files = [p for p in below if p.stem == p.parent.name]
+    if not files:
+        raise Unusable("no notebook in it: expected UNIT/UNIT.ipynb or STUDENT/UNIT/UNIT.ipynb")
+    return [Found(file, _student(file)) for file in files]
+
+
+def _student(file: Path) -> str:
+    folder = file.absolute().parent
+    owner = folder.parent.name
+    return owner if folder.name == file.stem and owner not in OURS else ""
+
+
+def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
+    """Reports on every notebook that ``paths`` mean, and a line for each that could not be graded.
+
+    A damaged notebook whose unit is known by its name is reported too, with 0 for every exercise.
+    """
+    found: list[Found] = []
+    faults: list[str] = []
+    for path in paths:
+        try:
+            found += find(path)
+        except Unusable as error:
+            faults.append(f"{path}: {error}")
+
+    async def run() -> list[Report | None]:
+        kernels = asyncio.Semaphore(grader.jobs)
+        return await asyncio.gather(*(_one(each, grader, kernels, faults) for each in found))
+
+    return [report for report in asyncio.run(run()) if report is not None], faults
+
+
+async def _one(found: Found, grader: Grader, kernels: asyncio.Semaphore, faults: list[str]) -> Report | None:
+    try:
+        return await grader.grade(found.file, found.student, kernels)
+    except (Unusable, NoKernel) as error:
+        faults.append(f"{found.file}: {error}")
+        with contextlib.suppress(Unusable):
+            unit = unit_of(found.file, None, units(grader.solutions))
+            tasks, _ = tasks_of(unit, grader.solutions)
+            return Report(
+                found.student,
+                unit,
+                [Result(task.id, 0.0, task.points, "error", str(error)) for task in tasks],
+            )
+    return None
+
+
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[Result], None]]:
+    """A bar on stderr that is told of every exercise graded; nothing where stderr is no terminal."""
+    columns = (TextColumn("grading"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total or None)
+        yield lambda result: bar.update(task, advance=1, description=f"{result.id} {result.status}")
+
+
+def _count(paths: list[Path]) -> int:
+    """How many exercises there are to grade; what cannot be read counts nothing."""
+    grader, total = Grader(), 0
+    for path in paths:
+        with contextlib.suppress(Unusable):
+            for found in find(path):
+                with contextlib.suppress(Unusable):
+                    total += len(grader.read(found.file)[1])
+    return total
+
+
+def show(graded: list[Report], style: str, output: Path | None) -> None:
+    """Write the reports as ``style`` ("table", "json", "csv" or "html") to ``output`` or stdout."""
+    text = {"json": reports.to_json, "csv": reports.to_csv, "html": reports.to_html}.get(style)
+    if text is not None and output is None:
+        sys.stdout.write(text(graded))
+    elif text is not None and output is not None:
+        output.write_text(text(graded), encoding="utf-8")
+    elif output is not None:
+        with output.open("w", encoding="utf-8") as file:
+            _print_tables(graded, Console(file=file, width=120))
+    else:
+        _print_tables(graded, Console())
+
+
+def _print_tables(graded: list[Report], console: Console) -> None:
+    for report in graded:
+        console.print(reports.to_table(report))
+
+
+def grade_and_show(request: Request) -> bool:
+    """Grade and write the report, on stderr a line for each notebook that cannot be graded. True if any."""
+    with progress_bar(_count(request.paths)) as done:
+        graded, faults = grade(request.paths, request.grader(done))
+    for fault in faults:
+        print(f"kvlearn: {fault}", file=sys.stderr)
+    show(graded, request.style, request.output)
+    return bool(faults)
+
+
+def watch(request: Request, pause: float = 0.5) -> None:
+    """Grade now and whenever one of the notebooks is saved, until Ctrl+C."""
+    console = Console(stderr=True)
+    seen: object = None
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            now = _stamps(request.paths)
+            if now != seen:
+                seen = now
+                console.clear()
+                grade_and_show(request)
+                console.print("[dim]waiting for the next save; Ctrl+C ends[/dim]")
+            time.sleep(pause)
+
+
+def _stamps(paths: list[Path]) -> dict[Path, tuple[int, int]]:
+    stamps = {}
+    for path in paths:
+        with contextlib.suppress(Unusable, OSError):
+            for found in find(path):
+                stat = found.file.stat()
+                stamps[found.file] = (stat.st_mtime_ns, stat.st_size)
+    return stamps

@@ -1,0 +1,120 @@
+"""What an exercise is made of, and how a unit file declares one.
+
+    merge = Exercise("01.7", "merge", "Merge two partial results", answers=("merge",), hints=(...))
+
+    @merge.requirement(2, "two ordinary parts")
+    def ordinary(t: Trial, merge: Answer) -> None:
+        '''out and lse as if all keys had been seen together'''     <- the column "expected"
+        ...
+        t.close(merge(a, b), want)
+
+    @merge.misconception("weights by lse, not by exp(lse)")
+    def linear_weights(a, b):
+        '''Why this is a mistake, in one paragraph.'''               <- told to the learner who makes it
+        ...
+
+A requirement draws its inputs from the trial, runs the learner's answer and compares with a reference that is
+independent of our solution. A misconception is a wrong answer that people really give.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+Answer = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One thing that an answer must do, and the points it earns."""
+
+    name: str
+    points: int
+    expected: str
+    script: Callable[..., None]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Misconception:
+    """A known wrong answer: its name, why it is wrong, and its code (one object for each answer asked
+    for)."""
+
+    name: str
+    why: str
+    answers: tuple[Any, ...]
+
+
+@dataclass
+class Exercise:
+    """One exercise: ``answers`` names what the check is handed, in order.
+
+    ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``); calling
+    one earns nothing for the requirement at hand. kvlearn's own rooms are always forbidden unless
+    ``may_use_kvlearn``.
+    """
+
+    id: str
+    slug: str
+    title: str
+    answers: tuple[str, ...]
+    hints: tuple[str, ...]
+    forbidden: dict[Callable[..., Any], str] = field(default_factory=dict)
+    may_use_kvlearn: bool = False
+    requirements: list[Requirement] = field(default_factory=list)
+    misconceptions: list[Misconception] = field(default_factory=list)
+
+    @property
+    def points(self) -> int:
+        return sum(requirement.points for requirement in self.requirements)
+
+    @property
+    def grade_id(self) -> str:
+        """Of the check cell, for nbgrader; the answer cell's ends in ``-answer``."""
+        return f"u{self.id.replace('.', '-')}-{self.slug}"
+
+    @property
+    def call(self) -> str:
+        """How the check of this exercise is written in the notebook."""
+        return f'kvlearn.check("{self.id}", {", ".join(self.answers)})'
+
+    def requirement(self, points: int, name: str, *, rounds: int = 3) -> Callable[[F], F]:
+        """Decorator: the function draws inputs ``rounds`` times; its docstring says what is expected."""
+
+        def add(script: F) -> F:
+            self.requirements.append(Requirement(name, points, paragraph(script), script, rounds))
+            return script
+
+        return add
+
+    def misconception(self, name: str, **others: Any) -> Callable[[F], F]:
+        """Decorator: the wrong function or class; its docstring says why it is wrong.
+
+        ``others`` are right answers that stand beside it where the exercise asks for more than one.
+        """
+
+        def add(wrong: F) -> F:
+            answers = tuple(others.get(answer, wrong) for answer in self.answers)
+            self.misconceptions.append(Misconception(name, paragraph(wrong), answers))
+            return wrong
+
+        return add
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The exercises of one notebook: ``name`` is its folder and file, as ``01_full_attention``."""
+
+    name: str
+    exercises: tuple[Exercise, ...]
+
+    @property
+    def points(self) -> int:
+        return sum(exercise.points for exercise in self.exercises)
+
+
+def paragraph(documented: Any) -> str:
+    """A docstring on one line."""
+    return " ".join((inspect.getdoc(documented) or "").split())

@@ -1,0 +1,191 @@
+"""The learner's answer, held with gloves: whatever it does, the check goes on and knows what happened."""
+
+import linecache
+import os
+import site
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvlearn
+
+HOME = os.path.dirname(os.path.abspath(kvlearn.__file__))
+FREE_ROOMS = (os.path.join(HOME, "grading"), os.path.join(HOME, "expect.py"))
+LIBRARIES = tuple(
+    os.path.join(path, "")
+    for path in (HOME, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *site.getsitepackages())
+)
+
+
+class Raised(Exception):
+    """The answer raised: ``what`` in one line, with the place in the learner's code."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.what = f"{type(error).__name__}: {shorten(text_of(error))}".removesuffix(": ")
+        place = place_of(error)
+        if place:
+            self.what += f" ({place})"
+        super().__init__(self.what)
+
+
+class NotWritten(Exception):
+    """The answer is still the stub."""
+
+
+class Interrupted(BaseException):
+    """The learner, or a limit on time, stopped the answer."""
+
+
+class Guarded:
+    """A function or class of the learner's, or an object it made.
+
+    Every call runs on copies of its tensors, so that the check's own stay as they are, and notes whether the
+    copies were changed, which forbidden function was called, and with which shapes.
+    """
+
+    def __init__(self, target: Any, name: str, record: "Record") -> None:
+        self._target, self._name, self._record = target, name, record
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        record = self._record
+        copies, kept = copy_tensors((args, kwargs))
+        record.name = self._name
+        record.borrowed = record.borrowed or self._borrowed()
+        record.call = f"{self._name}({', '.join(map(brief, [*args, *kwargs.values()]))})"
+        try:
+            with watched(record):
+                result = self._target(*copies[0], **copies[1])
+        except (KeyboardInterrupt, Interrupted):
+            raise Interrupted from None
+        except BaseException as error:
+            if is_stub(error):
+                raise NotWritten from None
+            raise Raised(error) from None
+        record.changed = record.changed or any(
+            was.shape != is_.shape or differ(was, is_) for was, is_ in kept
+        )
+        return Guarded(result, self._name, record) if isinstance(self._target, type) else result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            value = getattr(self._target, name)
+        except AttributeError as error:
+            self._record.call = f"{self._name}.{name}"
+            raise Raised(error) from None
+        return Guarded(value, f"{self._name}.{name}", self._record) if callable(value) else value
+
+    def _borrowed(self) -> str:
+        """The name of the thing itself, if it is one of ours handed in as it stands."""
+        module = str(getattr(self._target, "__module__", ""))
+        if self._record.may_use_kvlearn or not module.startswith("kvlearn.") or ".grading." in module:
+            return ""
+        return f"{module}.{getattr(self._target, '__name__', self._name)}"
+
+
+class Record:
+    """What was noted while an answer ran."""
+
+    def __init__(self, forbidden: dict[Callable[..., Any], str], may_use_kvlearn: bool) -> None:
+        self.forbidden, self.may_use_kvlearn = forbidden, may_use_kvlearn
+        self.name = ""  # of the last thing called
+        self.call = ""  # the same, with the shapes of its arguments
+        self.changed = False
+        self.borrowed = ""
+
+
+@contextmanager
+def watched(record: Record) -> Iterator[None]:
+    """Note calls of forbidden functions; the interpreter's profiler sees them under whatever name."""
+
+    def note(frame: FrameType, event: str, what: Any) -> None:
+        if event == "c_call":
+            record.borrowed = record.borrowed or record.forbidden.get(what, "")
+        elif event == "call" and not record.may_use_kvlearn and is_borrowed(frame.f_code):
+            module = os.path.relpath(frame.f_code.co_filename, os.path.dirname(HOME)).removesuffix(".py")
+            record.borrowed = record.borrowed or f"{module.replace(os.sep, '.')}.{frame.f_code.co_qualname}"
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def is_borrowed(code: CodeType) -> bool:
+    return code.co_filename.startswith(os.path.join(HOME, "")) and not code.co_filename.startswith(FREE_ROOMS)
+
+
+def copy_tensors(value: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """The same nest of tuples, lists and dicts with every tensor cloned, and the pairs (tensor, clone)."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def copy(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            pairs.append((part, part.clone()))
+            return pairs[-1][1]
+        if type(part) in (tuple, list):
+            return type(part)(copy(item) for item in part)
+        if type(part) is dict:
+            return {key: copy(item) for key, item in part.items()}
+        return part
+
+    return copy(value), pairs
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    return a.dtype != b.dtype or not torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def brief(value: Any) -> str:
+    """An argument in a few characters: a tensor by its shape."""
+    if isinstance(value, Tensor):
+        dtype = "" if value.dtype == torch.float32 else f" {str(value.dtype).removeprefix('torch.')}"
+        return f"{tuple(value.shape)}{dtype}"
+    if value is None or isinstance(value, int | float | str | list | dict | torch.dtype):
+        return shorten(str(value), 200)
+    return f"a {type(value).__name__}"
+
+
+def is_stub(error: BaseException) -> bool:
+    """A NotImplementedError that the learner's cell raises by itself; torch raises its own, with a
+    message."""
+    if not isinstance(error, NotImplementedError):
+        return False
+    frame = learners_frame(error)
+    line = linecache.getline(frame.filename, frame.lineno or 0) if frame else ""
+    return text_of(error) == "" or line.strip().startswith("raise")
+
+
+def place_of(error: BaseException) -> str:
+    frame = learners_frame(error)
+    if frame is None:
+        return ""
+    return f"line {frame.lineno} of your code: {shorten(frame.line or '', 120)}".removesuffix(": ")
+
+
+def learners_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost line that is neither ours nor a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f for f in reversed(frames) if not f.filename.startswith(LIBRARIES)), None)
+
+
+def text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message could not be read)"
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """On one line, and not longer than ``most`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"

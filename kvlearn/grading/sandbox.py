@@ -1,0 +1,222 @@
+"""One kernel, watched: its time, its memory and what it prints are limited, and nothing of it stays behind.
+
+A fence against mistakes, no prison: the code runs as the user who grades, with that user's files and network.
+"""
+
+import ast
+import asyncio
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
+
+from kvlearn.grading.processes import MARK, ProcessTree
+from kvlearn.grading.score import MIME
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one exercise may use. Times in seconds, sizes in bytes."""
+
+    seconds: float = 60.0  # its answer and its check together
+    setup: float = 120.0  # a set-up cell; the first import of torch can be slow
+    grace: float = 3.0  # from the interrupt to the kill
+    memory: int = 3 * 2**30  # of the whole process tree
+    output: int = 2**20  # kept of what one cell prints
+    total: float = 900.0  # seconds for a whole notebook
+
+
+class TimedOut(Exception):
+    """The code was interrupted at its limit; the kernel lives."""
+
+
+class KernelLost(Exception):
+    """The kernel died or had to be killed; the message says why."""
+
+
+class OverTime(KernelLost):
+    """It did not even stop when interrupted."""
+
+
+class NoKernel(Exception):
+    """The kernel did not even start; the message says why."""
+
+
+class _Client(NotebookClient):
+    """nbclient that drops prints beyond a limit as they arrive, but never a score."""
+
+    room = 0
+
+    def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
+        data = msg["content"].get("data", {})
+        if MIME not in data:
+            self.room -= len(msg["content"].get("text", "")) + sum(len(str(value)) for value in data.values())
+            if self.room < 0:
+                return None
+        return super().output(outs, msg, display_id, cell_index)
+
+
+class Sandbox:
+    """A kernel of the running interpreter in an empty directory: ``async with Sandbox(limits) as box``."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._deadline = float("inf")
+        self._interrupted = False
+        self._end: KernelLost | None = None
+        self._tree: ProcessTree | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        # Sockets in our own folder cannot be taken by others, as ports are, but their path may be too long.
+        for transport in ("ipc", "tcp"):
+            try:
+                await self._start(transport)
+                break
+            except BaseException as error:
+                await self.__aexit__()
+                if not isinstance(error, Exception):
+                    raise
+                if transport == "tcp":
+                    raise NoKernel(f"no kernel starts here: {error}") from error
+        return self
+
+    async def _start(self, transport: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="kvlearn-", ignore_cleanup_errors=True)
+        home = Path(self._folder.name)
+        # Without kernel directories the only "python3" left is ipykernel in the interpreter that runs us.
+        specs = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
+        self._manager = AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=specs,
+            transport=transport,
+            connection_file=str(home / "kernel.json"),
+        )
+        self._client = _Client(
+            nbformat.v4.new_notebook(),
+            km=self._manager,
+            allow_errors=True,
+            timeout=None,
+            iopub_timeout=30,
+            store_widget_state=False,
+        )
+        self._client.log.setLevel("CRITICAL")
+        for name in ("work", "ipython", "tmp"):
+            (home / name).mkdir()
+        mark = uuid.uuid4().hex
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"} | {
+            "IPYTHONDIR": str(home / "ipython"),  # the user's own start-up files stay out
+            "TMPDIR": str(home / "tmp"),
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            MARK: mark,
+        }
+        await self._client.async_start_new_kernel(
+            cwd=str(home / "work"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._tree = ProcessTree(self._provisioner.pid, mark)
+        self._tree.confine(self.limits.memory)
+        await self._client.async_start_new_kernel_client()
+        self._watcher = asyncio.create_task(self._watch())
+
+    @property
+    def _provisioner(self) -> Any:
+        return self._manager.provisioner
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._tree is not None:
+            self._tree.kill()
+        if self._manager.has_kernel:
+            await self._manager.shutdown_kernel(now=True)
+        if self._client.kc is not None:
+            self._client.kc.stop_channels()
+        self._folder.cleanup()
+
+    async def _watch(self) -> None:
+        """Interrupt at the deadline, kill after the grace, kill what holds too much memory."""
+        assert self._tree is not None
+        while True:
+            await asyncio.sleep(0.1)
+            late = time.monotonic() - self._deadline
+            if self._tree.resident(self.limits.memory) > self.limits.memory:
+                self._end = KernelLost(f"it used more than {self.limits.memory / 2**30:.1f} GiB of memory")
+            elif late > self.limits.grace:
+                self._end = OverTime()
+            elif late > 0 and not self._interrupted:
+                self._interrupted = True
+                with suppress(RuntimeError):  # it has just died of itself
+                    await self._manager.interrupt_kernel()
+            if self._end is not None:
+                self._tree.kill()
+                if self._client.task_poll_for_reply is not None:
+                    self._client.task_poll_for_reply.cancel()
+                return
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        if self._end is not None:
+            raise self._end
+        self._interrupted = False
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = float("inf")
+
+    async def run(self, source: str, seconds: float) -> list[dict[str, Any]]:
+        """Run a cell and return its outputs.
+
+        ``TimedOut`` if it had to be interrupted after ``seconds``, ``KernelLost`` if the kernel is gone.
+        """
+        cell = nbformat.v4.new_code_cell(source)
+        self._client.nb.cells = [cell]
+        self._client.room = self.limits.output
+        with self._within(seconds):
+            try:
+                await self._client.async_execute_cell(cell, 0)
+            except DeadKernelError:
+                await self._explain()
+        if self._interrupted:
+            raise TimedOut
+        return cell.outputs
+
+    async def ask(self, expression: str, seconds: float) -> Any:
+        """The value of an expression that evaluates to a literal, or None if there is none to be had."""
+        assert self._client.kc is not None
+        with self._within(seconds):
+            try:
+                request = self._client.kc.execute(
+                    "", silent=True, store_history=False, user_expressions={"value": expression}
+                )
+                reply = await self._client.async_wait_for_reply(request)
+            except DeadKernelError:
+                await self._explain()
+        try:
+            assert reply is not None
+            return ast.literal_eval(reply["content"]["user_expressions"]["value"]["data"]["text/plain"])
+        except (AssertionError, TypeError, KeyError, ValueError, SyntaxError):
+            return None
+
+    async def _explain(self) -> NoReturn:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # nbclient takes our own cancellation for a dead kernel
+            raise asyncio.CancelledError
+        if self._end is None:
+            code = await self._provisioner.poll()
+            how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
+            self._end = KernelLost(f"it ended the process {how}")
+        raise self._end

@@ -1,0 +1,94 @@
+"""``kvlearn bench NAME``: every benchmark is a module of this package with a function ``run(device)``.
+
+It yields rows, each a measured number and, where there is one, the bar it is held against. A new benchmark is
+a module here and a line in ``BENCHMARKS``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+
+from kvlearn import expect
+from kvlearn.measure.timing import Quartiles
+from kvlearn.measure.units import format_bytes, format_rate, format_seconds
+
+BENCHMARKS = {
+    "full": "full attention: what the cache saves, and how close decode and prefill come to the roofline",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number in SI units (s, B, B/s, FLOP/s, FLOP/B, tokens/s; x for a ratio), and its bar.
+
+    ``bar`` None: measured for the record, nothing to pass. ``spread``: the quartiles behind a median.
+    ``details``: what a plot needs to find the row again (length, batch, …).
+    """
+
+    case: str
+    measured: float
+    unit: str
+    bar: float | None = None
+    relation: Literal[">=", "<=", "=="] = ">="
+    spread: Quartiles | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        if self.bar is None:
+            return None
+        return {
+            ">=": self.measured >= self.bar,
+            "<=": self.measured <= self.bar,
+            "==": self.measured == self.bar,
+        }[self.relation]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As results/ keeps it."""
+        row: dict[str, Any] = {
+            "case": self.case,
+            "measured": self.measured,
+            "unit": self.unit,
+            "bar": self.bar,
+            "relation": None if self.bar is None else self.relation,
+            "pass": self.passed,
+            **self.details,
+        }
+        if self.spread is not None:
+            row |= {"q1": self.spread.q1, "q3": self.spread.q3, "n": self.spread.n}
+        return row
+
+    def texts(self) -> tuple[str, str, str, str, str]:
+        """Case, bar, measured, quartiles and verdict, for a table."""
+        sign = {">=": "≥", "<=": "≤", "==": "="}[self.relation]
+        bar = "" if self.bar is None else f"{sign} {format_quantity(self.bar, self.unit)}"
+        quartiles = (self.spread.q1, self.spread.q3) if self.spread is not None else ()
+        spread = " – ".join(format_quantity(q, self.unit) for q in quartiles)
+        verdict = {None: "", True: "pass", False: "miss"}[self.passed]
+        return self.case, bar, format_quantity(self.measured, self.unit), spread, verdict
+
+
+def run_benchmark(name: str, device: torch.device | str | None = None) -> Iterator[Row]:
+    """The rows of benchmark ``name``, as they are measured; on the GPU where there is one, unless told."""
+    expect.one_of("name", name, list(BENCHMARKS))
+    yield from import_module(f"{__name__}.{name}").run(torch.device(device or default_device()))
+
+
+def default_device() -> str:
+    """Where a benchmark runs unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """A number with its unit, as a reader wants to see it."""
+    if unit == "s":
+        return format_seconds(value)
+    if unit == "B":
+        return format_bytes(value)
+    if unit.endswith("/s") and unit != "tokens/s":
+        return format_rate(value, unit.removesuffix("/s"))
+    return f"{value:,.3g} {unit}" if abs(value) < 1000 else f"{value:,.0f} {unit}"

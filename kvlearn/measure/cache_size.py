@@ -1,0 +1,118 @@
+"""The memory arithmetic: bytes of cache that a real model stores, and bytes that one decode step reads.
+
+    stored = batch · Σ_layers (elements per token) · min(length, window) · bytes per element
+
+Stored is not read: a layer that borrows another layer's cache stores nothing and still reads it every step.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvlearn import expect
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Where one layer differs from plain attention over all tokens with the model's heads.
+
+    ``window``: keeps and reads only the last so many tokens (the current one counts). ``head_dim``: its own
+    instead of the model's. ``latent``: one vector of so many numbers a token in place of all keys and values
+    (multi-head latent attention: the latent's rank + the RoPE part). ``shared``: stores nothing and reads the
+    cache of an earlier layer of its kind.
+    """
+
+    window: int | None = None
+    head_dim: int | None = None
+    latent: int | None = None
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("window", "head_dim", "latent"):
+            if (value := getattr(self, name)) is not None:
+                expect.positive(name, value)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of a model, as far as the sizes of its weights and its cache depend on it.
+
+    ``layers`` is a pattern, repeated to the model's depth; empty means that all layers are plain.
+    ``bytes_per_parameter``: of the released weights, averaged. ``context``: tokens the model was made for.
+    ``source``: where the numbers were read. ``dataclasses.replace`` varies one of them:
+    ``replace(model, n_kv_heads=model.n_heads)`` is the same model as multi-head attention.
+    """
+
+    name: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_parameters: int
+    context: int
+    source: str
+    layers: tuple[LayerShape, ...] = ()
+    bytes_per_parameter: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "n_heads", "head_dim", "n_parameters", "context"):
+            expect.positive(name, getattr(self, name))
+        expect.divides("n_kv_heads", self.n_kv_heads, "n_heads", self.n_heads)
+        expect.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
+
+    def layer(self, index: int) -> LayerShape:
+        """The shape of layer ``index``, counted from 0."""
+        return self.layers[index % len(self.layers)] if self.layers else LayerShape()
+
+
+def elements_per_token(model: ModelShape, length: int = 1) -> int:
+    """Numbers that the token at place ``length`` adds to the cache; a full window adds none.
+
+    At the default, the first token: every layer that stores anything counts, 2 · L · G · D for plain layers.
+    """
+    expect.positive("length", length)
+    return _elements(model, length, "stored") - _elements(model, length - 1, "stored")
+
+
+def cache_bytes(
+    model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """STORED: bytes of cache for ``batch`` sequences of ``length`` tokens, windows as ring buffers."""
+    expect.at_least("length", length, 0)
+    return expect.positive("batch", batch) * _elements(model, length, "stored") * dtype.itemsize
+
+
+def read_bytes(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+    """READ: bytes of cache that one decode step touches at ``length`` tokens, its own among them.
+
+    Every layer reads its own tokens once, all query heads together; a shared layer reads its owner's again.
+    """
+    expect.at_least("length", length, 0)
+    return expect.positive("batch", batch) * _elements(model, length, "read") * dtype.itemsize
+
+
+def weights_bytes(model: ModelShape) -> int:
+    """Bytes of the released weights; of a mixture of experts, all experts."""
+    return round(model.n_parameters * model.bytes_per_parameter)
+
+
+def users(model: ModelShape, device_bytes: float, length: int, *, dtype: torch.dtype = torch.bfloat16) -> int:
+    """How many sequences of ``length`` tokens fit on a device beside the weights (activations not counted).
+
+    0 where not even the weights and one sequence fit.
+    """
+    expect.positive("length", length)
+    left = device_bytes - weights_bytes(model)
+    return max(0, int(left // cache_bytes(model, length, dtype=dtype)))
+
+
+def _elements(model: ModelShape, length: int, what: Literal["stored", "read"]) -> int:
+    total = 0
+    for index in range(model.n_layers):
+        layer = model.layer(index)
+        if layer.shared and what == "stored":
+            continue
+        width = layer.latent or 2 * model.n_kv_heads * (layer.head_dim or model.head_dim)
+        total += width * min(length, layer.window or length)
+    return total

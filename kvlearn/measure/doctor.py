@@ -1,0 +1,201 @@
+"""``kvlearn doctor``: what this machine has, and what of the course will run how on it."""
+
+import platform
+import shutil
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import psutil
+import torch
+
+from kvlearn.measure.provenance import checkout, commit, cores, cpu_model, gpu, installed
+from kvlearn.measure.roofline import read_bandwidth
+from kvlearn.measure.units import GIB, format_bytes, format_rate
+
+Status = Literal["ok", "note", "wrong"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``advice`` says what to do where something is not as it should be."""
+
+    section: str
+    name: str
+    value: str
+    status: Status = "ok"
+    advice: str = ""
+
+
+class Need(NamedTuple):
+    """A required package: which versions do, which one is installed (None: none), and whether it does."""
+
+    name: str
+    versions: str
+    found: str | None
+    met: bool
+
+
+def examine() -> list[Finding]:
+    """The whole report, in order. Takes about two seconds, most of them for the memory bandwidth."""
+    return [*software(), *hardware(), *course()]
+
+
+def software() -> list[Finding]:
+    """Python, what kvlearn requires, what the notebooks require, and the pins."""
+    python = platform.python_version()
+    old = sys.version_info < (3, 11)
+    advice = "install Python 3.11 or newer, then: make env" if old else ""
+    state = commit()
+    at = (
+        f", commit {state['commit'][:10]}{' with changes' if state['dirty'] else ''}"
+        if state["commit"]
+        else ""
+    )
+    return [
+        Finding("software", "python", python, "wrong" if old else "ok", advice),
+        Finding("software", "kvlearn", f"{installed('kvlearn') or 'not installed, run from its folder'}{at}"),
+        *requirements(own_requirements()),
+        *(
+            Finding(
+                "software", name, *(v, "ok", "") if (v := installed(name)) else ("missing", "note", advice)
+            )
+            for name, advice in (
+                ("jupyterlab", "for the notebooks: make lab"),
+                ("nbclient", "for grading and checking notebooks: make env"),
+                ("transformers", "for the tests and the chapters that load real models: make env"),
+            )
+        ),
+        pins(),
+    ]
+
+
+def own_requirements() -> list[str]:
+    """What the library itself needs, as lines of a requirements file."""
+    try:
+        return requires("kvlearn") or []
+    except PackageNotFoundError:  # not installed, but run from its folder
+        root = checkout()
+        return tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"] if root else []
+
+
+def requirements(lines: list[str]) -> list[Finding]:
+    """One finding a requirement of this system: wrong where it is missing or its version does not do."""
+    findings = []
+    for need in filter(None, map(parse, lines)):
+        if need.met and need.found is not None:
+            findings.append(Finding("software", need.name, need.found))
+        else:
+            value = f"{need.found or 'missing'}, needed: {need.name}{need.versions}"
+            advice = f"make env, or: pip install '{need.name}{need.versions}'"
+            findings.append(Finding("software", need.name, value, "wrong", advice))
+    return findings
+
+
+def pins(root: Path | None = None) -> Finding:
+    """Whether what is installed is what requirements.txt pins."""
+    root = root or checkout()
+    path = root / "requirements.txt" if root is not None else None
+    if path is None or not path.is_file():
+        return Finding("software", "pins", "no requirements.txt here")
+    lines = (line.split(" #")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    pinned = [need for line in lines if line and line[0] not in "#-." and (need := parse(line)) is not None]
+    unmet = [f"{n.name} {n.found or 'missing'} (pinned {n.versions})" for n in pinned if not n.met]
+    if not unmet:
+        return Finding("software", "pins", f"all {len(pinned)} of requirements.txt met")
+    more = f" and {len(unmet) - 3} more" if len(unmet) > 3 else ""
+    value = f"{len(pinned) - len(unmet)} met; not: {', '.join(unmet[:3])}{more}"
+    return Finding("software", "pins", value, "note", "make env")
+
+
+def parse(line: str) -> Need | None:
+    """A line such as ``triton==3.7.1 ; sys_platform == 'linux'``; None where another system is meant."""
+    from packaging.requirements import Requirement  # comes with matplotlib
+
+    requirement = Requirement(line)
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return None
+    found = installed(requirement.name)
+    met = found is not None and requirement.specifier.contains(found, prereleases=True)
+    return Need(requirement.name, str(requirement.specifier), found, met)
+
+
+def hardware() -> list[Finding]:
+    """Processor, memory and its bandwidth, GPU, disk."""
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    card = gpu()
+    low_memory, low_disk = memory.total < 4 * GIB, disk.free < 2 * GIB
+    return [
+        Finding(
+            "hardware", "processor", f"{cpu_model()}, {cores()} cores, {torch.get_num_threads()} threads"
+        ),
+        Finding(
+            "hardware",
+            "memory",
+            f"{format_bytes(memory.total)}, {format_bytes(memory.available)} free",
+            "note" if low_memory else "ok",
+            "under 4 GiB the training chapters may not fit" if low_memory else "",
+        ),
+        Finding(
+            "hardware", "memory bandwidth", f"{format_rate(read_bandwidth('cpu'))}, measured now, reading"
+        ),
+        Finding("hardware", "GPU", f"{card['name']}, {format_bytes(card['memory'])}" if card else "none"),
+        Finding(
+            "hardware",
+            "free disk",
+            format_bytes(disk.free),
+            "note" if low_disk else "ok",
+            "under 2 GiB `make env` may not fit" if low_disk else "",
+        ),
+    ]
+
+
+def course() -> list[Finding]:
+    """What will run how."""
+    browser = next((name for name in BROWSERS if shutil.which(name)), None)
+    has_playwright = find_spec("playwright") is not None
+    return [
+        Finding("course", "chapters 00–10", "run here, on the CPU"),
+        kernels(find_spec("triton") is not None, torch.cuda.is_available(), has_compiler()),
+        Finding(
+            "course", "chapters 12–13", "recorded results, and this machine's own measurements beside them"
+        ),
+        Finding("course", "browser test", f"runs, with {browser}")
+        if browser and has_playwright
+        else Finding(
+            "course", "browser test", f"skipped: no {'playwright' if browser else 'chromium'}", "note"
+        ),
+    ]
+
+
+def kernels(triton: bool, cuda: bool, compiler: bool) -> Finding:
+    """How chapter 11's Triton kernels run: compiled, interpreted, or not at all."""
+    name = "chapter 11, kernels"
+    if not triton:
+        value = (
+            "Triton is not there (it exists for Linux only): recorded results, the rest of the chapter runs"
+        )
+        return Finding("course", name, value)
+    if not cuda:
+        return Finding(
+            "course", name, "Triton's interpreter on the CPU: right but slow; speeds are recorded results"
+        )
+    if not compiler:
+        return Finding(
+            "course",
+            name,
+            "interpreted: Triton finds no C compiler",
+            "note",
+            "install gcc, so that kernels compile",
+        )
+    return Finding("course", name, "compiled, on the GPU; speeds are measured here")
+
+
+def has_compiler() -> bool:
+    """Whether Triton finds the C compiler that it needs for its launchers."""
+    return any(shutil.which(name) for name in ("cc", "gcc", "clang"))

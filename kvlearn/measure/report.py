@@ -1,0 +1,58 @@
+"""The tables that ``kvlearn bench`` and ``kvlearn doctor`` print."""
+
+from collections.abc import Iterable
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from kvlearn.measure.bench import BENCHMARKS, Row, run_benchmark
+from kvlearn.measure.doctor import Finding
+from kvlearn.measure.provenance import machine
+
+MARKS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "wrong": "[bold red]✗[/]"}
+
+
+def run_and_print(name: str, device: torch.device | str, console: Console) -> list[Row]:
+    """Runs a benchmark, shows each row as it is measured, and returns them all."""
+    table = Table(
+        "case",
+        title=f"{name}: {BENCHMARKS[name]}",
+        caption=f"measured on {machine(device)}",
+        title_justify="left",
+        box=SIMPLE,
+        caption_justify="left",
+    )
+    for column in ("bar", "measured", "quartiles"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    rows = []
+    with Live(table, console=console, refresh_per_second=2):
+        for row in run_benchmark(name, device):
+            *texts, verdict = row.texts()
+            table.add_row(*texts, f"[{'red' if verdict == 'miss' else 'green'}]{verdict}[/]")
+            rows.append(row)
+    return rows
+
+
+def print_findings(findings: Iterable[Finding], console: Console) -> None:
+    """The doctor's report, and at its end a line for everything that needs doing."""
+    findings = list(findings)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    section = ""
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            table.add_row("", f"[bold]{section}[/]", "")
+        table.add_row(MARKS[finding.status], finding.name, finding.value)
+    console.print(table)
+    for finding in findings:
+        if finding.advice:
+            console.print(f"{MARKS[finding.status]} {finding.name}: {finding.advice}", soft_wrap=True)
+    if all(finding.status == "ok" for finding in findings):
+        console.print("[green]Everything that the course needs is here.[/]")

@@ -1,0 +1,150 @@
+"""Recorded measurements: results/NAME-MACHINE.json, the only place that numbers in the course come from.
+
+    {"schema": 1, "command": "kvlearn bench full --record", "provenance": {...}, "rows": [{...}, ...]}
+
+One machine a file for timings. Rows of quality may come from several machines; each then carries its own
+``"provenance"``.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kvlearn
+from kvlearn.measure.provenance import checkout, collect_provenance
+
+SCHEMA = 1
+# What each key of a provenance must hold; more keys are welcome.
+PROVENANCE: dict[str, tuple[type, ...]] = {
+    "date": (str,),
+    "commit": (str, type(None)),
+    "dirty": (bool, type(None)),
+    "machine": (str,),
+    "cores": (int,),
+    "memory": (int,),
+    "read_bandwidth_measured": (int, float),
+    "gpu": (dict, type(None)),
+    "versions": (dict,),
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One file of results: who measured what, and the rows."""
+
+    path: Path
+    command: str
+    provenance: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def save(
+    name: str,
+    command: str,
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Write ``rows`` to FOLDER/NAME-MACHINE.json, all or nothing, and return the path.
+
+    ``command`` is what repeats the measurement; ``provenance`` is ``collect_provenance(device)``, by default
+    of the CPU. The folder is the repository's results/, or ./results where there is no repository.
+    ValueError names the key that is missing or wrong; NaN and infinity are refused.
+    """
+    if not re.fullmatch(r"[a-z0-9]+([_-][a-z0-9]+)*", name):
+        raise ValueError(f"name: expected lower-case words like 'full' or 'base-model', got {name!r}")
+    provenance = dict(provenance) if provenance is not None else collect_provenance()
+    content = {"schema": SCHEMA, "command": command, "provenance": provenance, "rows": list(rows)}
+    path = Path(f"{name}.json")
+    validate(content, path)
+    try:
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"rows: expected numbers, strings, lists and dicts that JSON can hold: {error}"
+        ) from None
+    folder = folder or results_folders()[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{provenance['machine']}.json"
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".json")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(name: str, folder: Path | None = None) -> list[Recorded]:
+    """All recorded runs of ``name``, one a machine, sorted by machine; an empty list where there is none.
+
+    Looks into the repository's results/, or into those that came with an installed wheel. ValueError
+    names the file that does not hold what it should.
+    """
+    found: dict[str, Recorded] = {}
+    for place in [folder] if folder is not None else results_folders():
+        for path in sorted(place.glob(f"{name}-*.json")):
+            recorded = read(path)
+            # A longer name may begin like this one: full-… and full-model-….
+            if path.name == f"{name}-{recorded.provenance['machine']}.json":
+                found.setdefault(path.name, recorded)
+    return [found[key] for key in sorted(found)]
+
+
+def read(path: Path) -> Recorded:
+    """One file of results, checked; ValueError names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name}: expected JSON, {error}") from None
+    validate(content, path)
+    machine = content["provenance"]["machine"]
+    if not path.stem.endswith(f"-{machine}"):
+        raise ValueError(f"{path.name}: expected NAME-{machine}.json, after the machine in its provenance")
+    return Recorded(path, content["command"], content["provenance"], content["rows"])
+
+
+def validate(content: Any, path: Path) -> None:
+    """Check the content of a results file; ValueError names ``path`` and the key."""
+    _keys(content, {"schema": (int,), "command": (str,), "provenance": (dict,), "rows": (list,)}, path.name)
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"{path.name}: schema: expected {SCHEMA}, got {content['schema']}")
+    _keys(content["provenance"], PROVENANCE, f"{path.name}: provenance")
+    machine = content["provenance"]["machine"]
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", machine):
+        raise ValueError(f"{path.name}: provenance: machine: expected a slug, got {machine!r}")
+    for index, row in enumerate(content["rows"]):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{path.name}: rows[{index}]: expected a dict, got {type(row).__name__}")
+        if "provenance" in row:
+            _keys(row["provenance"], PROVENANCE, f"{path.name}: rows[{index}]: provenance")
+
+
+def _keys(content: Any, wanted: Mapping[str, tuple[type, ...]], where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected a dict, got {type(content).__name__}")
+    for key, kinds in wanted.items():
+        if key not in content:
+            raise ValueError(
+                f"{where}: expected a key {key!r}, got {', '.join(map(repr, content)) or 'none'}"
+            )
+        value = content[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{where}: {key}: expected {expected}, got {value!r}")
+
+
+def results_folders() -> list[Path]:
+    """Where results lie, the place to write to first: the checkout's; else ./results and the wheel's."""
+    root = checkout()
+    if root is not None:
+        return [root / "results"]
+    return [Path.cwd() / "results", Path(kvlearn.__file__).parent / "_results"]

@@ -1,0 +1,112 @@
+"""Rooflines: how fast this machine reads and multiplies, and what that allows a computation at best.
+
+    attainable FLOP/s = min(peak, intensity · bandwidth),   intensity = FLOPs / bytes moved
+
+Left of the knee (peak / bandwidth) a computation waits for memory, right of it for arithmetic.
+Source: Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model" (2009).
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from kvlearn.measure.units import GIB, MIB
+from kvlearn.measure.work import Work
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """``peak`` in FLOP/s and ``bandwidth`` in bytes/s, both measured, for one device and dtype."""
+
+    peak: float
+    bandwidth: float
+    name: str = ""
+
+    @property
+    def knee(self) -> float:
+        """FLOPs a byte at which memory and arithmetic take equally long."""
+        return self.peak / self.bandwidth
+
+    def attainable(self, intensity: float) -> float:
+        """The most FLOP/s at so many FLOPs a byte."""
+        return min(self.peak, intensity * self.bandwidth)
+
+    def floor(self, work: Work) -> float:
+        """The least seconds that the work can take: all bytes moved, all FLOPs done, at the same time."""
+        return max(work.flops / self.peak, work.nbytes / self.bandwidth)
+
+
+def measure_roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Roofline:
+    """This machine's roofline, measured now (once a process, about a second) with all of torch's threads."""
+    device = torch.device(device)
+    label = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    return Roofline(matmul_peak(device, dtype), read_bandwidth(device), label)
+
+
+def read_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes/s of a read-only stream: the best of several sums over a buffer far larger than any cache."""
+    return _read_bandwidth(torch.device(device), torch.get_num_threads())
+
+
+def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a square matrix product, the best of several at two sizes.
+
+    A dtype that the machine only emulates is measured as it is (fp16 on most CPUs: a thousandth).
+    """
+    return _matmul_peak(torch.device(device), dtype, torch.get_num_threads())
+
+
+def read_stream(device: torch.device | str = "cpu") -> tuple[Callable[[], object], int]:
+    """A function that reads a buffer far larger than any cache once, and how many bytes those are."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        size = min(2 * GIB, torch.cuda.mem_get_info(device)[0] // 4)
+    else:
+        size = min(512 * MIB, psutil.virtual_memory().available // 4)
+    buffer = torch.ones(size // 4, device=device)
+    return buffer.sum, buffer.nbytes
+
+
+def square_product(
+    n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], object], int]:
+    """A function that multiplies two n x n matrices, and its 2 · n³ FLOPs."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    return functools.partial(torch.mm, a, a), 2 * n**3
+
+
+# The number of threads is a key of the caches: other threads, other numbers.
+@functools.cache
+def _read_bandwidth(device: torch.device, threads: int) -> float:
+    stream, n_bytes = read_stream(device)
+    return n_bytes / _best(stream, device, runs=7)
+
+
+@functools.cache
+def _matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    best = 0.0
+    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        product, flops = square_product(n, device, dtype)
+        seconds = _best(product, device, runs=5)
+        best = max(best, flops / seconds)
+        if seconds > 0.5:  # emulated: the larger product would take minutes and say the same
+            break
+    return best
+
+
+def _best(fn: Callable[[], object], device: torch.device, runs: int) -> float:
+    """The shortest of several runs; stops early where a run takes over half a second."""
+    best = float("inf")
+    for _ in range(runs + 1):  # the first warms up, and counts only if it is the only one
+        start = time.perf_counter()
+        fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        if best > 0.5:
+            break
+    return best

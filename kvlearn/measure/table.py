@@ -1,0 +1,87 @@
+"""Tables for notebooks, with one look in JupyterLab, on GitHub and as text; and the running table."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import torch
+
+from kvlearn.attention import REGISTRY
+from kvlearn.measure.units import GIB, KIB
+from kvlearn.model import Spec
+
+
+class Table:
+    """Rows of text and numbers; numbers stand to the right. HTML in a notebook, text elsewhere."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
+        if not rows:
+            raise ValueError("rows: expected at least one, got none")
+        self.rows = [
+            {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in row.items()}
+            for row in rows
+        ]
+        self.caption = caption
+
+    def __repr__(self) -> str:
+        columns = list(self.rows[0])
+        cells = [columns, *([row[c] for c in columns] for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+        lines = [
+            "  ".join(
+                text.rjust(width) if i and self._is_number(i) else text.ljust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+        return "\n".join([*([self.caption] if self.caption else []), *lines])
+
+    def _is_number(self, column: int) -> bool:
+        name = list(self.rows[0])[column]
+        return all(row[name][:1] in "-0123456789" for row in self.rows)
+
+    def _repr_html_(self) -> str:
+        columns = list(self.rows[0])
+        sides = ["right" if self._is_number(i) else "left" for i in range(len(columns))]
+
+        def line(tag: str, texts: Sequence[str]) -> str:
+            cells = "".join(
+                f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
+                for text, side in zip(texts, sides, strict=True)
+            )
+            return f"<tr>{cells}</tr>"
+
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        body = "".join(line("td", list(row.values())) for row in self.rows)
+        return f"<table>{caption}<thead>{line('th', columns)}</thead><tbody>{body}</tbody></table>"
+
+
+def running_table(*mechanisms: str | Spec, n_layers: int = 32) -> Table:
+    """What each mechanism stores and reads, in one and the same model: the table that grows over the course.
+
+    The model has ``n_layers`` layers of width 4096 with 32 heads of 128 and a 16-bit cache: an 8B model as it
+    was before heads were shared. Every number comes from the mechanism's own ``cache_bytes`` and
+    ``read_bytes``, which the contract tests hold equal to what is allocated.
+    """
+    rows = []
+    for given in mechanisms:
+        spec = given if isinstance(given, Spec) else Spec(given)
+        with torch.device("meta"):  # shapes without memory
+            layer = REGISTRY[spec.name](4096, 32, **spec.options)
+        options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
+        stored = {
+            n: n_layers * layer.cache_bytes(n, dtype=torch.bfloat16) for n in (1, 4096, 32_768, 131_072)
+        }
+        read = n_layers * layer.read_bytes(32_768, dtype=torch.bfloat16)
+        rows.append(
+            {
+                "mechanism": f"{spec.name} ({options})" if options else spec.name,
+                "elements a token": f"{stored[1] // 2:,}",
+                "KiB a token": f"{stored[1] / KIB:,.0f}",
+                "stored at 4K, GiB": f"{stored[4096] / GIB:.2f}",
+                "at 32K": f"{stored[32_768] / GIB:.2f}",
+                "at 128K": f"{stored[131_072] / GIB:.2f}",
+                "read by a step at 32K, GiB": f"{read / GIB:.2f}",
+            }
+        )
+    return Table(rows, "One user, 16-bit; GiB are powers of two.")

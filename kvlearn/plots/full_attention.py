@@ -1,0 +1,139 @@
+"""Pictures of chapter 01: what attends to what, what the cache saves, and where the time goes."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import to_rgba
+
+from kvlearn.measure import Quartiles, Roofline, Work
+from kvlearn.plots.picture import COLOURS, Picture, drawing
+
+
+def cache_saves(n_tokens: int = 12) -> Picture:
+    """The scores that the last step computes without a cache and with one, and what the cache must hold."""
+    row, column = np.indices((n_tokens, n_tokens))
+    visible, last = column <= row, row == n_tokens - 1
+    computed = {"without": visible, "with": visible & last}
+    counts = {name: int(cells.sum()) for name, cells in computed.items()}
+    with drawing(1, 2, size=(7.8, 4.1)) as (figure, axes):
+        for panel, (name, cells) in zip(axes, computed.items(), strict=True):
+            colours = np.zeros((n_tokens, n_tokens, 4))
+            colours[visible] = to_rgba(COLOURS["memory"], 0.16)
+            colours[cells] = to_rgba(COLOURS["full"], 0.35)
+            colours[cells & last] = to_rgba(COLOURS["full"], 0.95)
+            panel.imshow(colours, extent=(0, n_tokens, n_tokens, 0))
+            panel.set_title(f"{name.capitalize()} a cache: {counts[name]} scores")
+            edges = np.arange(n_tokens + 1)
+            panel.hlines(edges, 0, n_tokens, color="#8a8a8a", lw=0.5, alpha=0.4)
+            panel.vlines(edges, 0, n_tokens, color="#8a8a8a", lw=0.5, alpha=0.4)
+            panel.set(xticks=[], yticks=[], xlim=(0, n_tokens + 0.1), ylim=(n_tokens + 2.7, -0.1))
+            panel.spines[:].set_visible(False)
+        axes[0].set_ylabel("queries: one row a token", y=0.6)
+        axes[0].text(0, n_tokens + 1.0, "keys: one column a token", fontsize=10)
+        axes[0].text(0, n_tokens + 2.5, "no cache: K and V are computed again too", fontsize=9)
+        axes[0].text(n_tokens * 0.97, 1.4, "the future:\nmasked", ha="right", va="center", fontsize=9)
+        axes[1].text(0.4, n_tokens * 0.62, "computed in\nearlier steps,\nnot needed again", fontsize=9)
+        slots = np.tile(to_rgba(COLOURS["shared"], 0.85), (1, n_tokens, 1))
+        slots[0, -1] = to_rgba(COLOURS["full"], 0.95)
+        axes[1].imshow(slots, extent=(0, n_tokens, n_tokens + 1.6, n_tokens + 0.6))
+        axes[1].vlines(edges, n_tokens + 0.6, n_tokens + 1.6, color="#8a8a8a", lw=0.5)
+        axes[1].text(0, n_tokens + 2.5, "the cache: 1 slot of K and V written, all read", fontsize=9)
+    alt = (
+        f"Two triangular grids of attention scores at step {n_tokens}. Without a cache the whole triangle "
+        f"of {counts['without']} scores is computed; with a cache only its last row of {counts['with']}. "
+        f"Below the second grid stand {n_tokens} slots of keys and values: one is written in this step, all "
+        "of them are read."
+    )
+    return Picture(figure, alt, {"scores": counts})
+
+
+def loss_curve(losses: Sequence[float], *, uniform: float) -> Picture:
+    """Training loss over steps, with a running mean, from the loss of knowing nothing."""
+    losses_ = np.asarray(losses)
+    window = max(len(losses_) // 20, 1)
+    mean = np.convolve(losses_, np.ones(window) / window, mode="valid")
+    with drawing(size=(7.5, 3.2)) as (figure, axes):
+        axes.plot(losses_, color=COLOURS["full"], alpha=0.3, lw=1)
+        axes.plot(np.arange(window - 1, len(losses_)), mean, color=COLOURS["full"])
+        axes.axhline(uniform, color="#8a8a8a", lw=1, ls=":")
+        axes.text(len(losses_), uniform, "knows nothing: ln 256", ha="right", va="bottom", fontsize=9)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats a byte")
+        axes.set_ylim(0, uniform * 1.1)
+    alt = (
+        f"Training loss over {len(losses_)} steps: it falls from {losses_[0]:.2f} to about {mean[-1]:.2f} "
+        "nats a byte, fast at first."
+    )
+    return Picture(figure, alt, {"losses": losses_, "mean": mean})
+
+
+def step_times(lengths: Sequence[int], times: Mapping[str, Sequence[Quartiles]]) -> Picture:
+    """Time of one more token over the length so far, without a cache and with one; bars are quartiles."""
+    colours = {"without a cache": COLOURS["memory"], "with a cache": COLOURS["full"]}
+    with drawing() as (figure, axes):
+        for name, values in times.items():
+            median = np.array([q.median for q in values]) * 1e3
+            low = median - np.array([q.q1 for q in values]) * 1e3
+            high = np.array([q.q3 for q in values]) * 1e3 - median
+            axes.errorbar(lengths, median, [low, high], fmt="o-", color=colours[name], capsize=3, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        axes.set_xlabel("tokens so far")
+        axes.set_ylabel("ms for the next token")
+        axes.legend()
+        axes.set_title("The price of the next token, on this machine")
+    first, last = lengths[0], lengths[-1]
+    ends = "; ".join(
+        f"{name} from {v[0].median * 1e3:.1f} to {v[-1].median * 1e3:.1f} ms" for name, v in times.items()
+    )
+    alt = f"Time of the next token as the text grows from {first} to {last} tokens: {ends}."
+    return Picture(figure, alt, {"lengths": list(lengths), "times": dict(times)})
+
+
+def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartiles]]) -> Picture:
+    """Measured work under the roof of this machine: FLOP/s over FLOPs a byte."""
+    intensities = np.array([work.intensity for work, _ in points.values()])
+    achieved = {name: work.flops / time.median for name, (work, time) in points.items()}
+    reach = np.geomspace(min(0.2, intensities.min() / 2), max(4 * roofline.knee, intensities.max() * 2), 200)
+    roof = [roofline.attainable(float(i)) / 1e9 for i in reach]
+    with drawing(size=(7.5, 4.2)) as (figure, axes):
+        axes.plot(reach, roof, color="#8a8a8a")
+        axes.axvline(roofline.knee, color="#8a8a8a", lw=1, ls=":")
+        axes.text(roofline.knee * 1.08, min(roof) * 1.3, f"knee: {roofline.knee:.0f} FLOP a byte", fontsize=9)
+        axes.text(reach[2], roof[2] * 1.6, "bound by memory", rotation=32, fontsize=9)
+        axes.text(reach[-1], roof[-1] * 1.12, "bound by arithmetic", ha="right", fontsize=9)
+        for (name, (work, _)), marker in zip(points.items(), "osD^v", strict=False):
+            kind = COLOURS["full"] if "decode" in name else COLOURS["shared"]
+            axes.plot(work.intensity, achieved[name] / 1e9, marker, color=kind, ms=9, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOPs a byte moved")
+        axes.set_ylabel("GFLOP/s")
+        axes.legend(loc="lower right")
+        axes.set_title("Prefill and decode under this machine's roof")
+    listed = "; ".join(
+        f"{name}: {work.intensity:.1f} FLOPs a byte, {achieved[name] / 1e9:.1f} GFLOP/s"
+        for name, (work, _) in points.items()
+    )
+    alt = (
+        f"Roofline of this machine: {roofline.bandwidth / 1e9:.1f} GB/s up to the knee at "
+        f"{roofline.knee:.0f} FLOPs a byte, then {roofline.peak / 1e9:.0f} GFLOP/s. {listed}."
+    )
+    return Picture(figure, alt, {"achieved": achieved, "knee": roofline.knee})
+
+
+def loss_by_position(curves: Mapping[str, np.ndarray], *, smooth: int = 16) -> Picture:
+    """Loss over the position in the context, for the right model and for broken ones."""
+    with drawing() as (figure, axes):
+        for (name, losses), style in zip(curves.items(), ("-", "--", "-.", ":"), strict=False):
+            colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
+            mean = np.convolve(losses, np.ones(smooth) / smooth, mode="valid")
+            axes.plot(np.arange(len(mean)) + smooth, mean, style, color=colour, label=name)
+        axes.set_xlabel("position in the context")
+        axes.set_ylabel("loss, nats a byte")
+        axes.set_ylim(0)
+        axes.legend()
+    listed = "; ".join(f"{name} {losses.mean():.2f}" for name, losses in curves.items())
+    alt = f"Loss over the position in the context; means in nats a byte: {listed}."
+    return Picture(figure, alt, {"curves": dict(curves)})

@@ -1,0 +1,124 @@
+"""The house keeps its shape: imports go one way, the library asks for little, no file names one machine."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "kvlearn"
+# A room may import those before it; rooms on one step do not know each other.
+STEPS = [
+    {"expect"},
+    {"attention"},
+    {"kernels"},
+    {"model"},
+    {"parallel", "serving"},
+    {"measure"},
+    {"study"},
+    {"plots"},
+    {"grading"},
+    {"cli"},
+]
+STEP = {room: step for step, rooms in enumerate(STEPS) for room in rooms}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path, *, lazy: bool) -> Iterator[str]:
+    """Dotted names that a file imports; `lazy` counts the imports inside functions as well."""
+    package = path.relative_to(ROOT).parent.parts
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes.extend(ast.iter_child_nodes(node))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    if room in {"__init__", "__main__"}:
+        return  # the front door opens every room
+    assert room in STEP, f"kvlearn/{room} has no place in the order of rooms"
+    for name in imports(path, lazy=True):
+        top, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if top == "kvlearn" and other not in {room, "", "__version__"}:
+            assert other in STEP, f"{path.name} imports {name}: import it from its own room"
+            assert STEP[other] < STEP[room], f"{room} imports {name}, a later room"
+
+
+def test_the_library_imports_only_what_it_requires() -> None:
+    """So `bench` runs wherever torch does; grading touches notebooks, the next test sees to its front."""
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = {re.split(r"\W", line)[0] for line in required} | {"kvlearn"} | sys.stdlib_module_names
+    for path in SOURCES:
+        foreign = {name.split(".")[0] for name in imports(path, lazy=False)} - allowed
+        assert not foreign or room_of(path) == "grading", f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def test_the_command_line_starts_without_notebook_packages() -> None:
+    code = """
+import sys
+names = ["IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyterlab", "nbclient", "nbconvert",
+         "nbformat", "nbgrader", "playwright", "pytest", "transformers"]
+sys.modules.update(dict.fromkeys(names))  # importing any of these raises ImportError
+import kvlearn.grading, kvlearn.cli
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# In pieces, so that this file does not find itself.
+HOSTS = [
+    "pypi" + ".org",
+    "python" + "hosted",
+    "download.py" + "torch",
+    "npm" + "js.",
+    "ana" + "conda.",
+    "deb" + "ian.org",
+]
+FOLDERS = ["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "/Us" + "ers/", "/tm" + "p/v", "/opt" + "/"]
+
+
+def tracked() -> list[Path]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_no_file_names_a_registry_or_a_machine() -> None:
+    # A folder starts a word; `and/or/` or a URL's own path is none.
+    pattern = re.compile(
+        "|".join([*map(re.escape, HOSTS), *(rf"(?<![\w.:/])/?{re.escape(f)}" for f in FOLDERS)])
+    )
+    for path in tracked():
+        text = path.read_bytes().decode(errors="ignore") if path.name != "LICENSE" else ""
+        found = pattern.search(text)
+        assert found is None, f"{path.relative_to(ROOT)} holds {found.group()!r}" if found else ""
+
+
+def test_files_stay_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 250
+    }
+    assert not long, f"more than 250 lines: {long}"

@@ -1,0 +1,110 @@
+"""A teacher's path: nbgrader itself, on three submissions, gives the grades that ``kvlearn grade`` gives."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvlearn.grading.commands import grade
+from kvlearn.grading.release import nbgrader_of, units
+from kvlearn.grading.runner import Grader
+
+pytest.importorskip("nbgrader", reason="needs the extra kvlearn[teach]")
+pytestmark = pytest.mark.slow
+
+SOLUTIONS = Path(__file__).resolve().parents[2] / "solutions"
+UNITS = units(SOLUTIONS)
+CONFIG = """c = get_config()
+c.CourseDirectory.course_id = "kvlearn"
+c.CourseDirectory.source_directory = "solutions"
+c.CourseDirectory.release_directory = "exercises"
+c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"
+"""
+Notebook = dict[str, Any]
+
+
+def nbgrader(course: Path, *command: str) -> None:
+    """Run nbgrader's own command line, apart from the settings of whoever runs the test."""
+    apart = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+    environment = os.environ | {name: str(course / "home") for name in apart}
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # it calls alembic
+    )
+    environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "nbgrader", *command],
+        cwd=course,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def answered(released: Notebook, solved: Notebook, student: str) -> Notebook:
+    """What a student hands in: blank, half (right, empty, right, wrong, …) or full."""
+    notebook = json.loads(json.dumps(released))
+    answers = {cell["id"]: cell["source"] for cell in solved["cells"] if nbgrader_of(cell).get("solution")}
+    if student == "half":
+        kept = list(answers)[::2]
+        wrong = list(answers)[-1:]
+        answers = {name: answers[name] for name in kept} | {name: ["def nothing(): ...\n"] for name in wrong}
+    if student == "blank":
+        answers = {}
+    for cell in notebook["cells"]:
+        cell["source"] = answers.get(cell["id"], cell["source"])
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A course in which every unit was released, handed in, collected, graded and exported by nbgrader."""
+    course = tmp_path_factory.mktemp("course")
+    (course / "nbgrader_config.py").write_text(CONFIG)
+    shutil.copytree(SOLUTIONS, course / "solutions", ignore=shutil.ignore_patterns(".*"))
+    for unit in UNITS:
+        nbgrader(course, "generate_assignment", unit)
+        released = json.loads((course / "exercises" / unit / f"{unit}.ipynb").read_text("utf-8"))
+        solved = json.loads((SOLUTIONS / unit / f"{unit}.ipynb").read_text("utf-8"))
+        archive = course / "downloaded" / unit / "archive"
+        archive.mkdir(parents=True)
+        # Blank and half once; each further unit costs only a full submission.
+        for student in ("blank", "half", "full") if unit == UNITS[0] else ("full",):
+            handed_in = json.dumps(answered(released, solved, student))
+            (archive / f"{student}-{unit}.ipynb").write_text(handed_in, encoding="utf-8")
+        nbgrader(course, "zip_collect", unit)
+        nbgrader(course, "autograde", unit)
+    nbgrader(course, "export", "--to", "grades.csv")
+    return course
+
+
+def test_nbgrader_and_kvlearn_give_the_same_grades(course: Path) -> None:
+    with (course / "grades.csv").open(encoding="utf-8") as file:
+        theirs = {
+            (row["student_id"], row["assignment"]): (float(row["score"]), float(row["max_score"]))
+            for row in csv.DictReader(file)
+            if row["score"] and (course / "submitted" / row["student_id"] / row["assignment"]).exists()
+        }
+    reports, faults = grade([course / "submitted"], Grader(solutions=SOLUTIONS))
+    ours = {(report.student, report.unit): (report.score, report.max_score) for report in reports}
+    assert not faults
+    assert ours == theirs
+    assert len(ours) == len(UNITS) + 2
+
+    points = {student: ours[student, UNITS[0]] for student in ("blank", "half", "full")}
+    assert points["blank"][0] == 0
+    assert 0 < points["half"][0] < points["half"][1]
+    assert all(score == most for (student, _), (score, most) in ours.items() if student == "full")
+
+
+def test_grading_leaves_the_submissions_as_they_were(course: Path) -> None:
+    for file in sorted((course / "downloaded").glob("*/archive/*.ipynb")):
+        student, unit = file.stem.split("-", 1)
+        assert (course / "submitted" / student / unit / f"{unit}.ipynb").read_bytes() == file.read_bytes()
