@@ -1,11 +1,13 @@
 # kvlearn: `make lab` opens the course, `make help` lists the rest. GNU Make 3.81 and a POSIX shell are enough.
 PYTHON ?=
-NAME ?= decode
+NAME ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# On a busy machine torch's threads lose most of their time spinning for each other; asleep they are six times faster.
+SHARE := OMP_WAIT_POLICY=passive
 # Two workers with one thread each are faster than one with two; a notebook's timings want the machine alone.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
+PYTEST := $(SHARE) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
 NBVAL := -p no:python --nbval --nbval-sanitize-with tests/course/nbval_sanitize.cfg --nbval-cell-timeout=300
 CLEAN_METADATA := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
   --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{('language_info', 'name'), 'kernelspec', 'kvlearn'}"
@@ -27,7 +29,7 @@ env: $(READY) ## make .venv with everything pinned (PYTHON=python3.12 chooses th
 	@echo "kvlearn: .venv is ready; make lab opens the course"
 
 lab: $(READY) ## open the course in JupyterLab (ARGS="--no-browser --port 8890")
-	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	@$(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
 	  --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 test: lint unit nbval ## everything: lint, types, tests, every notebook run afresh and compared
@@ -38,15 +40,15 @@ quick: lint ## lint, types and unit tests, no notebooks: under 3 minutes
 grade: $(READY) ## grade your exercises (ARGS="--json")
 	@$(BIN)/kvlearn grade exercises $(ARGS)
 
-bench: $(READY) ## measure this machine: make bench NAME=decode (or all)
-	@$(BIN)/kvlearn bench $(NAME) $(ARGS)
+bench: $(READY) ## measure this machine: make bench NAME=full (all of it without a NAME)
+	@$(BIN)/kvlearn bench $(or $(NAME),all) $(ARGS)
 
-study: $(READY) ## train and evaluate: what a mechanism costs in quality
-	@$(BIN)/kvlearn study $(ARGS)
+study: $(READY) ## train the base model again, or what NAME says (kvlearn study --help)
+	@$(BIN)/kvlearn study $(or $(NAME),base) $(ARGS)
 
 # A widget's id is drawn anew in every run; an empty one is what a saved notebook can keep.
 notebooks: $(READY) ## run every notebook in place and keep its outputs
-	@$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
+	@$(SHARE) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 	  --ExecutePreprocessor.record_timing=False $(CLEAN_METADATA) notebooks/*.ipynb solutions/*/*.ipynb
 	@for notebook in notebooks/*.ipynb; do \
 	  sed 's/"model_id": "[0-9a-f]*"/"model_id": ""/' "$$notebook" >"$$notebook.new" && mv "$$notebook.new" "$$notebook"; done
@@ -74,14 +76,14 @@ unit: $(READY)
 	@$(PYTEST)
 
 nbval: $(READY)
-	@$(BIN)/pytest -q $(NBVAL) notebooks solutions
+	@$(SHARE) $(BIN)/pytest -q $(NBVAL) notebooks solutions
 
 # The stamp is written last, so an interrupted or failed set-up is taken up again by the next `make`.
 $(READY): requirements.txt pyproject.toml $(BIN)/python
 	@rm -f $(READY)
 	@echo "kvlearn: installing requirements.txt into $(VENV), 2 to 5 minutes (log: $(VENV)/install.log)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt >$(VENV)/install.log 2>&1 || { \
-	  echo "kvlearn: pip could not install requirements.txt ($$(sed -n 's/^ *ERROR: //p' $(VENV)/install.log | tail -1)): check network and disk, then run make again; all of it in $(VENV)/install.log" >&2; \
+	  echo "kvlearn: pip could not install requirements.txt ($$(grep -E '^ *(ERROR|[A-Za-z]+Error): ' $(VENV)/install.log | tail -1 | sed 's/^ *//')): check network and disk, then run make again; all of it in $(VENV)/install.log" >&2; \
 	  exit 1; }
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 >>$(VENV)/install.log 2>&1
 	@mkdir -p $(VENV)/etc/jupyter/labconfig

@@ -15,13 +15,16 @@ _LAZY = {
     "solution": "kvlearn.grading",
     "from_transformers": "kvlearn.model",
 }
+_ROOMS = ("attention", "grading", "measure", "model", "plots", "study")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _ROOMS:
+        return import_module(f"kvlearn.{name}")
     raise AttributeError(f"module 'kvlearn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_ROOMS])

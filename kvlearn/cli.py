@@ -18,20 +18,25 @@ app = typer.Typer(
 )
 
 
-STUDIES = ("base",)
+STUDIES = {"base": "train the base model that is committed with the course", "speed": "tokens/s of training"}
 
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help=f"one of: {', '.join(STUDIES)}")],
+    name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
 ) -> None:
-    """Train what the course commits; a run that was killed goes on where it stood (see runs/)."""
+    """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/)."""
     if name not in STUDIES:
         raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
-    from kvlearn.study import train_base
+    from kvlearn.study import SPEED_BAR, train_base, training_speed
 
-    for key, value in train_base().items():
-        typer.echo(f"{key:16} {value}")
+    if name == "speed":
+        rate = training_speed()
+        verdict = "pass" if rate >= SPEED_BAR else "miss"
+        typer.echo(f"{rate:,.0f} tokens/s; the bar is {SPEED_BAR:,} on 2 otherwise idle cores: {verdict}")
+    else:
+        for key, value in train_base().items():
+            typer.echo(f"{key:16} {value}")
 
 
 @app.command()

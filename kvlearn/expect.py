@@ -4,6 +4,7 @@ Each function returns the value it was given, or raises an error that names the 
 and says what was expected: ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
 """
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -18,8 +19,9 @@ def positive(name: str, value: Any) -> int:
 
 def at_least(name: str, value: Any, least: int) -> int:
     """An integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} ({value!r})")
+    value = operator.index(value)  # numpy's integers become Python's
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     return value

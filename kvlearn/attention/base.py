@@ -29,10 +29,12 @@ class Cache(ABC):
     and cut back to their own lengths by ``trim``.
     """
 
-    def __init__(self, batch: int, max_len: int, device: torch.device) -> None:
+    can_trim = True  # False where what was seen cannot be forgotten: a state, a ring that wrote over its past
+
+    def __init__(self, batch: int, max_len: int, device: torch.device | str) -> None:
         self.batch = expect.positive("batch", batch)
         self.max_len = expect.positive("max_len", max_len)
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
         self.length = 0  # of the longest row
         self.lengths: Int[Tensor, "B"] | None = None  # of every row, where they differ
 
@@ -42,35 +44,52 @@ class Cache(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes really allocated for content, counted at the storages."""
-        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+        """Bytes really allocated for content, counted at the storages, each once."""
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.tensors())}
+        return sum(storages.values())
 
     def positions(self, n_tokens: int) -> Int[Tensor, "#B T"]:
         """Where the next ``n_tokens`` tokens stand, from 0: (1, T), or (B, T) if rows differ."""
         start = self.length if self.lengths is None else self.lengths[:, None]
         return start + torch.arange(n_tokens, device=self.device)[None]
 
-    def advance(self, n_tokens: int) -> None:
-        """Note that every row has grown by ``n_tokens``; ValueError where ``max_len`` is too small."""
+    def expect_room(self, n_tokens: int) -> None:
+        """Raise ValueError where ``max_len`` has no room for ``n_tokens`` more; asked before writing."""
         if self.length + n_tokens > self.max_len:
             raise ValueError(
                 f"cache: expected at most max_len={self.max_len} tokens, got {self.length} and {n_tokens} new"
             )
+
+    def advance(self, n_tokens: int) -> None:
+        """Note that every row has grown by ``n_tokens``; to be called after writing."""
+        self.expect_room(n_tokens)
         self.length += n_tokens
         if self.lengths is not None:
             self.lengths = self.lengths + n_tokens
 
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
-        """Forget in each row what lies past its own length: right padding, or tokens that were rejected."""
+        """Forget in each row what lies past its own length: right padding, or tokens that were rejected.
+
+        Raises ValueError for lengths that the rows never had, and where ``can_trim`` is False.
+        """
+        lengths = self.expect_lengths(lengths)
+        self.length = int(lengths.max())
+        self.lengths = None if bool((lengths == self.length).all()) else lengths
+
+    def expect_lengths(self, lengths: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """A copy of ``lengths`` for ``trim``, if it may be trimmed to these."""
+        if not self.can_trim:
+            raise ValueError(f"cache: a {type(self).__name__} cannot forget what it has seen")
         expect.tensor("lengths", lengths, (self.batch,))
-        current = self.lengths if self.lengths is not None else torch.full((self.batch,), self.length)
-        lengths = lengths.to(self.device, torch.int64)
-        if (lengths < 0).any() or (lengths > current.to(self.device)).any():
+        if lengths.is_floating_point():
+            raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+        lengths = lengths.to(self.device, torch.int64, copy=True)
+        current = torch.full_like(lengths, self.length) if self.lengths is None else self.lengths
+        if (lengths < 0).any() or (lengths > current).any():
             raise ValueError(
                 f"lengths: expected 0 to {current.tolist()} in every row, got {lengths.tolist()}"
             )
-        self.length = int(lengths.max())
-        self.lengths = None if bool((lengths == self.length).all()) else lengths
+        return lengths
 
     def reset(self) -> None:
         """Empty the cache; its memory stays allocated."""
@@ -114,9 +133,14 @@ class Mechanism(nn.Module, ABC):
     ) -> Float[Tensor, "B T M"]:
         """The layer's output for the new tokens ``x``, which continue the sequence in ``cache``.
 
-        ``source`` holds another layer's keys and values, to be read in place of this layer's own; then
-        nothing is stored. What a cache holds is detached: gradients flow in training, without a cache.
+        ``source`` holds another layer's keys and values, to be read in place of this layer's own; ``cache``
+        is then left alone.
         """
+
+    def __call__(self, x: Tensor, cache: Cache | None = None, source: KV | None = None) -> Tensor:
+        """``forward``; with a cache no graph is kept, since a cache holds numbers and is written in place."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return super().__call__(x, cache, source)
 
     @abstractmethod
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
@@ -167,14 +191,13 @@ class Mechanism(nn.Module, ABC):
         return dtype or weight.dtype, torch.device(device) if device is not None else weight.device
 
     def check(self, x: Tensor, cache: Cache | None, kind: type[Cache]) -> None:
-        """The door of ``forward``: shapes, dtypes, devices, and a cache that belongs to this mechanism."""
+        """The door of ``forward``: shape, dtype and device of ``x``, and a cache of this mechanism's kind."""
         dtype, device = self.dtype_and_device()
         expect.tensor("x", x, ("batch", "time", self.d_model), dtype=dtype, device=device)
         expect.at_least("x.shape[1] (time)", x.shape[1], 1)
         if cache is None:
             return
-        if type(cache) is not kind:
-            raise TypeError(f"cache: expected a {kind.__name__}, got {type(cache).__name__}")
+        expect.instance("cache", cache, kind)
         if cache.batch != len(x):
             raise ValueError(f"x: expected the cache's batch of {cache.batch}, got {len(x)}")
         if cache.device != device:

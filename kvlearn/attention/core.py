@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvlearn import expect
+
 
 def attention(
     q: Float[Tensor, "B H T D"],
@@ -28,8 +30,8 @@ def attention(
 ) -> Float[Tensor, "B H T Dv"]:
     """softmax(q kᵀ · scale) v, as it is written on paper: the reference for everything faster.
 
-    Computed in fp32 and returned in q's dtype. ``mask`` broadcasts to (B, H, T, S); ``scale`` is 1/√D unless
-    given. Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
+    Computed in fp32 at least, returned in q's dtype. ``mask`` broadcasts to (B, H, T, S); ``scale`` is 1/√D
+    unless given. Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
     return attend_partial(q, k, v, mask, scale).out.to(q.dtype)
 
@@ -38,7 +40,9 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device | str | None =
     """The mask of ``n_queries`` tokens that are the *last* of ``n_keys``: aligned bottom-right.
 
     Query t stands at position n_keys - n_queries + t and sees the keys up to and including its own.
+    Raises ValueError for more queries than keys.
     """
+    expect.at_most("n_queries", n_queries, n_keys, "n_keys: each query has a key of its own")
     positions = torch.arange(n_keys - n_queries, n_keys, device=device)
     return positions[:, None] >= torch.arange(n_keys, device=device)
 
@@ -61,7 +65,7 @@ def causal_attention(
 ) -> Float[Tensor, "B H T Dv"]:
     """The fast road: causal attention of queries at ``positions`` over keys 0…S-1, by PyTorch's SDPA.
 
-    Where all rows stand at the same positions those are the last T of S, and two cases need no mask at all:
+    Where all rows stand at the same positions, those must be the last T of S. Two cases then need no mask:
     one new token, which sees everything, and a sequence from its start, for which SDPA builds none itself.
     """
     n_queries, n_keys = q.shape[2], k.shape[2]
@@ -90,14 +94,15 @@ def attend_partial(
     mask: Bool[Tensor, "..."] | None = None,
     scale: float | None = None,
 ) -> Partial:
-    """Attention over these keys alone, in fp32, with the log-sum-exp that ``merge`` needs."""
+    """Attention over these keys alone, in fp32 at least, with the log-sum-exp that ``merge`` needs."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q.float() @ k.float().transpose(-1, -2) * scale
+    q, k, v = upcast(q), upcast(k), upcast(v)
+    scores = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     weights = torch.exp(scores - finite(lse)[..., None])
-    return Partial(weights @ v.float(), lse)
+    return Partial(weights @ v, lse)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -129,6 +134,11 @@ def blockwise_attention(
     blocks = (slice(start, start + block) for start in range(0, k.shape[2], block))
     parts = (attend_partial(q, k[:, :, b], v[:, :, b], mask[..., b], scale) for b in blocks)
     return merge_all(parts).out.to(q.dtype)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """To fp32, where it is less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def finite(lse: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvlearn import expect
 from kvlearn.attention.base import KV, Cache, Mechanism, register
-from kvlearn.attention.core import causal_attention, merge_heads, split_heads
+from kvlearn.attention.core import causal_attention, merge_heads, split_heads, upcast
 from kvlearn.attention.rope import Rope, RopeConfig
 
 
@@ -20,6 +20,8 @@ class KVCache(Cache):
         self, batch: int, n_heads: int, max_len: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(batch, max_len, device)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
         # Zeros, not whatever the memory held: a masked slot weighs 0, and 0 · NaN would be NaN.
         self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
@@ -29,15 +31,18 @@ class KVCache(Cache):
 
     def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
         """Write new keys and values behind the old ones; return views of all of them, never a copy."""
+        n_heads, head_dim = self.k.shape[1], self.k.shape[3]
+        for name, new in (("k", k), ("v", v)):
+            expect.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
+        self.expect_room(k.shape[2])
         positions = self.positions(k.shape[2])
-        start = self.length
-        self.advance(k.shape[2])
         for buffer, new in ((self.k, k), (self.v, v)):
             new = new.detach().to(buffer.dtype)
             if self.lengths is None:
-                buffer[:, :, start : self.length] = new
+                buffer[:, :, self.length : self.length + k.shape[2]] = new
             else:
                 buffer.scatter_(2, positions[:, None, :, None].expand(new.shape), new)
+        self.advance(k.shape[2])
         return KV(self.k[:, :, : self.length], self.v[:, :, : self.length], positions)
 
 
@@ -71,7 +76,7 @@ class FullAttention(Mechanism):
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
         self.check(x, cache, KVCache)
-        k, v, positions = self.kv(x, cache) if source is None else source
+        k, v, positions = self.kv(x, cache) if source is None else self.check_source(source, x)
         q = self.rotate(split_heads(self.q_proj(x), self.n_heads), positions)
         return self.o_proj(merge_heads(causal_attention(q, k.to(q.dtype), v.to(q.dtype), positions)))
 
@@ -84,12 +89,21 @@ class FullAttention(Mechanism):
         v = split_heads(self.v_proj(x), self.n_heads)
         return cache.append(k, v) if isinstance(cache, KVCache) else KV(k, v, positions)
 
+    def check_source(self, source: KV, x: Tensor) -> KV:
+        """The door for another layer's keys and values."""
+        expect.instance("source", source, KV)
+        expect.tensor("source.k", source.k, (len(x), self.n_heads, "tokens", self.head_dim), device=x.device)
+        expect.tensor("source.v", source.v, tuple(source.k.shape), device=x.device)
+        expect.tensor("source.positions", source.positions, ("1 or batch", x.shape[1]))
+        return source
+
     def rotate(self, heads: Float[Tensor, "B H T D"], positions: Tensor) -> Float[Tensor, "B H T D"]:
         return self.rope(heads, positions) if self.rope is not None else heads
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        k, v, positions = (part.float() if part.is_floating_point() else part for part in self.kv(x))
-        q = self.rotate(split_heads(self.q_proj(x), self.n_heads), positions).float()
+        keys, values, positions = self.kv(x)
+        k, v = upcast(keys), upcast(values)
+        q = upcast(self.rotate(split_heads(self.q_proj(x), self.n_heads), positions))
         heads = torch.empty_like(q)
         for t in range(x.shape[1]):
             scores = torch.einsum("bhd, bhsd -> bhs", q[:, :, t], k[:, :, : t + 1]) / self.head_dim**0.5
@@ -108,10 +122,16 @@ class FullAttention(Mechanism):
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """2 · B · H · max_len · D · bytes a number."""
         expect.positive("max_len", max_len)
+        expect.positive("batch", batch)
         return 2 * batch * self.n_heads * max_len * self.head_dim * self.dtype_and_device(dtype)[0].itemsize
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """Everything stored so far: 2 · B · H · length · D · bytes a number."""
+        """Everything stored so far: 2 · B · H · length · D · bytes a number.
+
+        (PyTorch's attention wants one dtype: a cache in another than the weights' is converted at every step,
+        which saves memory and costs time. A kernel can read it as it is.)
+        """
+        expect.positive("length", length)
         return self.cache_bytes(length, batch=batch, dtype=dtype)
 
     @classmethod

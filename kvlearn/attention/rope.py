@@ -10,6 +10,7 @@ Source: Su et al., "RoFormer" (2021), equations 14, 15 and 34.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,9 @@ class LinearScaling:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        _stretches(self.factor)
+
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -35,12 +39,17 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_len: int
 
+    def __post_init__(self) -> None:
+        _stretches(self.factor)
+
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Blended by dimension, with warmer scores. Source: Peng et al., "YaRN" (2023), equations 17 to 22.
+    """Blended by dimension, with sharper scores. Source: Peng et al., "YaRN" (2023), sections 3.2 and 3.4.
 
-    ``attention_factor`` multiplies queries and keys; None means 0.1·ln(factor) + 1.
+    As in the authors' code the blend is linear in the dimension's index, between the dimensions that make
+    ``beta_fast`` and ``beta_slow`` turns, rounded outwards if ``truncate``. ``attention_factor`` multiplies
+    queries and keys; None means 0.1·ln(factor) + 1.
     """
 
     factor: float
@@ -48,6 +57,15 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _stretches(self.factor)
+
+
+def _stretches(factor: float) -> None:
+    if not factor >= 1:
+        raise ValueError(f"factor: expected a number of at least 1, got {factor}")
 
 
 @dataclass(frozen=True)
@@ -71,18 +89,20 @@ def angular_frequencies(head_dim: int, config: RopeConfig) -> tuple[Float[Tensor
             turns = original * omega / (2 * math.pi)  # full turns within the original context
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             return keep * omega + (1 - keep) * omega / factor, 1.0
-        case YarnScaling(factor, original, fast, slow, attention_factor):
+        case YarnScaling(factor, original, fast, slow, attention_factor, truncate):
 
             def dimension(turns: float) -> float:
                 """The dimension that makes so many turns within the original context."""
                 return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
-            first = max(math.floor(dimension(fast)), 0)
-            last = min(math.ceil(dimension(slow)), head_dim - 1)
+            first, last = dimension(fast), dimension(slow)
+            if truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
             ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
             keep = 1 - ramp.clamp(0, 1)
-            warmth = 0.1 * math.log(factor) + 1 if attention_factor is None else attention_factor
-            return keep * omega + (1 - keep) * omega / factor, warmth
+            sharper = 0.1 * math.log(factor) + 1 if attention_factor is None else attention_factor
+            return keep * omega + (1 - keep) * omega / factor, sharper
         case other:
             raise TypeError(f"config.scaling: expected one of rope.py's scalings, got {type(other).__name__}")
 
@@ -103,17 +123,27 @@ class Rope(nn.Module):
 
     def __init__(self, head_dim: int, config: RopeConfig) -> None:
         super().__init__()
+        expect.instance("rope", config, RopeConfig)
         if expect.positive("head_dim", head_dim) % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
         if not config.theta > 1:
             raise ValueError(f"rope.theta: expected a number above 1, got {config.theta}")
+        self.head_dim, self.config = head_dim, config
         omega, self.factor = angular_frequencies(head_dim, config)
         self.register_buffer("omega", omega, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rope":
+        """Moves with its model, but stays fp32 when that becomes bf16: at position 1000, a rounded frequency
+        would be off by a radian."""
+        super()._apply(fn, recurse)
+        self.omega = angular_frequencies(self.head_dim, self.config)[0].to(self.omega.device)
+        return self
 
     def forward(
         self, x: Float[Tensor, "B H T D"], positions: Int[Tensor, "#B T"]
     ) -> Float[Tensor, "B H T D"]:
-        """x · cos(mω) + rotate_half(x) · sin(mω), in fp32 whatever x's dtype: an angle of 10⁵ has no bf16."""
-        angles = positions[:, None, :, None].float() * self.omega.float()  # (#B, 1, T, D/2)
+        """x · cos(mω) + rotate_half(x) · sin(mω), in fp32 at least, whatever x's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angles = positions[:, None, :, None].to(wide) * self.omega  # (#B, 1, T, D/2)
         cos, sin = (torch.cat((wave, wave), dim=-1) * self.factor for wave in (angles.cos(), angles.sin()))
-        return (x.float() * cos + rotate_half(x.float()) * sin).to(x.dtype)
+        return (x.to(wide) * cos + rotate_half(x.to(wide)) * sin).to(x.dtype)

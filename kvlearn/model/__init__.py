@@ -1,9 +1,10 @@
 """The small decoder language model that takes any mechanism per layer, its generation and its checkpoints."""
 
-from kvlearn.model.checkpoints import card, from_transformers, load, save
+from kvlearn.model.checkpoints import card, load, save
 from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.decoder import Decoder, DecoderCache
-from kvlearn.model.generate import generate
+from kvlearn.model.families import from_transformers
+from kvlearn.model.generation import generate
 
 __all__ = [
     "Decoder",

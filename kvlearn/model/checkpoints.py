@@ -1,4 +1,4 @@
-"""Weights on disk: our own as safetensors, those of transformers by one table of names a family."""
+"""Weights on disk: a decoder in one safetensors file, with its configuration and its card."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from kvlearn.model.config import ModelConfig
 from kvlearn.model.decoder import Decoder
 
@@ -44,16 +43,19 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> De
     Raises FileNotFoundError, or ValueError that says what is wrong with a damaged or foreign file.
     """
     metadata, weights = _read(path)
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point:
+        raise ValueError(f"path: {path} holds no weights of one floating-point type")
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: {path} holds a configuration that kvlearn cannot read: {error}") from error
-    return _fill(Decoder(config), weights, f"path: {path}").to(device).eval()
+        model = Decoder(ModelConfig.from_dict(json.loads(metadata["config"])))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"path: {path} holds a configuration that kvlearn cannot build: {error}") from error
+    return fill(model.to(dtype), weights, f"path: {path}").to(device).eval()
 
 
 def card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``save`` was told of how the model in this file came to be."""
-    return json.loads(_read(path)[0]["card"])
+    return json.loads(_read(path)[0].get("card", "{}"))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -69,7 +71,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
         raise ValueError(f"path: {path} is damaged, or no safetensors file: {error}") from error
 
 
-def _fill(model: Decoder, weights: Mapping[str, Tensor], where: str) -> Decoder:
+def fill(model: Decoder, weights: Mapping[str, Tensor], where: str) -> Decoder:
     """``weights`` loaded into ``model``; every name and shape must fit."""
     wanted = {name: t.shape for name, t in model.state_dict().items()}
     if model.config.tied:
@@ -82,101 +84,3 @@ def _fill(model: Decoder, weights: Mapping[str, Tensor], where: str) -> Decoder:
             raise ValueError(f"{where}: tensor {name!r} expected with shape {expected}, got {got}")
     model.load_state_dict(dict(weights), strict=False)  # strict would ask for the tied head
     return model
-
-
-# transformers' names -> ours; {} stands for the layer's number.
-LLAMA = {
-    "model.embed_tokens.weight": "embed.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-    "model.layers.{}.input_layernorm.weight": "blocks.{}.mixer_norm.weight",
-    "model.layers.{}.post_attention_layernorm.weight": "blocks.{}.mlp_norm.weight",
-    **{
-        f"model.layers.{{}}.self_attn.{part}_proj.weight": f"blocks.{{}}.mixer.{part}_proj.weight"
-        for part in ("q", "k", "v", "o")
-    },
-    **{
-        f"model.layers.{{}}.mlp.{part}_proj.weight": f"blocks.{{}}.mlp.{part}_proj.weight"
-        for part in ("gate", "up", "down")
-    },
-}
-
-
-def from_transformers(model_or_path: Any) -> Decoder:
-    """A decoder with the weights of a transformers model, given as the model or as a path to one on disk.
-
-    Known so far: Llama with as many KV heads as query heads. Anything else is a ValueError that says what.
-    """
-    model = model_or_path
-    if isinstance(model_or_path, str | os.PathLike):
-        from transformers import AutoModelForCausalLM
-
-        if not Path(model_or_path).is_dir():
-            raise FileNotFoundError(f"model_or_path: no folder at {model_or_path}")
-        model = AutoModelForCausalLM.from_pretrained(model_or_path, local_files_only=True)
-    if getattr(getattr(model, "config", None), "model_type", None) != "llama":
-        raise ValueError(f"model_or_path: expected a Llama of transformers, got {type(model).__name__}")
-    return _from_llama(model)
-
-
-def _from_llama(model: Any) -> Decoder:
-    theirs = model.config
-    kv_heads = theirs.num_key_value_heads
-    if kv_heads != theirs.num_attention_heads:
-        raise ValueError(
-            f"model_or_path: expected num_key_value_heads = num_attention_heads = "
-            f"{theirs.num_attention_heads}, got {kv_heads}: no mechanism for shared heads is registered"
-        )
-    if theirs.attention_bias or theirs.mlp_bias or theirs.hidden_act != "silu":
-        raise ValueError("model_or_path: expected a Llama without biases and with SiLU")
-    config = ModelConfig(
-        vocab_size=theirs.vocab_size,
-        d_model=theirs.hidden_size,
-        n_layers=theirs.num_hidden_layers,
-        n_heads=theirs.num_attention_heads,
-        head_dim=theirs.head_dim,
-        d_ff=theirs.intermediate_size,
-        rope=_rope(theirs.rope_parameters),
-        norm_eps=theirs.rms_norm_eps,
-        tied=theirs.tie_word_embeddings,
-    )
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        number = next((part for part in name.split(".") if part.isdigit()), "")
-        pattern = name.replace(f".{number}.", ".{}.") if number else name
-        if pattern not in LLAMA:
-            raise ValueError(f"model_or_path: tensor {name!r} is not expected in a Llama")
-        weights[LLAMA[pattern].format(number)] = tensor
-    if config.tied:
-        weights.pop("head.weight", None)
-    ours = Decoder(config).to(dtype=model.dtype, device=model.device)
-    return _fill(ours, weights, "model_or_path").eval()
-
-
-def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
-    """RoPE by transformers' ``rope_parameters``."""
-    theta, kind = parameters["rope_theta"], parameters["rope_type"]
-    scaling: LinearScaling | Llama3Scaling | YarnScaling
-    match kind:
-        case "default":
-            return RopeConfig(theta)
-        case "linear":
-            scaling = LinearScaling(parameters["factor"])
-        case "llama3":
-            scaling = Llama3Scaling(
-                parameters["factor"],
-                parameters["low_freq_factor"],
-                parameters["high_freq_factor"],
-                parameters["original_max_position_embeddings"],
-            )
-        case "yarn":
-            given = {
-                name: parameters[name]
-                for name in ("beta_fast", "beta_slow", "attention_factor")
-                if parameters.get(name) is not None
-            }
-            original = parameters["original_max_position_embeddings"]
-            scaling = YarnScaling(parameters["factor"], original, **given)
-        case _:
-            raise ValueError(f"rope_type: expected default, linear, llama3 or yarn, got {kind!r}")
-    return RopeConfig(theta, scaling)

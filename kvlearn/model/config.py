@@ -1,6 +1,7 @@
 """What a decoder is made of: ten plain fields, and a pattern of mechanisms repeated to the depth."""
 
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any
 
 from kvlearn import expect
@@ -14,6 +15,9 @@ class Spec:
 
     def __init__(self, name: str, **options: Any) -> None:
         self.name = expect.one_of("layers", name, REGISTRY)
+        known = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
+        for option in options:
+            expect.one_of(f"layers: option of {name!r}", option, known)
         self.options = options
 
     def __repr__(self) -> str:
@@ -49,6 +53,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
             expect.positive(name, getattr(self, name))
+        for name in ("head_dim", "d_ff"):
+            if getattr(self, name) is not None:
+                expect.positive(name, getattr(self, name))
+        expect.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
         pattern = tuple(layer if isinstance(layer, Spec) else Spec(layer) for layer in self.layers)
         if not pattern:
             raise ValueError("layers: expected at least one mechanism, got none")
@@ -63,20 +71,36 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
-        plain = asdict(self)
-        plain["layers"] = [[spec.name, spec.options] for spec in self.layers if isinstance(spec, Spec)]
-        if self.rope and self.rope.scaling:
-            kind = next(name for name, cls in SCALINGS.items() if isinstance(self.rope.scaling, cls))
-            plain["rope"]["scaling"]["kind"] = kind
-        return plain
+        fields = {name: _plain(value) for name, value in vars(self).items()}
+        fields["layers"] = [
+            [spec.name, {name: _plain(value) for name, value in spec.options.items()}]
+            for spec in self.layers
+            if isinstance(spec, Spec)
+        ]
+        return fields
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ModelConfig":
         """The inverse of ``to_dict``."""
-        fields = dict(plain)
-        fields["layers"] = tuple(Spec(name, **options) for name, options in fields["layers"])
-        if rope := fields["rope"]:
-            scaling = dict(rope["scaling"] or {})
-            kind = scaling.pop("kind", None)
-            fields["rope"] = RopeConfig(rope["theta"], SCALINGS[kind](**scaling) if kind else None)
+        fields = {name: _rich(value) for name, value in plain.items()}
+        fields["layers"] = tuple(
+            Spec(name, **{key: _rich(value) for key, value in options.items()})
+            for name, options in plain["layers"]
+        )
         return cls(**fields)
+
+
+def _plain(value: Any) -> Any:
+    """A RopeConfig as a dictionary that says which scaling it has; anything else as it is."""
+    if not isinstance(value, RopeConfig):
+        return value
+    kind = next((name for name, scaling in SCALINGS.items() if isinstance(value.scaling, scaling)), None)
+    return {**asdict(value), "kind": kind}
+
+
+def _rich(value: Any) -> Any:
+    """The inverse of ``_plain``."""
+    if not (isinstance(value, dict) and "theta" in value):
+        return value
+    scaling = SCALINGS[value["kind"]](**value["scaling"]) if value["kind"] else None
+    return RopeConfig(value["theta"], scaling)

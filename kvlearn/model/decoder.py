@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from kvlearn import expect
@@ -62,7 +62,9 @@ class DecoderCache:
         return self.layers[0].length
 
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
-        """Cut every row back to its own length, in every layer."""
+        """Cut every row back to its own length, in every layer or in none."""
+        for cache in self.layers:
+            cache.expect_lengths(lengths)
         for cache in self.layers:
             cache.trim(lengths)
 
@@ -98,25 +100,29 @@ class Decoder(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], cache: DecoderCache | None = None
+        self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T V"]:
         """Logits (batch, time, vocabulary) for the token after each of ``tokens``."""
         return self.head(self.hidden(tokens, cache))
 
-    def hidden(self, tokens: Int[Tensor, "B T"], cache: DecoderCache | None = None) -> Float[Tensor, "B T M"]:
+    def hidden(
+        self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
+    ) -> Float[Tensor, "B T M"]:
         """What the last layer says of each token, normalised: all of ``forward`` but the output matrix."""
         expect.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
-        if tokens.is_floating_point():
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
         if tokens.device.type == "cpu" and tokens.numel():  # elsewhere a look at the values would synchronise
             least, most = (int(bound) for bound in tokens.aminmax())
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(f"tokens: expected 0 to {self.config.vocab_size - 1}, got {least} to {most}")
-        if cache is not None and len(expect.instance("cache", cache, DecoderCache).layers) != len(
-            self.blocks
-        ):
-            raise ValueError(f"cache: expected {len(self.blocks)} layers, got {len(cache.layers)}")
-        x = self.embed(tokens)
+        if cache is not None:
+            lengths = [layer.length for layer in expect.instance("cache", cache, DecoderCache).layers]
+            if len(lengths) != len(self.blocks):
+                raise ValueError(f"cache: expected {len(self.blocks)} layers, got {len(lengths)}")
+            if len(set(lengths)) > 1:  # a forward was interrupted between two layers
+                raise ValueError(f"cache: expected layers of one length, got {lengths}; reset it")
+        x = self.embed(tokens.long())
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache.layers[i])
         return self.norm(x)
@@ -156,7 +162,7 @@ class Decoder(nn.Module):
         return [*rows, {"layer": "all", "mechanism": "", **total}]
 
     def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B T+{n_new}"]:
-        """``tokens`` continued by ``n_new``; see ``kvlearn.model.generate`` for the options."""
-        from kvlearn.model.generate import generate
+        """``tokens`` continued by ``n_new``; see ``kvlearn.model.generation`` for the options."""
+        from kvlearn.model.generation import generate
 
         return generate(self, tokens, n_new, **options)

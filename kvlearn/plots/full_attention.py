@@ -1,6 +1,7 @@
 """Pictures of chapter 01: what attends to what, what the cache saves, and where the time goes."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.colors import to_rgba
@@ -56,7 +57,7 @@ def loss_curve(losses: Sequence[float], *, uniform: float) -> Picture:
         axes.plot(losses_, color=COLOURS["full"], alpha=0.3, lw=1)
         axes.plot(np.arange(window - 1, len(losses_)), mean, color=COLOURS["full"])
         axes.axhline(uniform, color="#8a8a8a", lw=1, ls=":")
-        axes.text(len(losses_), uniform, "knows nothing: ln 256", ha="right", va="bottom", fontsize=9)
+        axes.text(len(losses_), uniform, f"knows nothing: {uniform:.2f}", ha="right", va="bottom", fontsize=9)
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a byte")
         axes.set_ylim(0, uniform * 1.1)
@@ -103,7 +104,7 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
         axes.text(roofline.knee * 1.08, min(roof) * 1.3, f"knee: {roofline.knee:.0f} FLOP a byte", fontsize=9)
         axes.text(reach[2], roof[2] * 1.6, "bound by memory", rotation=32, fontsize=9)
         axes.text(reach[-1], roof[-1] * 1.12, "bound by arithmetic", ha="right", fontsize=9)
-        for (name, (work, _)), marker in zip(points.items(), "osD^v", strict=False):
+        for (name, (work, _)), marker in zip(points.items(), cycle("osD^v"), strict=False):
             kind = COLOURS["full"] if "decode" in name else COLOURS["shared"]
             axes.plot(work.intensity, achieved[name] / 1e9, marker, color=kind, ms=9, label=name)
         axes.set_xscale("log")
@@ -126,10 +127,11 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
 def loss_by_position(curves: Mapping[str, np.ndarray], *, smooth: int = 16) -> Picture:
     """Loss over the position in the context, for the right model and for broken ones."""
     with drawing() as (figure, axes):
-        for (name, losses), style in zip(curves.items(), ("-", "--", "-.", ":"), strict=False):
+        for (name, losses), style in zip(curves.items(), cycle(("-", "--", "-.", ":")), strict=False):
             colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
-            mean = np.convolve(losses, np.ones(smooth) / smooth, mode="valid")
-            axes.plot(np.arange(len(mean)) + smooth, mean, style, color=colour, label=name)
+            width = min(smooth, len(losses))
+            mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+            axes.plot(np.arange(len(mean)) + width, mean, style, color=colour, label=name)
         axes.set_xlabel("position in the context")
         axes.set_ylabel("loss, nats a byte")
         axes.set_ylim(0)

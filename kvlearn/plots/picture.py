@@ -21,9 +21,9 @@ COLOURS = {
     "sliding": "#D55E00",
     "sparse": "#CC79A7",
     "linear": "#56B4E9",
-    "hybrid": "#B8A800",
+    "hybrid": "#A0A000",  # their yellow, darkened: it must read on white
     "memory": "#8A8A8A",
-    "mistake": "#D55E00",
+    "mistake": "#B2182B",  # not theirs; always dashed or dotted
 }
 
 

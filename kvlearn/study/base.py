@@ -4,16 +4,17 @@ What later chapters convert to fewer heads, to a latent or to a window, and prob
 ``kvlearn study base`` trains it again from nothing, or goes on where a killed run stood.
 """
 
-import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvlearn.measure import collect_provenance
 from kvlearn.model import Decoder, ModelConfig, load, save
-from kvlearn.study.corpus import CHECKSUM, SYMPY_VERSION, corpus
-from kvlearn.study.evaluate import evaluate
-from kvlearn.study.train import TrainConfig, train
+from kvlearn.study.evaluation import evaluate
+from kvlearn.study.text import CHECKSUM, SYMPY_VERSION, corpus
+from kvlearn.study.training import TrainConfig, train
 
 PATH = Path(__file__).parents[1] / "model" / "base.safetensors"
 MODEL = ModelConfig(d_model=128, n_layers=4, n_heads=8, d_ff=384)
@@ -39,13 +40,12 @@ def train_base(out: Path = PATH, run: Path = Path("runs/base.pt"), progress: boo
         "corpus": f"sympy {SYMPY_VERSION} source, SHA-256 {CHECKSUM}",
         "tokens": TRAINING.steps * TRAINING.batch * TRAINING.length,
         "parameters": model.n_parameters,
-        "training": vars(TRAINING),
+        "training": asdict(TRAINING),
         "last_train_loss": sum(line["loss"] for line in history[-100:]) / len(history[-100:]),
         "valid_loss": valid.loss,
         "test_loss": test.loss,
         "loss_unit": "nats a byte, windows of 512",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "provenance": collect_provenance(),
     }
     save(model, out, card)
     return card

@@ -53,6 +53,11 @@ def test_the_causal_mask_is_aligned_to_the_last_key() -> None:
     assert core.causal_mask(1, 4).all()
 
 
+def test_more_queries_than_keys_have_no_causal_mask() -> None:
+    with pytest.raises(ValueError, match="n_queries"):
+        core.causal_mask(4, 2)
+
+
 def test_visible_is_the_causal_mask_where_rows_stand_together() -> None:
     positions = torch.arange(3, 8)[None]
     assert torch.equal(core.visible(positions, 8)[0, 0], core.causal_mask(5, 8))
@@ -73,13 +78,15 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
     assert partial.out.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["whole", "last 4 of 9", "one", "rows apart"])
+@pytest.mark.parametrize("case", ["whole", "last 4 of 9", "one", "rows apart", "rows apart, as many keys"])
 def test_the_fast_road_equals_the_reference(case: str) -> None:
-    n_queries = {"whole": 9, "last 4 of 9": 4, "one": 1, "rows apart": 2}[case]
+    n_queries = {"whole": 9, "last 4 of 9": 4, "one": 1, "rows apart": 2, "rows apart, as many keys": 9}[case]
     q, k, v = qkv(n_queries)
     positions = torch.arange(9 - n_queries, 9)[None]
     if case == "rows apart":
         positions = torch.tensor([[7, 8], [2, 3]])
+    if case == "rows apart, as many keys":
+        positions = torch.stack((torch.arange(9), torch.arange(9) // 2))
     expected = core.attention(q, k, v, core.visible(positions, 9))
     torch.testing.assert_close(core.causal_attention(q, k, v, positions), expected)
 

@@ -82,8 +82,17 @@ def test_half_precision_heads_are_turned_in_single() -> None:
                 "attention_factor": 1.3,
             },
         ),
+        (
+            YarnScaling(32.0, 4096, truncate=False),
+            {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+        ),
     ],
-    ids=["default", "linear", "llama3", "yarn", "yarn with options"],
+    ids=["default", "linear", "llama3", "yarn", "yarn with options", "yarn, not rounded"],
 )
 def test_scaled_frequencies_are_those_of_transformers(scaling: object, theirs: dict[str, object]) -> None:
     from transformers import LlamaConfig
@@ -99,6 +108,20 @@ def test_scaled_frequencies_are_those_of_transformers(scaling: object, theirs: d
     omega, factor = angular_frequencies(64, RopeConfig(500_000.0, scaling))  # type: ignore[arg-type]
     torch.testing.assert_close(omega, oracle.inv_freq, atol=0, rtol=1e-6)
     assert factor == pytest.approx(oracle.attention_scaling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_stay_single_when_the_model_becomes_half(dtype: torch.dtype) -> None:
+    rope, far = Rope(16, RopeConfig()), torch.tensor([[8_001]])
+    expected = rope(heads(1), far)
+    torch.testing.assert_close(rope.to(dtype)(heads(1), far), expected)
+
+
+@pytest.mark.parametrize("scaling", [LinearScaling, Llama3Scaling, YarnScaling])
+def test_a_scaling_that_shrinks_is_refused(scaling: type) -> None:
+    arguments = {LinearScaling: (0.5,), Llama3Scaling: (0.5, 1.0, 4.0, 64), YarnScaling: (0.5, 64)}[scaling]
+    with pytest.raises(ValueError, match="factor"):
+        scaling(*arguments)
 
 
 @pytest.mark.usefixtures("doors")

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
 PINS = {canonicalize_name(pin.name): pin for pin in map(Requirement, (x for x in LINES if x[0] != "-"))}
 
@@ -72,6 +73,16 @@ def test_conda_and_make_install_the_same_list() -> None:
     assert {re.split("[=<>]", package)[0] for package in conda} == {"python", "pip"}
     assert pip == {"pip": ["-r requirements.txt"]}
     assert "pip install --disable-pip-version-check -r requirements.txt" in (ROOT / "Makefile").read_text()
+
+
+def test_a_fresh_clone_holds_every_folder_that_the_package_is_built_from() -> None:
+    """Git keeps no empty folder, and the build stops at a missing one."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    kept = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if kept.returncode:
+        pytest.skip("not a git checkout")
+    for folder in SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]:
+        assert f"\n{folder}/" in f"\n{kept.stdout}", f"{folder}/ is empty"
 
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

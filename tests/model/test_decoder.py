@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
-from kvlearn.model.generate import sample
+from kvlearn.model.generation import sample
 
 SMALL = ModelConfig(vocab_size=50, d_model=24, n_layers=3, n_heads=3, d_ff=32)
 
@@ -109,11 +109,19 @@ def test_rows_of_different_length_continue_as_if_alone() -> None:
         RopeConfig(5e5, LinearScaling(2.0)),
         RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 64)),
         RopeConfig(1e4, YarnScaling(4.0, 64)),
+        RopeConfig(1e4, YarnScaling(4.0, 64, truncate=False)),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, rope: RopeConfig | None, tied: bool) -> None:
-    config = ModelConfig(**{**vars(SMALL), "rope": rope, "tied": tied, "layers": (Spec("full", head_dim=6),)})
+    config = ModelConfig(
+        **{
+            **vars(SMALL),
+            "rope": rope,
+            "tied": tied,
+            "layers": (Spec("full", head_dim=6), Spec("full", rope=RopeConfig(5e5))),
+        }
+    )
     model = decoder(config)
     save(model, tmp_path / "deep" / "model.safetensors", {"seed": 3})
     again = load(tmp_path / "deep" / "model.safetensors")
@@ -121,6 +129,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, rope: RopeConfig | None
     assert torch.equal(again(prompt()), model(prompt()))
     assert card(tmp_path / "deep" / "model.safetensors") == {"seed": 3}
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["model.safetensors"]
+
+
+def test_half_precision_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    model = decoder().bfloat16()
+    save(model, tmp_path / "model.safetensors")
+    assert load(tmp_path / "model.safetensors").embed.weight.dtype == torch.bfloat16
 
 
 def damaged(path: Path, how: str) -> Path:
@@ -138,6 +152,11 @@ def damaged(path: Path, how: str) -> Path:
             save_file({"weight": torch.zeros(3)}, path)
         case "no mechanism of ours":
             path.write_bytes(content.replace(b'[[\\"full\\"', b'[[\\"fool\\"'))
+        case "no size":
+            path.write_bytes(content.replace(b'\\"d_model\\": 24', b'\\"d_model\\": -4'))
+        case "whole numbers":
+            weights = {name: t.int() for name, t in decoder().state_dict().items() if name != "head.weight"}
+            save_file(weights, path, _metadata())
         case "a missing tensor":
             weights = decoder().state_dict()
             del weights["norm.weight"], weights["head.weight"]
@@ -162,6 +181,8 @@ def _metadata() -> dict[str, str]:
         ("text", "damaged"),
         ("foreign", "not a decoder of kvlearn"),
         ("no mechanism of ours", "'fool'"),
+        ("no size", "cannot build: d_model"),
+        ("whole numbers", "no weights of one floating-point type"),
         ("a missing tensor", "'norm.weight' is missing"),
         ("another shape", r"'norm.weight' expected with shape \(24,\), got \(7,\)"),
     ],
@@ -184,6 +205,7 @@ def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
     [
         ({"n_new": 0}, ValueError, "n_new"),
         ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"temperature": float("nan")}, ValueError, "temperature"),
         ({"top_p": 0.0}, ValueError, "top_p"),
         ({"top_p": 1.5}, ValueError, "top_p"),
         ({"chunk": 0}, ValueError, "chunk"),
@@ -205,6 +227,8 @@ def test_generate_refuses_nonsense_by_name(
     [
         ({"n_layers": 0}, "n_layers"),
         ({"layers": ()}, "layers"),
+        ({"layers": 4 * ("full",)}, "n_layers"),
+        ({"d_ff": 0}, "d_ff"),
         ({"layers": ("fool",)}, "layers: expected one of 'full'"),
         ({"d_model": 25}, "n_heads: expected a divisor of d_model=25"),
     ],
@@ -212,6 +236,32 @@ def test_generate_refuses_nonsense_by_name(
 def test_impossible_models_are_refused_by_name(fields: dict[str, object], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         Decoder(ModelConfig(**{**vars(SMALL), **fields}))  # type: ignore[arg-type]
+
+
+def test_an_option_that_a_mechanism_lacks_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="layers: option of 'full': expected one of 'head_dim', 'rope'"):
+        Spec("full", window=3)
+
+
+def test_what_was_generated_can_be_trained_on() -> None:
+    model = decoder()
+    model(model.generate(prompt(), 3)).sum().backward()
+    assert model.embed.weight.grad is not None
+
+
+def test_a_forward_that_was_interrupted_does_not_go_unnoticed() -> None:
+    model = decoder()
+    cache = model.new_cache(2, 20)
+    with torch.no_grad():
+        model(prompt(), cache)
+        cache.layers[0].advance(1)
+        with pytest.raises(ValueError, match=r"cache: expected layers of one length, got \[10, 9, 9\]"):
+            model(prompt()[:, :1], cache)
+
+
+def test_bytes_are_tokens_too() -> None:
+    model = decoder()
+    assert torch.equal(model(prompt().to(torch.uint8)), model(prompt()))
 
 
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:

@@ -112,10 +112,30 @@ def test_what_is_no_known_model_is_refused_by_name(tmp_path: object) -> None:
 
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=10))
     for model in (gpt2, nn.Linear(2, 2), None):
-        with pytest.raises(ValueError, match="model_or_path: expected a Llama"):
+        with pytest.raises(ValueError, match="model_or_path: expected a model of llama"):
             kvlearn.from_transformers(model)
     with pytest.raises(FileNotFoundError, match="model_or_path: no folder"):
         kvlearn.from_transformers(f"{tmp_path}/nowhere")
+
+
+def test_half_precision_is_as_near_as_transformers_own() -> None:
+    """At 2000 tokens positions must not have been rounded with the weights."""
+    theirs, tokens = llama().bfloat16(), prompt(1, 2000)
+    ours = kvlearn.from_transformers(theirs)
+    exact = llama()
+    exact.load_state_dict(theirs.float().state_dict())
+    with torch.no_grad():
+        expected = exact(tokens).logits
+        their_error = (theirs.bfloat16()(tokens).logits.float() - expected).abs()[:, -200:].mean()
+        our_error = (ours(tokens).float() - expected).abs()[:, -200:].mean()
+    assert our_error < 1.5 * their_error
+
+
+def test_rope_options_that_we_lack_are_refused_by_name() -> None:
+    theirs = llama("yarn")
+    theirs.config.rope_parameters = {**SCALINGS["yarn"], "mscale_all_dim": 0.8}
+    with pytest.raises(ValueError, match=r"rope_parameters: mscale_all_dim=0\.8"):
+        kvlearn.from_transformers(theirs)
 
 
 def test_shared_heads_are_refused_until_a_mechanism_has_them() -> None:

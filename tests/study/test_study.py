@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvlearn.model import Decoder, ModelConfig
 from kvlearn.study import TrainConfig, corpus, evaluate, train, windows
-from kvlearn.study.corpus import split_of
+from kvlearn.study.text import split_of
 
 SMALL = ModelConfig(d_model=24, n_layers=2, n_heads=3, d_ff=32)
 CONFIG = TrainConfig(steps=12, batch=4, length=32, warmup=2)
@@ -42,7 +42,7 @@ def test_the_corpus_is_source_code_in_three_parts_that_share_no_file() -> None:
 
 
 def test_another_text_is_not_taken_for_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["kvlearn.study.corpus"]
+    module = sys.modules["kvlearn.study.text"]
     monkeypatch.setattr(module, "CHECKSUM", "0" * 64)
     with pytest.raises(RuntimeError, match=r"are not those of version 1\.14\.0"):
         module.corpus.__wrapped__()
@@ -111,6 +111,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other = TrainConfig(steps=12, batch=4, length=32, warmup=2, lr=1e-4)
     with pytest.raises(ValueError, match=r"another run: its lr is 0\.003, this run's 0\.0001"):
         train(model(), text(), other, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="another run: its text"):
+        train(model(), text(2000), CONFIG, checkpoint=path, progress=False)
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"run\.pt is damaged"):
         train(model(), text(), CONFIG, checkpoint=path, progress=False)

@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: Decoder, text: UInt8[Tensor, "N"], *, length: int, n_windows: int = 64, batch: int = 16
 ) -> Evaluation:
@@ -41,7 +41,7 @@ def evaluate(
     starts = torch.linspace(0, len(text) - length - 1, n_windows, dtype=torch.float64).long()
     losses = []
     for some in starts.split(expect.positive("batch", batch)):
-        window = text[some[:, None] + torch.arange(length + 1)].long()
+        window = text[some[:, None] + torch.arange(length + 1)].long().to(model.embed.weight.device)
         logits = model(window[:, :-1]).float()
         losses.append(F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))
     loss = torch.cat(losses)

@@ -1,5 +1,7 @@
 """Generation: prefill the prompt, whole or in chunks, then one token a step."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,7 +11,7 @@ from kvlearn import expect
 from kvlearn.model.decoder import Decoder
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Decoder,
     tokens: Int[Tensor, "B T"],
@@ -32,7 +34,7 @@ def generate(
     expect.tensor("tokens", tokens, ("batch", "time"))
     expect.at_least("tokens.shape[1] (time)", tokens.shape[1], 1)
     expect.positive("n_new", n_new)
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a probability above 0 and at most 1, got {top_p}")

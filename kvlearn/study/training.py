@@ -1,7 +1,9 @@
 """The training loop: AdamW, a cosine schedule, and checkpoints that make a killed run as good as a whole."""
 
+import hashlib
 import math
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from tqdm.auto import tqdm
 
 from kvlearn import expect
 from kvlearn.model import Decoder
-from kvlearn.study.corpus import windows
+from kvlearn.study.text import windows
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,28 @@ def train(
     """Train ``model`` in place on random windows of ``text``; returns the history, a ``Step`` a step.
 
     With ``checkpoint``, the state is written there every ``every`` steps, whole or not at all, and a later
-    call with the same configuration goes on from it: the losses are those of an uninterrupted run.
+    call with the same model, text and configuration goes on from it. On the same machine, with as many
+    threads, the losses are those of an uninterrupted run.
 
     Raises FloatingPointError at the first loss or gradient that is not finite, before it reaches a weight or
     the checkpoint; ValueError where the checkpoint belongs to another run.
     """
+    expect.positive("every", every)
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
     history: list[Step] = []
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _resume(Path(checkpoint), model, optimizer, config)
-    model.train()
-    bar = tqdm(total=config.steps, initial=len(history), desc="train", unit="step", disable=not progress)
+        history = _resume(Path(checkpoint), model, optimizer, _identity(model, text, config))
     tokens_per_step, started, first = config.batch * config.length, time.perf_counter(), len(history)
-    for step in range(len(history), config.steps):
-        line = _step(model, optimizer, text, config, step)
-        history.append(line)
-        rate = tokens_per_step * (step + 1 - first) / (time.perf_counter() - started)
-        bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
-        bar.update()
-        if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
-            _write(Path(checkpoint), model, optimizer, config, history)
-    bar.close()
+    model.train()
+    with tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress) as bar:
+        for step in range(first, config.steps):
+            line = _step(model, optimizer, text, config, step)
+            history.append(line)
+            rate = tokens_per_step * (step + 1 - first) / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
+            bar.update()
+            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
+                _write(Path(checkpoint), model, optimizer, _identity(model, text, config), history)
     model.eval()
     return history
 
@@ -99,6 +102,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     batch = windows(text, config.batch, config.length, seed=config.seed, step=step)
+    batch = batch.to(model.embed.weight.device)
     tokens, targets = batch[:, :-1], batch[:, 1:]
     loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
     optimizer.zero_grad()
@@ -118,35 +122,46 @@ def _groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _identity(model: Decoder, config: TrainConfig) -> dict[str, Any]:
+def _identity(model: Decoder, text: Tensor, config: TrainConfig) -> dict[str, Any]:
     """What makes a run this run and no other."""
-    return {"model": model.config.to_dict(), "train": asdict(config)}
+    return {
+        **model.config.to_dict(),
+        **asdict(config),
+        "dtype": str(model.embed.weight.dtype),
+        "text": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+    }
 
 
 def _write(
-    path: Path, model: Decoder, optimizer: torch.optim.Optimizer, config: TrainConfig, history: list[Step]
+    path: Path,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    history: list[Step],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     state = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    torch.save({**state, "identity": _identity(model, config)}, partial)
+    torch.save({**state, "identity": identity}, partial)
     partial.replace(path)
 
 
-def _resume(path: Path, model: Decoder, optimizer: torch.optim.Optimizer, config: TrainConfig) -> list[Step]:
+def _resume(
+    path: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+) -> list[Step]:
     try:
-        state = torch.load(path, weights_only=True)
-        theirs = state["identity"]
-    except Exception as error:
+        state = torch.load(path, map_location=model.embed.weight.device, weights_only=True)
+        theirs, weights, moments, history = (
+            state[part] for part in ("identity", "weights", "optimizer", "history")
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run: {error}") from error
-    ours = _identity(model, config)
-    for part in ours:
-        for name, value in ours[part].items():
-            if theirs[part].get(name) != value:
-                raise ValueError(
-                    f"checkpoint: {path} is of another run: its {name} is {theirs[part].get(name)!r}, "
-                    f"this run's {value!r}; delete it or choose another path"
-                )
-    model.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
+    for name, value in identity.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"checkpoint: {path} is of another run: its {name} is {theirs.get(name)!r}, "
+                f"this run's {value!r}; delete it or choose another path"
+            )
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    return history

@@ -1,0 +1,111 @@
+"""Models of transformers, as decoders of ours: one table of tensor names a family."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.model.checkpoints import fill
+from kvlearn.model.config import ModelConfig
+from kvlearn.model.decoder import Decoder
+
+# transformers' names -> ours; {} stands for the layer's number.
+LLAMA = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+    "model.layers.{}.input_layernorm.weight": "blocks.{}.mixer_norm.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "blocks.{}.mlp_norm.weight",
+    **{
+        f"model.layers.{{}}.self_attn.{part}_proj.weight": f"blocks.{{}}.mixer.{part}_proj.weight"
+        for part in ("q", "k", "v", "o")
+    },
+    **{
+        f"model.layers.{{}}.mlp.{part}_proj.weight": f"blocks.{{}}.mlp.{part}_proj.weight"
+        for part in ("gate", "up", "down")
+    },
+}
+
+
+def from_transformers(model_or_path: Any) -> Decoder:
+    """A decoder with the weights of a transformers model, given as the model or as a path to one on disk.
+
+    Families: those of ``FAMILIES``. Raises FileNotFoundError for a folder that is not there, and ValueError
+    that names what our decoder does not have: another family, shared heads, biases, an unknown RoPE option.
+    """
+    model = model_or_path
+    if isinstance(model_or_path, str | os.PathLike):
+        from transformers import AutoModelForCausalLM
+
+        if not Path(model_or_path).is_dir():
+            raise FileNotFoundError(f"model_or_path: no folder at {model_or_path}")
+        model = AutoModelForCausalLM.from_pretrained(model_or_path, local_files_only=True)
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_or_path: expected a model of {known}, got {family or type(model).__name__}")
+    names, configure = FAMILIES[family]
+    config = configure(model.config)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        number = next((part for part in name.split(".") if part.isdigit()), "")
+        pattern = name.replace(f".{number}.", ".{}.") if number else name
+        if pattern not in names:
+            raise ValueError(f"model_or_path: tensor {name!r} is not expected in a model of {family}")
+        weights[names[pattern].format(number)] = tensor
+    if config.tied:
+        weights.pop("head.weight", None)
+    ours = Decoder(config).to(dtype=model.dtype, device=model.device)
+    return fill(ours, weights, "model_or_path").eval()
+
+
+def llama(theirs: Any) -> ModelConfig:
+    """The shape of a Llama, from its configuration in transformers."""
+    kv_heads = theirs.num_key_value_heads
+    if kv_heads != theirs.num_attention_heads:
+        raise ValueError(
+            f"model_or_path: expected num_key_value_heads = num_attention_heads = "
+            f"{theirs.num_attention_heads}, got {kv_heads}: no mechanism for shared heads is registered"
+        )
+    if theirs.attention_bias or theirs.mlp_bias or theirs.hidden_act != "silu":
+        raise ValueError("model_or_path: expected a Llama without biases and with SiLU")
+    return ModelConfig(
+        vocab_size=theirs.vocab_size,
+        d_model=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        head_dim=theirs.head_dim,
+        d_ff=theirs.intermediate_size,
+        rope=rope(theirs.rope_parameters),
+        norm_eps=theirs.rms_norm_eps,
+        tied=theirs.tie_word_embeddings,
+    )
+
+
+def rope(parameters: Mapping[str, Any]) -> RopeConfig:
+    """RoPE by transformers' ``rope_parameters``; an option that would be left over is a ValueError."""
+    left = {name: value for name, value in parameters.items() if value is not None}
+    theta, kind = left.pop("rope_theta"), left.pop("rope_type")
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    match kind:
+        case "default":
+            pass
+        case "linear":
+            scaling = LinearScaling(left.pop("factor"))
+        case "llama3":
+            factor, low, high = (left.pop(n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
+            scaling = Llama3Scaling(factor, low, high, left.pop("original_max_position_embeddings"))
+        case "yarn":
+            options = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+            given = {name: left.pop(name) for name in options if name in left}
+            scaling = YarnScaling(left.pop("factor"), left.pop("original_max_position_embeddings"), **given)
+        case _:
+            raise ValueError(f"rope_type: expected default, linear, llama3 or yarn, got {kind!r}")
+    for name, value in left.items():
+        raise ValueError(f"rope_parameters: {name}={value!r} is not supported with rope_type={kind!r}")
+    return RopeConfig(theta, scaling)
+
+
+# By transformers' model_type: the names of its tensors, and what reads its configuration.
+FAMILIES: dict[str, tuple[Mapping[str, str], Callable[[Any], ModelConfig]]] = {"llama": (LLAMA, llama)}
