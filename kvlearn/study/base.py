@@ -4,6 +4,7 @@ What later chapters convert to fewer heads, to a latent or to a window, and prob
 ``kvlearn study base`` trains it again from nothing, or goes on where a killed run stood.
 """
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def base_model() -> Decoder:
 
 
 def train_base(out: Path = PATH, run: Path = Path("runs/base.pt"), progress: bool = True) -> dict[str, Any]:
-    """Train the base model, going on from ``run`` if it exists; write it to ``out`` and return its card."""
+    """Train the base model, going on from ``run`` if it exists; write it and its card to ``out``."""
     text = corpus()
     torch.manual_seed(TRAINING.seed)
     model = Decoder(MODEL)
@@ -48,4 +49,5 @@ def train_base(out: Path = PATH, run: Path = Path("runs/base.pt"), progress: boo
         "provenance": collect_provenance(),
     }
     save(model, out, card)
+    out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     return card
