@@ -5,6 +5,7 @@ from itertools import cycle
 
 import numpy as np
 from matplotlib.colors import to_rgba
+from matplotlib.ticker import NullFormatter
 
 from kvlearn.measure import Quartiles, Roofline, Work
 from kvlearn.plots.picture import COLOURS, Picture, drawing
@@ -34,7 +35,7 @@ def cache_saves(n_tokens: int = 12) -> Picture:
         axes[0].text(0, n_tokens + 2.5, "no cache: K and V are computed again too", fontsize=9)
         axes[0].text(n_tokens * 0.97, 1.4, "the future:\nmasked", ha="right", va="center", fontsize=9)
         axes[1].text(0.4, n_tokens * 0.62, "computed in\nearlier steps,\nnot needed again", fontsize=9)
-        slots = np.tile(to_rgba(COLOURS["shared"], 0.85), (1, n_tokens, 1))
+        slots = np.tile(to_rgba(COLOURS["full"], 0.5), (1, n_tokens, 1))
         slots[0, -1] = to_rgba(COLOURS["full"], 0.95)
         axes[1].imshow(slots, extent=(0, n_tokens, n_tokens + 1.6, n_tokens + 0.6))
         axes[1].vlines(edges, n_tokens + 0.6, n_tokens + 1.6, color="#8a8a8a", lw=0.5)
@@ -54,7 +55,7 @@ def loss_curve(losses: Sequence[float], *, uniform: float) -> Picture:
     window = max(len(losses_) // 20, 1)
     mean = np.convolve(losses_, np.ones(window) / window, mode="valid")
     with drawing(size=(7.5, 3.2)) as (figure, axes):
-        axes.plot(losses_, color=COLOURS["full"], alpha=0.3, lw=1)
+        axes.plot(losses_, color=COLOURS["full"], alpha=0.5, lw=0.8)
         axes.plot(np.arange(window - 1, len(losses_)), mean, color=COLOURS["full"])
         axes.axhline(uniform, color="#8a8a8a", lw=1, ls=":")
         axes.text(len(losses_), uniform, f"knows nothing: {uniform:.2f}", ha="right", va="bottom", fontsize=9)
@@ -102,15 +103,18 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
         axes.plot(reach, roof, color="#8a8a8a")
         axes.axvline(roofline.knee, color="#8a8a8a", lw=1, ls=":")
         axes.text(roofline.knee * 1.08, min(roof) * 1.3, f"knee: {roofline.knee:.0f} FLOP a byte", fontsize=9)
-        axes.text(reach[2], roof[2] * 1.6, "bound by memory", rotation=32, fontsize=9)
-        axes.text(reach[-1], roof[-1] * 1.12, "bound by arithmetic", ha="right", fontsize=9)
+        axes.text(roofline.knee * 0.92, roof[-1] * 1.12, "bound by memory", ha="right", fontsize=9)
+        axes.text(roofline.knee * 1.08, roof[-1] * 1.12, "bound by arithmetic", fontsize=9)
         for (name, (work, _)), marker in zip(points.items(), cycle("osD^v"), strict=False):
-            kind = COLOURS["full"] if "decode" in name else COLOURS["shared"]
+            kind = COLOURS["full"] if "decode" in name else COLOURS["memory"]
             axes.plot(work.intensity, achieved[name] / 1e9, marker, color=kind, ms=9, label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("FLOPs a byte moved")
         axes.set_ylabel("GFLOP/s")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.legend(loc="lower right")
         axes.set_title("Prefill and decode under this machine's roof")
     listed = "; ".join(
@@ -124,18 +128,31 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
     return Picture(figure, alt, {"achieved": achieved, "knee": roofline.knee})
 
 
-def loss_by_position(curves: Mapping[str, np.ndarray], *, smooth: int = 16) -> Picture:
-    """Loss over the position in the context, for the right model and for broken ones."""
+def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int = 16) -> Picture:
+    """Loss over the position in the context, for the right model and for broken ones fed in chunks.
+
+    Each point is the mean over ``width`` positions of one chunk.
+    """
     with drawing() as (figure, axes):
-        for (name, losses), style in zip(curves.items(), cycle(("-", "--", "-.", ":")), strict=False):
+        length = min(len(losses) for losses in curves.values())
+        for edge in range(chunk, length, chunk):
+            axes.axvline(edge, color="#8a8a8a", lw=1, ls=":")
+        axes.text(chunk * 1.03, 0.15, "second chunk", fontsize=9)
+        at = np.arange(width / 2, length - length % width, width)
+        styles = zip(curves.items(), cycle("oXsD"), cycle(("-", "--", ":")), strict=False)
+        for (name, losses), marker, line in reversed(list(styles)):  # the first drawn last, on top
+            means = losses[: len(at) * width].reshape(len(at), width).mean(1)
             colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
-            width = min(smooth, len(losses))
-            mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axes.plot(np.arange(len(mean)) + width, mean, style, color=colour, label=name)
+            axes.plot(at, means, line, marker=marker, color=colour, label=name)
+            axes.text(at[-1] + width / 2, means[-1], name, color=colour, va="center", fontsize=9)
+        axes.set_xlim(0, length * 1.28)
+        axes.set_xticks(range(0, length + 1, chunk))
         axes.set_xlabel("position in the context")
         axes.set_ylabel("loss, nats a byte")
         axes.set_ylim(0)
-        axes.legend()
     listed = "; ".join(f"{name} {losses.mean():.2f}" for name, losses in curves.items())
-    alt = f"Loss over the position in the context; means in nats a byte: {listed}."
+    alt = (
+        f"Loss over the position in the context, in chunks of {chunk}. The curves agree in the first chunk "
+        f"and part at the second. Means in nats a byte: {listed}."
+    )
     return Picture(figure, alt, {"curves": dict(curves)})

@@ -22,7 +22,7 @@ COLOURS = {
     "sparse": "#CC79A7",
     "linear": "#56B4E9",
     "hybrid": "#A0A000",  # their yellow, darkened: it must read on white
-    "memory": "#8A8A8A",
+    "memory": "#8A8A8A",  # weights, and whatever has no mechanism
     "mistake": "#B2182B",  # not theirs; always dashed or dotted
 }
 
