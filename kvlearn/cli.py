@@ -117,6 +117,9 @@ def grade(
     if len(styles) > 1:
         raise typer.BadParameter("expected at most one of --json, --csv and --html")
     request = commands.Request(paths, styles[0] if styles else "table", output, jobs, timeout)
+    if request.refusal:
+        typer.echo(f"kvlearn: {request.refusal}", err=True)
+        raise typer.Exit(2)
     if watch:
         commands.watch(request)
     elif commands.grade_and_show(request):

@@ -5,9 +5,9 @@ import re
 from functools import cache
 from importlib import import_module
 
-from kvlearn import expect
 from kvlearn.grading import units as rooms
 from kvlearn.grading.exercise import Exercise, Unit
+from kvlearn.grading.guard import shorten
 
 
 @cache
@@ -25,8 +25,25 @@ def exercises() -> dict[str, Exercise]:
 
 def find_exercise(exercise_id: str) -> Exercise:
     """The exercise with this id. TypeError if it is no string, ValueError if there is none."""
-    expect.instance("exercise", exercise_id, str)
-    return exercises()[expect.one_of("exercise", exercise_id.strip(), exercises())]
+    if not isinstance(exercise_id, str):
+        came = type(exercise_id).__name__
+        raise TypeError(
+            f'exercise: expected str, got {came}{_meant(str(exercise_id))} (write the id in quotes: "01.1")'
+        )
+    name = exercise_id.strip()
+    if name not in exercises():
+        raise ValueError(
+            f"exercise: expected one of {', '.join(map(repr, exercises()))}; "
+            f"got {shorten(repr(name), 40)}{_meant(name)}"
+        )
+    return exercises()[name]
+
+
+def _meant(text: str) -> str:
+    """The question whether "1.1" means "01.1", if there is such an exercise."""
+    numbers = re.fullmatch(r"0*([0-9]{1,3})\.0*([0-9]{1,3})", text)
+    name = f"{int(numbers[1]):02}.{int(numbers[2])}" if numbers else ""
+    return f"; did you mean {name!r}?" if name in exercises() else ""
 
 
 def unit_of(exercise: Exercise) -> Unit:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvlearn.grading import report as reports
 from kvlearn.grading.release import units
 from kvlearn.grading.report import Report, Result
-from kvlearn.grading.runner import Grader
+from kvlearn.grading.runner import Grader, one_line
 from kvlearn.grading.sandbox import Limits, NoKernel
 from kvlearn.grading.submission import Unusable, tasks_of, unit_of
 
@@ -42,6 +43,33 @@ class Request:
     def grader(self, done: Callable[[Result], None]) -> Grader:
         return Grader(limits=Limits(seconds=self.timeout), jobs=self.jobs, done=done)
 
+    @property
+    def refusal(self) -> str:
+        """Why the report cannot or must not be written to ``output``, in a line; empty if it can be."""
+        if self.output is None:
+            return ""
+        folder = self.output.absolute().parent
+        if self.output.is_dir():
+            return f"{self.output}: is a folder; give the report a file name"
+        if self.output.suffix == ".ipynb" or _same(self.output, self.paths):
+            return (
+                f"{self.output}: is a notebook, and a report would replace it; give the report another name"
+            )
+        if not folder.is_dir():
+            return f"{self.output}: no such folder as {folder}"
+        if not os.access(self.output if self.output.exists() else folder, os.W_OK):
+            return f"{self.output}: cannot be written"
+        return ""
+
+
+def _same(output: Path, paths: list[Path]) -> bool:
+    """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
+    for path in paths:
+        with contextlib.suppress(Unusable, OSError):
+            if any(output.samefile(found.file) for found in find(path)):
+                return True
+    return False
+
 
 def find(path: Path) -> list[Found]:
     """The notebooks meant by a notebook, a unit's folder or a tree. ``Unusable`` if there are none."""
@@ -62,7 +90,7 @@ def find(path: Path) -> list[Found]:
 
 def _student(file: Path) -> str:
     folder = file.absolute().parent
-    owner = folder.parent.name
+    owner = folder.parent.name.encode("utf-8", "replace").decode()  # names of files can hold any bytes
     return owner if folder.name == file.stem and owner not in OURS else ""
 
 
@@ -89,15 +117,17 @@ def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
 async def _one(found: Found, grader: Grader, kernels: asyncio.Semaphore, faults: list[str]) -> Report | None:
     try:
         return await grader.grade(found.file, found.student, kernels)
-    except (Unusable, NoKernel) as error:
-        faults.append(f"{found.file}: {error}")
+    except Exception as error:  # whatever one notebook does to us, the others have their reports
+        foreseen = isinstance(error, Unusable | NoKernel)
+        reason = str(error) if foreseen else f"could not be graded ({one_line(repr(error))})"
+        faults.append(f"{found.file}: {reason}")
         with contextlib.suppress(Unusable):
             unit = unit_of(found.file, None, units(grader.solutions))
             tasks, _ = tasks_of(unit, grader.solutions)
             return Report(
                 found.student,
                 unit,
-                [Result(task.id, 0.0, task.points, "error", str(error)) for task in tasks],
+                [Result(task.id, 0.0, task.points, "error", reason) for task in tasks],
             )
     return None
 
@@ -148,9 +178,15 @@ def grade_and_show(request: Request) -> bool:
     """Grade and write the report, on stderr a line for each notebook that cannot be graded. True if any."""
     with progress_bar(_count(request.paths)) as done:
         graded, faults = grade(request.paths, request.grader(done))
+    try:
+        show(graded, request.style, request.output)
+    except OSError as error:
+        if request.output is None:
+            raise
+        faults.append(f"{request.output}: {error.strerror}; the report goes to stdout")
+        show(graded, request.style, None)
     for fault in faults:
         print(f"kvlearn: {fault}", file=sys.stderr)
-    show(graded, request.style, request.output)
     return bool(faults)
 
 

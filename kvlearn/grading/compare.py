@@ -1,5 +1,6 @@
 """Compares what came with what was expected, and says the difference in words a learner can use."""
 
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def near(got: Tensor, want: Tensor, tolerance: float | None = None) -> Tensor:
     """Elementwise: equal within the tolerance of ``want``'s dtype (for integers and booleans: equal)."""
     if not (got.dtype.is_floating_point and want.dtype.is_floating_point):
         return got == want
-    wide = tolerance or TOLERANCE.get(want.dtype, 1e-4)
+    wide = TOLERANCE.get(want.dtype, 1e-4) if tolerance is None else tolerance
     return torch.isclose(got.double(), want.double(), rtol=wide, atol=wide)
 
 
@@ -75,13 +76,25 @@ def describe(value: Any) -> str:
         return "None (is a return missing?)"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {dtype_name(value)}"
-    if isinstance(value, bool | int | float):
-        return f"{value:,}" if not isinstance(value, bool) else str(value)
+    plain = plain_number(value)
+    if plain is not None:
+        return f"{plain:,}"
+    if isinstance(value, bool):
+        return str(value)
     kind = type(value)
     name = "numpy array" if kind.__module__ == "numpy" and kind.__name__ == "ndarray" else kind.__name__
     if isinstance(value, tuple | list):
         return f"a {name} of {len(value)} ({', '.join(type(part).__name__ for part in value[:4])})"
     return f"a {name}"
+
+
+def plain_number(value: Any) -> int | float | None:
+    """numpy's numbers, fractions and tensors of one number as Python's own; None for anything else."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.dtype != torch.bool:
+        value = value.detach().item() if value.device.type != "meta" else None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def number(element: Tensor) -> str:

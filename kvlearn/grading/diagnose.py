@@ -13,7 +13,7 @@ def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Mis
     """The misconceptions an answer shows, the one that explains most first; empty where none fits.
 
     One fits if the answer fails every requirement that it fails, and gives the same *wrong* values as it for
-    at least one of them. The rest of a wrong answer may be explained by a second.
+    at least half of them. The rest of a wrong answer may be explained by a second.
     """
     failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
     fits = [(m, explained(exercise, m, outcomes, seed)) for m in exercise.misconceptions]
@@ -28,18 +28,20 @@ def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Mis
 def explained(
     exercise: Exercise, misconception: Misconception, outcomes: list[Outcome], seed: int
 ) -> set[int]:
-    """The failed requirements it explains; none at all where it fails one that the answer passes."""
-    rows, telling = set(), False
+    """The failed requirements it explains; none at all where it fails one that the answer passes, or where
+    the answer raises and it does not: then the answer is broken in another way."""
+    rows, telling, n_failed = set(), False, 0
     for i, (requirement, ours) in enumerate(zip(exercise.requirements, outcomes, strict=True)):
         theirs = run_requirement(exercise, requirement, misconception.answers, seed + i, len(ours.trace))
-        if ours.passed and not theirs.passed:
+        if (ours.passed and not theirs.passed) or (ours.status == "raised" != theirs.status):
             return set()
+        n_failed += not theirs.passed
         wrong = shared_wrong_values(ours, theirs)
         if wrong:
             rows.add(i)
             telling = telling or not all(map(constant, wrong))
     every = rows == {i for i, outcome in enumerate(outcomes) if not outcome.passed}
-    return rows if telling or every else set()
+    return rows if 2 * len(rows) >= n_failed and (telling or every) else set()
 
 
 def shared_wrong_values(ours: Outcome, theirs: Outcome) -> list[Any]:

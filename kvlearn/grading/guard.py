@@ -18,9 +18,10 @@ import kvlearn
 
 HOME = os.path.dirname(os.path.abspath(kvlearn.__file__))
 FREE_ROOMS = (os.path.join(HOME, "grading"), os.path.join(HOME, "expect.py"))
-LIBRARIES = tuple(
-    os.path.join(path, "")
-    for path in (HOME, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *site.getsitepackages())
+LIBRARIES = (
+    "<frozen ",
+    *(os.path.join(path, "") for path in (HOME, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))),
+    *(os.path.join(path, "") for path in site.getsitepackages()),
 )
 
 
@@ -72,7 +73,9 @@ class Guarded:
         record.changed = record.changed or any(
             was.shape != is_.shape or differ(was, is_) for was, is_ in kept
         )
-        return Guarded(result, self._name, record) if isinstance(self._target, type) else result
+        # A class is asked for under a name in capitals; a function that makes objects is as good.
+        makes_objects = self._name.rpartition(".")[2][:1].isupper()
+        return Guarded(result, self._name, record) if makes_objects else result
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,14 +2,19 @@
 
 It finds what changes by accident or by a simple trick (``torch.allclose = lambda *a, **k: True``). Whoever
 changes something and puts it back before anybody looks is not found: answer and check share a process.
+
+What checks do not call may change (``torch.set_default_dtype``, ``rich.pretty.install()``): the answer keeps
+its points, and the exercises after it get kernels of their own.
 """
 
+import ast
 import builtins
-import json
 import math
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,15 +22,32 @@ import torch
 
 import kvlearn
 from kvlearn.grading.catalogue import exercises
+from kvlearn.grading.score import Score
 
 ASK = "__import__('kvlearn.grading.integrity', fromlist=['state']).state(get_ipython())"
-OWN = (
-    "name "  # before names that setup cells have bound: an answer may, others then get a kernel of their own
+STATE = "application/vnd.kvlearn.state+json"  # no formatter of the learner's is between this and the grader
+SILENT = "how IPython answers"  # the only name where the kernel could not be asked
+LEAVING = "whether IPython goes on"
+OWN = "name "  # before names that set-up cells have bound, and what else is the learner's to change
+DISPLAY = ("__repr__", "__str__", "__format__", "__dir__")
+LIBRARIES = (builtins, math, random, torch, torch.nn.functional, torch.testing)
+COMMAND_LINE = (
+    "__main__ commands integrity launcher processes progress release report runner sandbox submission"
 )
 
 
-def state(shell: Any) -> str:
-    """Identities of everything that checks rely on, as JSON: what changed is what has another value later."""
+class State:
+    """What was found, in a form that reaches the grader however values are displayed here."""
+
+    def __init__(self, found: dict[str, str]) -> None:
+        self.found = found
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return {"text/plain": "", STATE: self.found}
+
+
+def state(shell: Any) -> State:
+    """Identities of everything an answer might change: what changed is what has another value later."""
     found = {f"exercise {key}": str(_parts(exercise)) for key, exercise in exercises().items()}
     for module in _modules():
         for name, value in _callables(vars(module)):
@@ -41,18 +63,48 @@ def state(shell: Any) -> str:
         if name not in ("In", "Out") and not name.startswith("_"):
             found[OWN + name] = _own(value)
     found[f"{OWN}torch's defaults"] = f"{torch.get_default_dtype()} {torch.is_grad_enabled()}"
-    return json.dumps(found)
+    found[f"{OWN}IPython's callbacks"] = str([len(known) for known in shell.events.callbacks.values()])
+    return State(found)
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Names of ``before`` that are different or gone."""
-    if len(after) == 1:  # the kernel could not be asked any more
-        return list(after)
+    if SILENT in after:
+        return [SILENT]
     return [name for name, value in before.items() if after.get(name) != value]
 
 
+def relied_on(name: str) -> bool:
+    """Could a change of ``name`` change a score?"""
+    room, _, last = name.rpartition(".")
+    if room == "torch.Tensor":
+        operator = last.startswith("__") and last not in DISPLAY
+        return operator or f".{last}" in _called()
+    if room in [module.__name__ for module in LIBRARIES]:
+        return name in _called()
+    return not name.startswith(OWN)
+
+
+@cache
+def _called() -> frozenset[str]:
+    """What checks, references and misconceptions call: functions by full name, methods as ".name"."""
+    home = Path(kvlearn.__file__).parent
+    checks = [file for file in home.glob("grading/**/*.py") if file.stem not in COMMAND_LINE.split()]
+    found = {"torch.Tensor"}
+    for file in [*checks, *home.glob("attention/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Name):
+                found.add(f"builtins.{node.id}")
+            elif isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Attribute):
+                room = ast.unparse(node.value)
+                found |= {f".{node.attr}", f"{'torch.nn.functional' if room == 'F' else room}.{node.attr}"}
+    return frozenset(found)
+
+
 def _modules() -> Iterator[ModuleType]:
-    yield from (builtins, math, random, torch, torch.nn.functional, torch.testing)
+    yield from LIBRARIES
     yield from [module for name, module in sys.modules.items() if f"{name}.".startswith("kvlearn.")]
 
 
@@ -83,13 +135,19 @@ def _own(value: Any) -> str:
 
 def _shell(shell: Any) -> dict[str, str]:
     """The roads from a cell's value to its output, as far as IPython lets others meddle with them."""
-    formatter = shell.display_formatter.mimebundle_formatter
+    display = shell.display_formatter
+    roads = (display.mimebundle_formatter, display.ipython_display_formatter)
     return {
+        LEAVING: str(shell.exit_now),
         "IPython's displayhook": str(id(shell.displayhook)),
-        "IPython's display_formatter": str((id(shell.display_formatter), id(formatter))),
-        "IPython's formatter": str(
-            (len(formatter.type_printers), len(formatter.deferred_printers))
-        ),
+        "IPython's display_formatter": str([id(display), *map(id, roads)]),
+        "IPython's formatters of scores": str([_for_scores(road) for road in roads]),
         "IPython's transformers": str([len(shell.ast_transformers), len(shell.input_transformers_post)]),
-        "IPython's events": str([len(shell.events.callbacks[e]) for e in ("pre_execute", "pre_run_cell")]),
     }
+
+
+def _for_scores(formatter: Any) -> tuple[bool, int]:
+    try:
+        return formatter.enabled, id(formatter.lookup_by_type(Score))
+    except KeyError:
+        return formatter.enabled, 0

@@ -1,7 +1,6 @@
-"""A process and all that descends from it: how much memory it holds, how to limit it, how to end it."""
+"""A process and all that descends from it: how much memory it holds, how to end it."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 import psutil
@@ -35,25 +34,14 @@ class ProcessTree:
         total = sum(_memory(process, "rss") for process in members)
         return total if total <= enough else sum(_memory(process, "pss") for process in members)
 
-    def confine(self, memory: int) -> None:
-        """Make the kernel of the system refuse more than ``memory`` bytes of private data a process.
-
-        Python then raises MemoryError and lives. Only Linux can do this from outside; elsewhere whoever calls
-        ``resident`` is alone in watching. RLIMIT_AS would count what torch reserves and never touches.
-        """
-        if sys.platform == "linux":
-            import resource
-
-            resource.prlimit(self.root.pid, resource.RLIMIT_DATA, (memory, memory))
-            resource.prlimit(self.root.pid, resource.RLIMIT_FSIZE, (2**30, 2**30))
-            resource.prlimit(self.root.pid, resource.RLIMIT_CORE, (0, 0))
-
     def kill(self) -> None:
-        """End every member, and go on until no new one appears."""
+        """End every member, and go on until no new one appears; the root last, so that it reaps the
+        others."""
         for _ in range(20):
-            members = [p for p in {*self.members(), *self._marked()} if p.status() != psutil.STATUS_ZOMBIE]
+            members = [p for p in {*self.members(), *self._marked()} if _runs(p)]
             if not members:
                 return
+            members = [p for p in members if p != self.root] or members
             for process in members:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
@@ -64,6 +52,12 @@ class ProcessTree:
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(MARK) == self.mark:
                     yield process
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _memory(process: psutil.Process, kind: str) -> int:

@@ -5,7 +5,6 @@ others nothing: they go on in kernels of their own, each with the set-up, its ow
 """
 
 import asyncio
-import json
 import math
 import re
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlearn.grading import submission
-from kvlearn.grading.integrity import ASK, OWN, changed
+from kvlearn.grading.integrity import ASK, LEAVING, OWN, SILENT, STATE, changed, relied_on
 from kvlearn.grading.release import solutions_root, units
 from kvlearn.grading.report import Report, Result
 from kvlearn.grading.sandbox import MIME, KernelLost, Limits, OverTime, Sandbox, TimedOut
@@ -132,11 +131,13 @@ class Grader:
             for source in task.pieces:
                 error = _error(await box.run(source, _left(end))) or error
             touched = changed(baseline, await self._state(box, self.limits.seconds))
+            if LEAVING in touched:
+                raise Disturbed(_zero(task, "the answer ends the kernel: leave out exit() and quit()"))
             outputs = await box.run(task.check, _left(end))
             touched += changed(baseline, await self._state(box, self.limits.seconds))
         except TimedOut:
             return _zero(task, _too_long(self.limits) if end < until else _no_time(self.limits))
-        guilty = sorted(name for name in touched if not name.startswith(OWN))
+        guilty = sorted(name for name in touched if relied_on(name))
         if guilty:
             raise Disturbed(_zero(task, f"the answer changes {guilty[0]}, which the checks rely on"))
         result = _score(task, outputs, error)
@@ -145,8 +146,8 @@ class Grader:
         return result
 
     async def _state(self, box: Sandbox, seconds: float) -> State:
-        answer = await box.ask(ASK, seconds)
-        return json.loads(answer) if isinstance(answer, str) else {"IPython": "does not answer"}
+        answer = await box.ask(ASK, STATE, seconds)
+        return answer if isinstance(answer, dict) else {SILENT: ""}
 
     def _tell(self, result: Result) -> Result:
         self.done(result)
@@ -183,10 +184,10 @@ def _no_time(limits: Limits) -> str:
 
 def _error(outputs: list[dict[str, Any]]) -> str:
     errors = [output for output in outputs if output["output_type"] == "error"]
-    return _line(f"{errors[-1].get('ename')}: {errors[-1].get('evalue')}") if errors else ""
+    return one_line(f"{errors[-1].get('ename')}: {errors[-1].get('evalue')}") if errors else ""
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """Text of the learner's doing as one line of printable characters."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -213,4 +214,4 @@ def _score(task: Task, outputs: list[dict[str, Any]], error: str) -> Result:
     )
     if not in_order:
         return _zero(task, "the check's score is not in order")
-    return Result(task.id, float(points), task.points, str(status), _line(str(score.get("message", ""))))
+    return Result(task.id, float(points), task.points, str(status), one_line(str(score.get("message", ""))))

@@ -3,11 +3,11 @@
 A fence against mistakes, no prison: the code runs as the user who grades, with that user's files and network.
 """
 
-import ast
 import asyncio
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -23,6 +23,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
+from kvlearn.grading import launcher
 from kvlearn.grading.processes import MARK, ProcessTree
 from kvlearn.grading.score import MIME
 
@@ -105,6 +106,9 @@ class Sandbox:
             transport=transport,
             connection_file=str(home / "kernel.json"),
         )
+        spec = self._manager.kernel_spec
+        assert spec is not None
+        spec.argv = [sys.executable, "-I", "-S", launcher.__file__, str(self.limits.memory), *spec.argv]
         self._client = _Client(
             nbformat.v4.new_notebook(),
             km=self._manager,
@@ -127,7 +131,6 @@ class Sandbox:
             cwd=str(home / "work"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._tree = ProcessTree(self._provisioner.pid, mark)
-        self._tree.confine(self.limits.memory)
         await self._client.async_start_new_kernel_client()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -190,12 +193,16 @@ class Sandbox:
                 await self._client.async_execute_cell(cell, 0)
             except DeadKernelError:
                 await self._explain()
+            if (
+                await self._provisioner.poll() is not None
+            ):  # its launcher; the kernel itself lives a second more
+                await self._explain()
         if self._interrupted:
             raise TimedOut
         return cell.outputs
 
-    async def ask(self, expression: str, seconds: float) -> Any:
-        """The value of an expression that evaluates to a literal, or None if there is none to be had."""
+    async def ask(self, expression: str, kind: str, seconds: float) -> Any:
+        """What an expression's value shows of itself as MIME type ``kind``, or None if there is nothing."""
         assert self._client.kc is not None
         with self._within(seconds):
             try:
@@ -207,8 +214,8 @@ class Sandbox:
                 await self._explain()
         try:
             assert reply is not None
-            return ast.literal_eval(reply["content"]["user_expressions"]["value"]["data"]["text/plain"])
-        except (AssertionError, TypeError, KeyError, ValueError, SyntaxError):
+            return reply["content"]["user_expressions"]["value"]["data"][kind]
+        except (AssertionError, TypeError, KeyError):
             return None
 
     async def _explain(self) -> NoReturn:

@@ -64,13 +64,20 @@ def tasks_of(unit: str, solutions: Path) -> tuple[list[Task], dict[str, tuple[st
 def load(file: Path) -> dict[str, Any]:
     """A notebook file as it is, however odd. ``Unusable`` if it is missing, not JSON or no notebook."""
     try:
-        notebook = json.loads(file.read_bytes().decode("utf-8-sig"))
+        content = file.read_bytes()
+        notebook = json.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise Unusable("no such file") from None
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        if not content.strip():
+            raise Unusable("the file is empty") from None
+        if re.search(rb"^(<<<<<<<|>>>>>>>) ", content, re.MULTILINE):
+            raise Unusable("it holds git's merge conflict markers (<<<<<<<): keep one side of each") from None
         raise Unusable(f"damaged, not JSON: {error}") from None
+    if isinstance(notebook, dict) and isinstance(notebook.get("worksheets"), list):
+        raise Unusable("a notebook of format 3: open it in JupyterLab and save it, that makes it format 4")
     if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         raise Unusable("not a Jupyter notebook (no list of cells, as nbformat 4 has it)")
     return notebook
@@ -108,4 +115,6 @@ def fill_in(tasks: list[Task], places: dict[str, tuple[str, int]], notebook: dic
 
 def _text(source: Any) -> str:
     lines = source if isinstance(source, list) else [source]
-    return "".join(line for line in lines if isinstance(line, str))
+    text = "".join(line for line in lines if isinstance(line, str))
+    # JSON can hold half a character, what is sent to a kernel cannot.
+    return text.encode("utf-8", "replace").decode()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvlearn.grading.compare import Difference, compare, describe
+from kvlearn.grading.compare import Difference, compare, describe, dtype_name, plain_number
 from kvlearn.grading.guard import Raised, Record, shorten
 
 
@@ -87,11 +87,21 @@ class Trial:
             return True
         return self.note(got, Difference(what, f"shape {shape}", describe(got)))
 
+    def form(self, got: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """``got`` is a tensor of this shape and dtype, whatever it holds."""
+        if not self.shape(got, shape):
+            return False
+        want = dtype_name(torch.empty(0, dtype=dtype))
+        good = got.dtype == dtype
+        return self.note(got, None if good else Difference("", f"dtype {want}", f"dtype {dtype_name(got)}"))
+
     def number(self, got: Any, want: float, what: str) -> bool:
-        """``got`` is this number: exactly for an integer, to nine digits otherwise."""
-        good = isinstance(got, int | float) and not isinstance(got, bool)
-        good = good and (got == want if isinstance(want, int) else abs(got - want) <= 1e-9 * abs(want))
-        return self.note(got, None if good else Difference(what, f"{want:,}", describe(got)))
+        """``got`` is this number, of whichever type: exactly for an integer, to nine digits otherwise."""
+        plain = plain_number(got)
+        if plain is None:
+            return self.note(got, Difference(what, f"{want:,}", describe(got)))
+        good = plain == want if isinstance(want, int) else abs(plain - want) <= 1e-9 * abs(want)
+        return self.note(plain, None if good else Difference(what, f"{want:,}", describe(plain)))
 
     def true(self, good: bool, expected: str, came: str) -> bool:
         """A fact about the answer that holds or does not."""

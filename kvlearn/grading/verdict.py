@@ -39,6 +39,7 @@ def judge(exercise: Exercise, answers: Sequence[Any], seed: int | None = None) -
     complaint = misfit(exercise, answers)
     if complaint:
         return score(0, status="wrong", message=complaint, rows=rows)
+    answers = [not_written if answer is None or answer is ... else answer for answer in answers]
     seed = secrets.randbits(48) if seed is None else seed
     try:
         with quiet(), one_thread():
@@ -60,6 +61,11 @@ def judge(exercise: Exercise, answers: Sequence[Any], seed: int | None = None) -
     return score(points, status=status, message=message, rows=rows, mistakes=mistakes)
 
 
+def not_written(*_: Any, **__: Any) -> None:
+    """Stands in for an answer that is missing beside one that is there."""
+    raise NotImplementedError
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from threads, and lose seconds to them on a busy machine."""
@@ -76,6 +82,7 @@ def misfit(exercise: Exercise, answers: Sequence[Any]) -> str:
     if len(answers) != len(exercise.answers):
         return f"Expected {len(exercise.answers)} answers, got {len(answers)}: write {exercise.call}."
     wrong = [(n, a) for n, a in zip(exercise.answers, answers, strict=True) if not callable(a)]
+    wrong = [(name, answer) for name, answer in wrong if answer is not None and answer is not ...]
     return "; ".join(f"{n}: expected a function or a class, came {shorten(describe(a))}" for n, a in wrong)
 
 

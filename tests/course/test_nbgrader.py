@@ -29,8 +29,19 @@ c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id
 Notebook = dict[str, Any]
 
 
-def nbgrader(course: Path, *command: str) -> None:
-    """Run nbgrader's own command line, apart from the settings of whoever runs the test."""
+# Its own command line, several commands in one process: starting it takes longer than most commands.
+RUN = """import sys
+from nbgrader.apps.nbgraderapp import NbGraderApp
+for command in sys.argv[1:]:
+    NbGraderApp.launch_instance(command.split())
+    NbGraderApp.clear_instance()
+    for app, _ in NbGraderApp.subcommands.values():
+        app.clear_instance()
+"""
+
+
+def nbgrader(course: Path, *commands: str) -> None:
+    """Run commands of nbgrader, apart from the settings of whoever runs the test."""
     apart = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
     environment = os.environ | {name: str(course / "home") for name in apart}
     environment["PATH"] = (
@@ -38,7 +49,7 @@ def nbgrader(course: Path, *command: str) -> None:
     )
     environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     done = subprocess.run(
-        [sys.executable, "-m", "nbgrader", *command],
+        [sys.executable, "-c", RUN, *commands],
         cwd=course,
         env=environment,
         capture_output=True,
@@ -69,8 +80,8 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     course = tmp_path_factory.mktemp("course")
     (course / "nbgrader_config.py").write_text(CONFIG)
     shutil.copytree(SOLUTIONS, course / "solutions", ignore=shutil.ignore_patterns(".*"))
+    nbgrader(course, *(f"generate_assignment {unit}" for unit in UNITS))
     for unit in UNITS:
-        nbgrader(course, "generate_assignment", unit)
         released = json.loads((course / "exercises" / unit / f"{unit}.ipynb").read_text("utf-8"))
         solved = json.loads((SOLUTIONS / unit / f"{unit}.ipynb").read_text("utf-8"))
         archive = course / "downloaded" / unit / "archive"
@@ -79,9 +90,8 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for student in ("blank", "half", "full") if unit == UNITS[0] else ("full",):
             handed_in = json.dumps(answered(released, solved, student))
             (archive / f"{student}-{unit}.ipynb").write_text(handed_in, encoding="utf-8")
-        nbgrader(course, "zip_collect", unit)
-        nbgrader(course, "autograde", unit)
-    nbgrader(course, "export", "--to", "grades.csv")
+    graded = [f"{step} {unit}" for unit in UNITS for step in ("zip_collect", "autograde")]
+    nbgrader(course, *graded, "export --to grades.csv")
     return course
 
 

@@ -48,5 +48,15 @@ def test_a_missing_solutions_folder_is_named(monkeypatch: pytest.MonkeyPatch, tm
 def test_unknown_exercises_are_named(ask) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=r"'01\.8'; got '99\.1'"):
         ask("99.1")
-    with pytest.raises(TypeError, match="expected str, got float"):
-        ask(1.3)
+    with pytest.raises(ValueError, match=r"got '9{20,50}….{0,1}$"):
+        ask("9" * 10_000)
+    with pytest.raises(TypeError, match=r"expected str, got NoneType \(write the id in quotes"):
+        ask(None)
+
+
+@pytest.mark.parametrize("meant", ["1.3", "01.03", "1.03", " 001.3 "])
+def test_an_id_written_otherwise_is_understood_but_not_taken(meant: str) -> None:
+    with pytest.raises(ValueError, match=r"did you mean '01\.3'\?"):
+        kvlearn.hint(meant)
+    with pytest.raises(TypeError, match=r"got float; did you mean '01\.3'\? \(write the id in quotes"):
+        kvlearn.hint(1.3)  # type: ignore[arg-type]

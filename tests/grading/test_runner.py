@@ -2,20 +2,23 @@
 
 import asyncio
 import hashlib
-import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import small_unit as small
+from test_integrity import INNOCENT
 
 from kvlearn.grading.commands import grade
-from kvlearn.grading.integrity import ASK, changed
 from kvlearn.grading.report import Result
-from kvlearn.grading.runner import Grader, _score
+from kvlearn.grading.runner import Grader
 from kvlearn.grading.sandbox import MIME, Limits, Sandbox
-from kvlearn.grading.submission import Task
 
 QUICK = Limits(seconds=3, grace=1)
 
@@ -61,14 +64,21 @@ def passed(results: dict[str, Result], *names: str) -> bool:
     return all((results[name].score, results[name].status) == (3, "passed") for name in names)
 
 
+DETACHING = (
+    "!import subprocess\nsubprocess.run('setsid sleep 303.7 &', shell=True)\ndef square(x): return x * x"
+)
+
+
 @pytest.mark.slow
 def test_half_right_answers_get_part_of_the_points(course: Course) -> None:
     half = "return x * 2 if len(x) else None"
-    results = course.grade(small.answered(double=half, shift="return 1 + x", negate="!def negate(x:"))
+    odd = "return 1 + x  # \ud800 is half a character, which no message to a kernel can hold"
+    results = course.grade(small.answered(double=half, shift=odd, negate="!def negate(x:", square=DETACHING))
     assert (results["double"].score, results["double"].status) == (2, "partial")
-    assert passed(results, "shift")
+    assert passed(results, "shift", "square")
     assert fails(results["negate"], "SyntaxError")
     assert (results["halve"].score, results["halve"].status) == (0, "not attempted")
+    assert not left_behind("303.7"), "what outlives a good answer must be ended too"
 
 
 @pytest.mark.slow
@@ -78,10 +88,11 @@ def test_loops_exits_and_huge_allocations_leave_the_others_their_points(course: 
     assert fails(results["double"], "longer than 3 s")
     assert fails(results["shift"], "SystemExit")
     assert fails(results["negate"], "MemoryError")
-    assert fails(results["halve"], "'halve' is not defined")
+    assert fails(results["halve"], "exit")
     assert passed(results, "square")
 
 
+PARRICIDE = f"import os; assert os.getppid() != {os.getpid()}; os.kill(os.getppid(), signal); return x * 2"
 STUBBORN = """!import subprocess, time
 subprocess.run("setsid sleep 301.7 & setsid sleep 302.7 &", shell=True)
 while True:
@@ -97,23 +108,17 @@ def test_what_ends_the_process_or_must_be_killed_leaves_the_others_their_points(
         "shift": "import os; os._exit(3)",
         "negate": "import ctypes; ctypes.string_at(0)",
         "halve": STUBBORN,
+        "double": PARRICIDE.replace("signal", "15"),
+        "square": PARRICIDE.replace("signal", "9"),
     }
     results = course.grade(small.answered(**small.ALL_RIGHT | bad))
     assert fails(results["shift"], "ended the process with exit code 3")
     assert fails(results["negate"], "ended the process by SIGSEGV")
     assert fails(results["halve"], "longer than 3 s")
-    assert passed(results, "double", "square")
+    assert fails(results["square"], "ended the process by SIGKILL")
+    assert passed(results, "double")
     assert not left_behind("301.7")
     assert not left_behind("302.7")
-
-
-@pytest.mark.slow
-def test_what_outlives_a_good_answer_is_ended_too(course: Course) -> None:
-    code = (
-        "!import subprocess\nsubprocess.run('setsid sleep 303.7 &', shell=True)\ndef double(x): return x * 2"
-    )
-    assert passed(course.grade(small.answered(double=code)), "double")
-    assert not left_behind("303.7")
 
 
 @pytest.mark.slow
@@ -125,10 +130,10 @@ while True:
     while shared.tell() < 2**31:
         shared.write(b"x" * 2**24)"""
     results = course.grade(
-        small.answered(double="return x * 2", shift=code), Limits(seconds=20, memory=10**9)
+        small.answered(double=code, shift="return x + 1"), Limits(seconds=20, memory=10**9)
     )
-    assert fails(results["shift"], "more than 0.9 GiB of memory")
-    assert passed(results, "double")
+    assert fails(results["double"], "more than 0.9 GiB of memory")
+    assert passed(results, "shift")
 
 
 @pytest.mark.slow
@@ -157,58 +162,24 @@ def test_of_a_flood_of_prints_only_the_beginning_is_kept() -> None:
 @pytest.mark.slow
 def test_the_whole_notebook_has_a_limit_too(course: Course) -> None:
     loop = "!while True: pass"
-    results = course.grade(small.answered(double=loop, shift=loop), Limits(seconds=9, grace=1, total=4))
-    assert fails(results["double"], "as a whole took longer than 4 s")
-    assert fails(results["shift"], "as a whole took longer than 4 s")
+    results = course.grade(small.answered(double=loop, shift=loop), Limits(seconds=9, grace=1, total=3))
+    assert fails(results["double"], "as a whole took longer than 3 s")
+    assert fails(results["shift"], "as a whole took longer than 3 s")
 
 
 @pytest.mark.slow
 def test_an_answer_that_meddles_with_the_checks_earns_nothing(course: Course) -> None:
-    code = "!import kvlearn\nkvlearn.check = lambda *a: 3\ndef shift(x): return 7"
-    results = course.grade(small.answered(double="return x * 2", shift=code, negate="return -x"))
-    assert fails(results["shift"], "changes kvlearn.check")
-    assert passed(results, "double", "negate")
+    code = "!import kvlearn\nkvlearn.check = lambda *a: 3\ndef double(x): return 7"
+    results = course.grade(small.answered(double=code, shift="return x + 1"))
+    assert fails(results["double"], "changes kvlearn.check")
+    assert passed(results, "shift")
 
 
 @pytest.mark.slow
 def test_what_an_answer_does_to_the_common_set_up_stays_with_it(course: Course) -> None:
-    greedy = "!weights += 1\ntorch = None\ndef double(x): return x + x"
-    trusting = "assert torch.equal(weights, torch.ones(3)); return -x"
-    assert passed(course.grade(small.answered(double=greedy, negate=trusting)), "double", "negate")
-
-
-MEDDLING = {
-    "kvlearn.check": "import kvlearn; kvlearn.check = print",
-    "torch.isclose": "torch.isclose = lambda *a, **k: True",
-    "torch.Tensor.__eq__": "torch.Tensor.__eq__ = lambda *a: True",
-    "builtins.abs": "import builtins; builtins.abs = lambda x: 0",
-    "kvlearn.grading.score.Score.to_json": "import kvlearn.grading as g; g.Score.to_json = print",
-    "kvlearn.grading.judge": "import kvlearn.grading as g; g.judge.__code__ = (lambda *a: 0).__code__",
-    "exercise 90.2": "exercises()['90.2'].requirements.pop()",
-    "IPython's formatter": "get_ipython().display_formatter.mimebundle_formatter.for_type(int, repr)",
-    "IPython's events": "get_ipython().events.register('pre_run_cell', lambda info: None)",
-    "name weights": "weights += 1",
-    "name torch's defaults": "torch.set_grad_enabled(False)",
-}
-
-
-@pytest.mark.slow
-def test_whatever_checks_rely_on_is_seen_to_change() -> None:
-    async def look() -> list[list[str]]:
-        found = []
-        async with Sandbox(Limits()) as box:
-            await box.run(small.SETUP, 60)
-            before = json.loads(await box.ask(ASK, 60))
-            assert not changed(before, json.loads(await box.ask(ASK, 60)))
-            for code in MEDDLING.values():
-                await box.run(code, 5)
-                after = json.loads(await box.ask(ASK, 5))
-                found.append(changed(before, after))
-                before = after
-        return found
-
-    for name, found in zip(MEDDLING, asyncio.run(look()), strict=True):
-        assert name in found
+    greedy = "\n".join(["!weights += 1", *INNOCENT, "torch = None", "def double(x): return x + x"])
+    trusting = "assert torch.equal(weights, torch.ones(3)) and weights.dtype == torch.float32; return -x"
+    assert passed(course.grade(small.answered(double=greedy, negate=trusting), Limits()), "double", "negate")
 
 
 @pytest.mark.slow
@@ -251,45 +222,29 @@ def test_a_notebook_damaged_in_parts_is_graded_for_the_rest(course: Course) -> N
     assert results["negate"].message == "the answer cell is missing"
 
 
-TASK = Task("90.1", 3.0, [], [], "")
-GOOD = {"exercise": "90.1", "score": 3.0, "max_score": 3, "status": "passed", "message": "well done"}
-
-
-def output(score: Any, kind: str = "execute_result") -> dict[str, Any]:
-    return {"output_type": kind, "data": {MIME: score}}
-
-
-def test_the_score_is_the_checks_own_result() -> None:
-    assert _score(TASK, [output(GOOD)], "") == Result("90.1", 3.0, 3.0, "passed", "well done")
-
-
-@pytest.mark.parametrize(
-    "outputs",
-    [
-        [],
-        [output(GOOD, "display_data")],
-        [output(GOOD), output(GOOD)],
-        [output(GOOD, "display_data"), output(GOOD)],
-        [output("3")],
-        *(
-            [output(GOOD | {"score": score})]
-            for score in (3.0001, -1, float("nan"), float("inf"), "3", None, [3])
-        ),
-        [output(GOOD | {"max_score": 4})],
-        [output(GOOD | {"exercise": "90.2"})],
-        [output(GOOD | {"status": "splendid"})],
-        [output(GOOD | {"status": []})],
-    ],
-)
-def test_a_score_out_of_order_is_none(outputs: list[dict[str, Any]]) -> None:
-    result = _score(TASK, outputs, "")
-    assert (result.score, result.status) == (0, "error")
-    assert result.message
-
-
-def test_messages_are_one_plain_line() -> None:
-    message = _score(
-        TASK, [output(GOOD | {"message": "\x1b[31mred\x1b[0m\r\n\x07bell" + 999 * "x"})], ""
-    ).message
-    assert message.startswith("red bellxxx")
-    assert len(message) == 400
+@pytest.mark.slow
+def test_ctrl_c_ends_grading_and_every_kernel(tmp_path: Path) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import small_unit
+from kvlearn.grading import runner
+root = Path({str(tmp_path)!r})
+solutions = small_unit.write_solutions(root / "solutions")
+runner.solutions_root = lambda: solutions
+loop = small_unit.answered(double="!open({str(tmp_path / "running")!r}, 'w')\\nwhile True: pass")
+small_unit.write(loop, root / "90_small" / "90_small.ipynb")
+from kvlearn.cli import app
+app(["grade", str(root / "90_small")])
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "running").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernels = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
+    assert kernels
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert b"Traceback" not in complaint
+    assert not [pid for pid in kernels if psutil.pid_exists(pid)]

@@ -14,8 +14,8 @@ EXERCISE = Exercise(
     hints=(
         "A head is a run of D neighbouring columns: head h holds the columns h·D to (h+1)·D − 1.",
         "Two steps: cut the last dimension in two, (B, T, H·D) → (B, T, H, D), then swap time and heads.",
-        "`view` and `reshape` never move a number in memory order; only `transpose` makes (B, H, T, D) "
-        "out of (B, T, H, D).",
+        "`view` and `reshape` keep the order of the numbers; only `transpose`, `permute` or `movedim` "
+        "change it, and (B, T, H, D) → (B, H, T, D) needs that.",
         "Merging undoes the steps in reverse: transpose first, then join the last two dimensions. A "
         "transposed tensor is not contiguous, so use `reshape` or `flatten`, not `view`.",
     ),
@@ -45,7 +45,7 @@ def split_values(t: Trial, split_heads: Answer, merge_heads: Answer) -> None:
     """head h holds columns h·D to (h+1)·D − 1 of every token"""
     B, H, T, _, D = t.sizes()
     x = t.randn(B, T, H * D)
-    t.close(split_heads(x, H), split(x, H))
+    t.close(split_heads(x, H), split(x, H), tolerance=0.0)
 
 
 @EXERCISE.requirement(1, "merge: shape and values")
@@ -53,7 +53,7 @@ def merge_values(t: Trial, split_heads: Answer, merge_heads: Answer) -> None:
     """(B, H, T, D) becomes (B, T, H·D), the heads of a token side by side"""
     B, H, T, _, D = t.sizes()
     x = t.randn(B, H, T, D)
-    t.close(merge_heads(x), merge(x))
+    t.close(merge_heads(x), merge(x), tolerance=0.0)
 
 
 @EXERCISE.requirement(1, "there and back, any dtype")
@@ -62,8 +62,8 @@ def round_trip(t: Trial, split_heads: Answer, merge_heads: Answer) -> None:
     B, H, T, _, D = t.sizes()
     x = t.randn(B, T, H * D, dtype=torch.bfloat16)
     heads = split_heads(x, H)
-    t.close(heads, split(x, H))
-    t.close(merge_heads(heads), x)
+    t.close(heads, split(x, H), tolerance=0.0)
+    t.close(merge_heads(heads), x, tolerance=0.0)
     t.unchanged()
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvlearn.grading.compare import compare
 from kvlearn.grading.exercise import Answer, Exercise
 from kvlearn.grading.trial import Trial
 
@@ -28,27 +29,46 @@ def reference(n_queries: int, n_keys: int) -> Tensor:
     return torch.tensor(rows)
 
 
-@EXERCISE.requirement(1, "a whole prompt, T = S")
-def square(t: Trial, causal_mask: Answer) -> None:
-    """a boolean (T, T): True on the diagonal and below it"""
-    n = t.integer(4, 9)
-    t.close(causal_mask(n, n), reference(n, n))
+def hides_the_future(t: Trial, got: object, T: int, S: int) -> None:
+    """The right pairs are marked, be the mask of ones and zeros, of 0 and −∞, or with dimensions of size 1 in
+    front: those cost the point for the form and no other."""
+    mask = got
+    if isinstance(mask, Tensor) and not mask.is_complex() and mask.numel() == T * S:
+        mask = mask.squeeze(tuple(range(mask.ndim - 2))) if mask.ndim > 2 else mask
+        additive = mask.dtype.is_floating_point and not (mask > 0).any()
+        mask = mask == 0 if additive else mask.bool()
+    t.note(got, compare(mask, reference(T, S)))
 
 
-@EXERCISE.requirement(2, "a chunk behind a cache, 1 < T < S")
-def chunk(t: Trial, causal_mask: Answer) -> None:
-    """a boolean (T, S): the T queries are the last of the S positions"""
+@EXERCISE.requirement(1, "a boolean mask, (T, S)")
+def form(t: Trial, causal_mask: Answer) -> None:
+    """dtype bool and two dimensions, a row for each query and a column for each key"""
     T = t.integer(3, 6)
     S = T + t.integer(3, 9)
-    t.close(causal_mask(T, S), reference(T, S))
+    t.form(causal_mask(T, S), (T, S), torch.bool)
+
+
+@EXERCISE.requirement(1, "a whole prompt, T = S")
+def square(t: Trial, causal_mask: Answer) -> None:
+    """True on the diagonal and below it"""
+    n = t.integer(4, 9)
+    hides_the_future(t, causal_mask(n, n), n, n)
+
+
+@EXERCISE.requirement(1, "a chunk behind a cache, 1 < T < S")
+def chunk(t: Trial, causal_mask: Answer) -> None:
+    """True up to each query's own position: the T queries are the last of the S positions"""
+    T = t.integer(3, 6)
+    S = T + t.integer(3, 9)
+    hides_the_future(t, causal_mask(T, S), T, S)
 
 
 @EXERCISE.requirement(1, "one token in decode, T = 1")
 def decode(t: Trial, causal_mask: Answer) -> None:
-    """a boolean (1, S): the newest token sees everything; also the very first one, S = 1"""
+    """True everywhere: the newest token sees all S; also the very first one, S = 1"""
     S = t.integer(4, 12)
-    t.close(causal_mask(1, S), reference(1, S))
-    t.close(causal_mask(1, 1), reference(1, 1))
+    hides_the_future(t, causal_mask(1, S), 1, S)
+    hides_the_future(t, causal_mask(1, 1), 1, 1)
 
 
 @EXERCISE.misconception("aligned top-left")
@@ -93,3 +113,40 @@ def forwards(n_queries: int, n_keys: int) -> Tensor:
     """Each query sees its own key and the later ones. The comparison points the wrong way: a key may be
     seen if its position is *at most* the query's."""
     return torch.ones(n_queries, n_keys, dtype=torch.bool).triu(n_keys - n_queries)
+
+
+@EXERCISE.misconception("nothing hidden")
+def all_true(n_queries: int, n_keys: int) -> Tensor:
+    """Every pair is allowed. For the one token of a decode step that is right; a prompt's tokens would see
+    their own future, and what they are to predict stands there."""
+    return torch.ones(n_queries, n_keys, dtype=torch.bool)
+
+
+@EXERCISE.misconception("the mask of all S positions, not of the last T")
+def uncropped(n_queries: int, n_keys: int) -> Tensor:
+    """This has a row for each of the S positions. The tokens in the cache ask no more: only the T new ones
+    have queries, so of this mask the last T rows are wanted, `[-n_queries:]`."""
+    return torch.ones(n_keys, n_keys, dtype=torch.bool).tril()
+
+
+@EXERCISE.misconception("shifted the wrong way")
+def wrong_sign(n_queries: int, n_keys: int) -> Tensor:
+    """The diagonal was moved by T − S in place of S − T. There are S − T tokens before the first query, and
+    each of them is one more column that it may see: the diagonal moves to the right."""
+    return torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_queries - n_keys)
+
+
+@EXERCISE.misconception("the past hidden")
+def past_hidden(n_queries: int, n_keys: int) -> Tensor:
+    """The triangle stands in the right place, over the last T keys, but the S − T columns before it are
+    False: the new tokens see each other and nothing of what is in the cache. The past may always be seen."""
+    past = torch.zeros(n_queries, n_keys - n_queries, dtype=torch.bool)
+    return torch.cat((past, torch.ones(n_queries, n_queries, dtype=torch.bool).tril()), dim=1)
+
+
+@EXERCISE.misconception("decode as an exception, chunks aligned top-left")
+def decode_apart(n_queries: int, n_keys: int) -> Tensor:
+    """T = 1 got a branch of its own and the rest is aligned top-left, as if the first query stood at position
+    0. With S − T tokens before the first query, one rule serves a prompt, a chunk and a single token."""
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool)
+    return mask if n_queries == 1 else mask.tril()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvlearn.grading.compare import describe
+from kvlearn.grading.compare import describe, plain_number
 from kvlearn.grading.exercise import Answer, Exercise
 from kvlearn.grading.trial import Stop, Trial
 
@@ -66,6 +66,21 @@ def draw(t: Trial, models: list[Config]) -> tuple[Config, int, list[int]]:
     return config, max_len, [t.integer(1, max_len) for _ in range(t.integer(3, 7))]
 
 
+def plain(t: Trial) -> tuple[Config, int, list[int]]:
+    """The same with nothing to look up twice: bf16, and every field given."""
+    config, max_len, lengths = draw(t, MULTI_HEAD)
+    heads = config["num_attention_heads"]
+    given = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+    return {**config, **given, "torch_dtype": "bfloat16"}, max_len, lengths
+
+
+def per_token(config: Config, got: Any) -> float:
+    """The answer's own bytes per token: a mistake in them, told above, shall not cost the other points
+    too."""
+    own = plain_number(got.get("bytes_per_token")) if isinstance(got, dict) else None
+    return own if own is not None and own > 0 else count(config)
+
+
 def field(t: Trial, got: Any, name: str) -> Any:
     if not isinstance(got, dict) or name not in got:
         t.true(
@@ -97,109 +112,24 @@ def grouped(t: Trial, cache_size: Answer) -> None:
 
 @EXERCISE.requirement(1, "stored")
 def stored(t: Trial, cache_size: Answer) -> None:
-    """bytes allocated for max_len tokens in every sequence of the batch"""
-    config, max_len, lengths = draw(t, MULTI_HEAD)
-    want = count(config) * max_len * len(lengths)
-    t.number(field(t, cache_size(config, max_len, lengths), "stored"), want, "stored")
+    """bytes_per_token for max_len tokens in every sequence of the batch"""
+    config, max_len, lengths = plain(t)
+    got = cache_size(config, max_len, lengths)
+    t.number(field(t, got, "stored"), per_token(config, got) * max_len * len(lengths), "stored")
 
 
 @EXERCISE.requirement(1, "read by one decode step")
 def read(t: Trial, cache_size: Answer) -> None:
-    """bytes of the tokens that are in the cache, sequence by sequence"""
-    config, max_len, lengths = draw(t, MULTI_HEAD)
-    t.number(field(t, cache_size(config, max_len, lengths), "read"), count(config) * sum(lengths), "read")
+    """bytes_per_token for the tokens that are in the cache, sequence by sequence"""
+    config, max_len, lengths = plain(t)
+    got = cache_size(config, max_len, lengths)
+    t.number(field(t, got, "read"), per_token(config, got) * sum(lengths), "read")
 
 
 @EXERCISE.requirement(1, "stored, in GiB")
 def gib(t: Trial, cache_size: Answer) -> None:
     """stored in units of 2³⁰ bytes"""
-    config, max_len, lengths = draw(t, MULTI_HEAD)
-    want = count(config) * max_len * len(lengths) / 2**30
-    t.number(field(t, cache_size(config, max_len, lengths), "stored_gib"), want, "stored_gib")
-
-
-def sizes(config: Config, max_len: int, lengths: list[int], per_token: int | None = None) -> Config:
-    per_token = count(config) if per_token is None else per_token
-    stored = per_token * max_len * len(lengths)
-    return {
-        "bytes_per_token": per_token,
-        "stored": stored,
-        "read": per_token * sum(lengths),
-        "stored_gib": stored / 2**30,
-    }
-
-
-@EXERCISE.misconception("query heads in place of KV heads")
-def query_heads(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """num_attention_heads counts the queries, which are used and forgotten. What stays are keys and
-    values, and of those there are num_key_value_heads: for Llama 3.1 405B 8 and not 128, so this is 16
-    times too much."""
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim", config["hidden_size"] // heads)
-    return sizes(
-        config, max_len, lengths, count({**config, "num_key_value_heads": heads, "head_dim": head_dim})
-    )
-
-
-@EXERCISE.misconception("keys only")
-def keys_only(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """A factor of 2 is missing: the cache holds a key *and* a value for each head of each token."""
-    return sizes(config, max_len, lengths, count(config) // 2)
-
-
-@EXERCISE.misconception("one layer only")
-def one_layer(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """The layers are missing. Every layer has keys and values of its own, computed from its own input."""
-    return sizes(config, max_len, lengths, count({**config, "num_hidden_layers": 1}))
-
-
-@EXERCISE.misconception("bits for bytes")
-def bits(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """bfloat16 has 16 bits, and that is 2 bytes. All sizes are 8 times too large."""
-    return sizes(config, max_len, lengths, count(config) * 8)
-
-
-@EXERCISE.misconception("two bytes a number, whatever the dtype")
-def two_bytes(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """torch_dtype is not looked at. float32 takes 4 bytes a number and the 8-bit floats take 1; storing
-    the cache in 8 bits is one of the cheapest ways to halve it."""
-    return sizes(config, max_len, lengths, count({**config, "torch_dtype": "bfloat16"}))
-
-
-@EXERCISE.misconception("the batch forgotten")
-def one_sequence(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """The cache is counted for a single sequence. The weights are shared by a batch and the cache is not:
-    each of the len(lengths) sequences keeps its own."""
-    one = sizes(config, max_len, lengths[:1])
-    return {**one, "read": count(config) * sum(lengths)}
-
-
-@EXERCISE.misconception("GB called GiB")
-def gb(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """stored_gib was divided by 10⁹. That is GB; a GiB is 2³⁰ bytes, 7% more. GPU memory is sold and
-    measured in GiB, so the two must not be mixed."""
-    right = sizes(config, max_len, lengths)
-    return {**right, "stored_gib": right["stored"] / 10**9}
-
-
-@EXERCISE.misconception("read taken for stored")
-def read_is_stored(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """What a step reads was set to what is allocated. A decode step reads the keys and values that are there,
-    sum(lengths) tokens; the empty slots behind them are reserved and not touched."""
-    right = sizes(config, max_len, lengths)
-    return {**right, "read": right["stored"]}
-
-
-@EXERCISE.misconception("every sequence as long as the longest")
-def padded(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """What a step reads was counted as the longest sequence times the batch. That is what a padded batch
-    costs; a decode step over a cache that knows its lengths reads each sequence's own tokens,
-    sum(lengths) in all."""
-    return {**sizes(config, max_len, lengths), "read": count(config) * max(lengths) * len(lengths)}
-
-
-@EXERCISE.misconception("head_dim not looked up")
-def no_head_dim(config: Config, max_len: int, lengths: list[int]) -> Config:
-    """The head dim was always taken as hidden_size / num_attention_heads. Some models, Gemma and Qwen3 among
-    them, choose it freely and say so in head_dim."""
-    return sizes(config, max_len, lengths, count({k: v for k, v in config.items() if k != "head_dim"}))
+    config, max_len, lengths = plain(t)
+    got = cache_size(config, max_len, lengths)
+    want = per_token(config, got) * max_len * len(lengths) / 2**30
+    t.number(field(t, got, "stored_gib"), want, "stored_gib")
