@@ -70,14 +70,25 @@ def loss_curve(losses: Sequence[float], *, uniform: float) -> Picture:
 
 
 def step_times(lengths: Sequence[int], times: Mapping[str, Sequence[Quartiles]]) -> Picture:
-    """Time of one more token over the length so far, without a cache and with one; bars are quartiles."""
+    """Time of one more token over the length so far, without a cache and with one; bars are quartiles.
+
+    A list of times may be shorter than ``lengths``: what takes too long is not measured.
+    """
     colours = {"without a cache": COLOURS["memory"], "with a cache": COLOURS["full"]}
     with drawing() as (figure, axes):
         for name, values in times.items():
             median = np.array([q.median for q in values]) * 1e3
             low = median - np.array([q.q1 for q in values]) * 1e3
             high = np.array([q.q3 for q in values]) * 1e3 - median
-            axes.errorbar(lengths, median, [low, high], fmt="o-", color=colours[name], capsize=3, label=name)
+            axes.errorbar(
+                lengths[: len(values)],
+                median,
+                [low, high],
+                fmt="o-",
+                color=colours[name],
+                capsize=3,
+                label=name,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
@@ -85,11 +96,12 @@ def step_times(lengths: Sequence[int], times: Mapping[str, Sequence[Quartiles]])
         axes.set_ylabel("ms for the next token")
         axes.legend()
         axes.set_title("The price of the next token, on this machine")
-    first, last = lengths[0], lengths[-1]
     ends = "; ".join(
-        f"{name} from {v[0].median * 1e3:.1f} to {v[-1].median * 1e3:.1f} ms" for name, v in times.items()
+        f"{name} {values[0].median * 1e3:.1f} ms at {lengths[0]} and {values[-1].median * 1e3:.1f} ms at "
+        f"{lengths[len(values) - 1]}"
+        for name, values in times.items()
     )
-    alt = f"Time of the next token as the text grows from {first} to {last} tokens: {ends}."
+    alt = f"Time of the next token over the tokens so far: {ends}."
     return Picture(figure, alt, {"lengths": list(lengths), "times": dict(times)})
 
 
