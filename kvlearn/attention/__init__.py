@@ -1,6 +1,7 @@
 """Mechanisms: one a file, all on the contract in base.py, found by name in ``REGISTRY``."""
 
-from kvlearn.attention.base import KV, REGISTRY, Cache, Mechanism, register
+from kvlearn.attention.base import REGISTRY, Mechanism, register
+from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.full import FullAttention, KVCache
 from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
 

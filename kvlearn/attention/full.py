@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvlearn import expect
-from kvlearn.attention.base import KV, Cache, Mechanism, register
+from kvlearn.attention.base import Mechanism, register
+from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.core import causal_attention, merge_heads, split_heads, upcast
 from kvlearn.attention.rope import Rope, RopeConfig
 
