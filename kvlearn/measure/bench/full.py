@@ -84,8 +84,8 @@ def decode_on_the_roofline(layer: FullAttention, device: torch.device) -> Iterat
     yield row("time", f"{batch} x {LONG} tokens", time.median, "s", spread=time)
     yield row("intensity", "FLOPs a byte", work.intensity, "FLOP/B")
     yield row("bandwidth", "bytes a second", work.nbytes / time.median, "B/s")
-    yield row("share", "share of bandwidth", share.median, "x", spread=share, bar=0.3)
-    yield row("over_floor", "time / floor", time.median / floor, "x", bar=4, relation="<=")
+    yield row("share", "share of bandwidth", share.median, "x", spread=share, bar=0.5)
+    yield row("over_floor", "time / floor", time.median / floor, "x", bar=3, relation="<=")
 
 
 def prefill_on_the_roofline(layer: FullAttention, device: torch.device) -> Iterator[Row]:
