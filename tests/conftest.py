@@ -1,9 +1,15 @@
 """Shapes written in signatures are checked while the tests run: jaxtyping's hook, with beartype."""
 
+import os
 from collections.abc import Iterator
 
 import jaxtyping
 import pytest
+import torch
+
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 jaxtyping.install_import_hook(["kvlearn.attention", "kvlearn.model", "kvlearn.study"], "beartype.beartype")
 

@@ -2,12 +2,29 @@
 
 import numpy as np
 import pytest
+import torch
 
 from kvlearn import plots
+from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
+from kvlearn.kernels.stages import STAGES
+from kvlearn.kernels.trace import Trace, trace
 from kvlearn.measure import MODELS, Quartiles, Roofline, Work, cache_bytes, read_bytes, weights_bytes
 
 GIB = 1024**3
 SOME = Quartiles(0.002, 0.001, 0.003, 5)
+
+
+def kernel_traces() -> dict[str, Trace]:
+    """Of three stages, at small sizes."""
+    if not (HAS_TRITON and INTERPRETED):
+        pytest.skip("needs Triton's interpreter")
+    q, k, v = torch.ones(1, 4, 8), torch.ones(1, 2, 128, 8), torch.ones(1, 2, 128, 8)
+    traces = {}
+    for name in ("v0", "v2", "v3"):
+        with trace(k=k, v=v) as traces[name]:
+            STAGES[name].decode(q, k, v, 128)
+    return traces
+
 
 PICTURES = {
     "cache_growth": lambda: plots.cache_growth(MODELS["Llama 3.1 8B"]),
@@ -21,6 +38,14 @@ PICTURES = {
     "loss_by_position": lambda: plots.loss_by_position(
         {"right": np.ones(64), "wrong": 2 * np.ones(64)}, chunk=32
     ),
+    "access_pattern": lambda: plots.access_pattern(kernel_traces()),
+    "achieved_bandwidth": lambda: plots.achieved_bandwidth(
+        [("kernel", 1e6, SOME), ("kernel", 1e9, SOME), ("SDPA flash", 1e9, SOME)],
+        bandwidth=4e12,
+        t_fixed=5e-6,
+        bar=(0.9, 15e-6),
+    ),
+    "splits": plots.splits,
 }
 
 
@@ -71,6 +96,28 @@ def test_the_bars_are_sorted_and_stored_is_not_read() -> None:
     assert data["stored"] == sorted(data["stored"], reverse=True)
     at = data["models"].index("Gemma 4 E2B")
     assert data["read"][at] == read_bytes(MODELS["Gemma 4 E2B"], 32_768) / GIB > data["stored"][at]
+
+
+def test_the_access_pattern_is_what_was_read() -> None:
+    data = PICTURES["access_pattern"]().data
+    assert [panel["times_the_floor"] for panel in data.values()] == [3, 1, 1]
+    assert (data["v0"]["often"][:2, :128] == 2).all()
+    assert not data["v0"]["often"][:2, 128:].any()
+    assert data["v2"]["often"].shape == (2, 2 * 128)
+    assert data["v3"]["merging"].tolist() == 4 * [False] + 4 * [True]
+
+
+def test_the_floor_of_the_bandwidth_never_passes_the_memorys() -> None:
+    data = PICTURES["achieved_bandwidth"]().data
+    floor, bar = data["curves"].values()
+    assert (bar < floor).all()
+    assert (floor < 4e12).all()
+    assert data["best"] == {"kernel": pytest.approx(1e9 / 0.002), "SDPA flash": pytest.approx(1e9 / 0.002)}
+
+
+def test_one_program_too_many_starts_a_second_wave() -> None:
+    ends = plots.splits((1, 8, 9), n_kv_heads=2, n_tiles=72, multiprocessors=16, overhead=0).data["ends"]
+    assert ends == {1: 72, 8: 9, 9: 16}
 
 
 def test_the_roofline_shows_what_was_achieved() -> None:

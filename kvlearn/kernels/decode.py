@@ -1,0 +1,185 @@
+"""One decode step of attention over a cache, for every layout and number format that a server meets.
+
+    out_bh = Σ_s w_s v_s,   w = softmax over the row's live keys s of (scale · q_bh · k_s)
+
+On a GPU the Triton kernel of kernel.py, on a CPU its PyTorch form; both fill the same two tensors. Under
+``torch.compile`` a step is one operator, ``kvlearn::decode``, with nothing traced inside.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvlearn import expect
+from kvlearn.kernels.inputs import Request, check_shapes, check_values, spread_scale
+from kvlearn.kernels.launch import Workspace
+from kvlearn.kernels.operator import decode_operator, fill
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    n_sinks: int = 0,
+    sink_logits: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+    validate: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of one new token a row over its cache: (B, H, D), the dtype of ``q``.
+
+    Query head h reads KV head h // (H / G): MHA with G = H, GQA at any ratio, MQA with G = 1. Any strides.
+
+    q: (B, H, D) in fp16, bf16 or fp32. k_cache, v_cache: (B, G, S, D), or with a ``block_table``
+    (pages, G, page, D), in any of these types, fp8 (e4m3, e5m2) or int8. lengths: (B,) int32, tokens in each
+    row's cache, this one included; 0 gives 0 and a log-sum-exp of -inf. What lies past a row's length is
+    never used, be it NaN.
+
+    scale: of the scores, 1/√D unless given. window: only the last ``window`` tokens, this one included, and
+    on top of them the first ``n_sinks``, which stay where they stood. sink_logits: (H,), one more score a
+    head, without a value. block_table: (B, pages of a row) int32; entries past a row's length may be
+    anything. k_scale, v_scale: what numbers of the cache are multiplied by: a number, (G,), or one a key in
+    the cache's shape without D; int8 must have them.
+
+    num_splits: pieces that a row's context is cut into, chosen from the machine unless given. out: (B, H, D)
+    to write to. workspace: a ``Workspace``; with it and ``out`` a call allocates nothing. return_lse: also
+    the natural log of what normalised, (B, H) fp32, by which such results merge. backend: "triton" on a CPU
+    runs the interpreter. validate: look at lengths and tables too, which on a GPU waits for it; by default on
+    CPUs only. Without it both are masked: a wrong table gives a wrong answer, and never a read out of range.
+
+    Raises ValueError or TypeError that names the argument.
+    """
+    request = Request(
+        *(q, None, k_cache, v_cache, lengths),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
+        n_sinks=n_sinks,
+        sink_logits=sink_logits,
+        block_table=block_table,
+        k_scale=spread_scale("k_scale", k_scale, k_cache),
+        v_scale=spread_scale("v_scale", v_scale, v_cache),
+    )
+    return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
+
+
+def decode_latent(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    n_sinks: int = 0,
+    sink_logits: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+    validate: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Absorbed latent attention (MLA) of one new token a row: (B, H, R), to be multiplied by W_uv.
+
+        score_s = scale · (q_latent · c_s + q_rope · r_s),   out = Σ_s softmax(score)_s c_s
+
+    A cached row is one latent c of R numbers, key and value of all heads, and its rotated part r of Dr: read
+    once, used twice.
+
+    q_latent: (B, H, R), the queries times W_uk. q_rope: (B, H, Dr). cache: (B, S, R + Dr), or with a
+    ``block_table`` (pages, page, R + Dr). scale: give it. It belongs to the heads before absorption, 1/√192
+    in DeepSeek-V3; without it this is 1/√(R + Dr), the width that is multiplied here. k_scale: a number, or
+    one a key in the cache's shape without the last dimension. All else as in ``decode_attention``.
+
+    Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
+    """
+    expect.tensor("cache", cache, ("rows", "slots", "width"))
+    cache = cache.unsqueeze(1)
+    if isinstance(k_scale, Tensor) and k_scale.dim() == 2:
+        k_scale = k_scale.unsqueeze(1)
+    request = Request(
+        *(q_latent, q_rope, cache, None, lengths),
+        scale=cache.shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
+        n_sinks=n_sinks,
+        sink_logits=sink_logits,
+        block_table=block_table,
+        k_scale=spread_scale("k_scale", k_scale, cache),
+    )
+    return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
+
+
+def validate_decode_inputs(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    window: int | None = None,
+    n_sinks: int = 0,
+    sink_logits: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+) -> None:
+    """All that ``decode_attention`` checks with ``validate=True``; raises what it would raise."""
+    scales = spread_scale("k_scale", k_scale, k_cache), spread_scale("v_scale", v_scale, v_cache)
+    request = Request(
+        *(q, None, k_cache, v_cache, lengths, 1.0, window, n_sinks, sink_logits, block_table, *scales)
+    )
+    check_shapes(request)
+    check_values(request)
+
+
+def _decode(
+    request: Request,
+    num_splits: int | None,
+    out: Tensor | None,
+    workspace: Workspace | None,
+    return_lse: bool,
+    backend: Backend,
+    validate: bool | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    on_cpu, tracing = request.q.device.type == "cpu", torch.compiler.is_compiling()
+    check_shapes(request)
+    if validate or (validate is None and on_cpu and not tracing):
+        check_values(request)
+    if num_splits is not None:
+        expect.positive("num_splits", num_splits)
+    if expect.one_of("backend", backend, ("auto", "torch", "triton")) == "auto":
+        backend = "torch" if on_cpu else "triton"
+    shape = (request.batch, request.n_heads, request.value_dim)
+    if out is None:
+        out = request.q.new_empty(shape)
+    else:
+        expect.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
+    rows = request.batch * request.n_heads
+    if workspace is not None and not return_lse and workspace.lse.numel() >= rows:
+        lse = workspace.lse[:rows].view(shape[:2])
+    else:
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=request.q.device)
+    if not tracing:
+        fill(request, out, lse, workspace, num_splits, backend)
+    else:
+        r = request
+        room = (workspace.parts, workspace.part_lses, workspace.tickets) if workspace else (None, None, None)
+        decode_operator(
+            *(r.q, r.q_rope, r.k, r.v, r.lengths, r.scale, r.window, r.n_sinks, r.sink_logits),
+            *(r.block_table, r.k_scale, r.v_scale, out, lse, *room, num_splits, backend),
+        )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,145 @@
+"""What a decode step is given, in the one form that the PyTorch form, the kernel and the checks share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlearn import expect
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One decode step. Latent attention has ``q_rope``, one KV head, and no ``v``: the latent is the value.
+
+    Caches are (B, G, S, D), or with a ``block_table`` (pages, G, page, D). Scales have a cache's shape
+    without the last dimension.
+    """
+
+    q: Tensor  # (B, H, D)
+    q_rope: Tensor | None  # (B, H, Dr)
+    k: Tensor  # (B, G, S, D), latent: (B, 1, S, D + Dr)
+    v: Tensor | None  # (B, G, S, Dv)
+    lengths: Tensor  # (B,)
+    scale: float
+    window: int | None = None
+    n_sinks: int = 0
+    sink_logits: Tensor | None = None  # (H,)
+    block_table: Tensor | None = None  # (B, pages of a row)
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.q.shape[2] if self.v is None else self.v.shape[3]
+
+    @property
+    def page(self) -> int | None:
+        return None if self.block_table is None else self.k.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.k.shape[2] if self.block_table is None else self.k.shape[2] * self.block_table.shape[1]
+
+    def live(self, length: int) -> Iterator[slice]:
+        """Positions that a row of ``length`` tokens attends to: the kept sinks, then the window."""
+        begin = 0 if self.window is None else max(length - self.window, 0)
+        kept = min(self.n_sinks, begin)
+        if kept:
+            yield slice(0, kept)
+        yield slice(begin, length)
+
+
+def check_shapes(request: Request) -> None:
+    """Shapes, dtypes and devices; ValueError or TypeError names the argument."""
+    q, k, device = request.q, request.k, request.q.device
+    for name, value in (("q", q), ("k_cache", k), ("lengths", request.lengths)):
+        expect.instance(name, value, Tensor)
+    expect.tensor("q", q, ("batch", "heads", "width"))
+    expect.one_of("q.dtype", q.dtype, FLOATS)
+    batch, n_heads, width = q.shape
+    if request.q_rope is not None:
+        rope = expect.tensor(
+            "q_rope", request.q_rope, (batch, n_heads, "width"), dtype=q.dtype, device=device
+        )
+        width += rope.shape[2]
+    rows: int | str = batch if request.block_table is None else "pages"
+    expect.tensor("k_cache", k, (rows, "KV heads", "slots", width), device=device)
+    expect.divides("k_cache.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
+    if request.v is not None:
+        expect.tensor("v_cache", request.v, (*k.shape[:3], "width"), dtype=k.dtype, device=device)
+    expect.one_of("k_cache.dtype", k.dtype, (*FLOATS, *QUANTISED))
+    for dimension in range(3):
+        expect.positive(f"k_cache.shape[{dimension}]", k.shape[dimension])
+    expect.tensor("lengths", request.lengths, (batch,), dtype=torch.int32, device=device)
+    if request.window is not None:
+        expect.positive("window", request.window)
+    expect.at_least("n_sinks", request.n_sinks, 0)
+    if request.sink_logits is not None:
+        expect.tensor("sink_logits", request.sink_logits, (n_heads,), device=device)
+    if request.block_table is not None:
+        expect.tensor("block_table", request.block_table, (batch, "pages"), dtype=torch.int32, device=device)
+    for name, given in (("k_scale", request.k_scale), ("v_scale", request.v_scale)):
+        if given is not None:
+            expect.tensor(name, given, tuple(k.shape[:3]), device=device)
+        elif k.dtype == torch.int8 and not (name == "v_scale" and request.v is None):
+            raise ValueError(f"{name}: expected the scale of an int8 cache, got None")
+
+
+def check_values(request: Request) -> None:
+    """Lengths within the cache, and the pages that they need within the pool. On a GPU this waits for it."""
+    lengths = request.lengths
+    if bool(((lengths < 0) | (lengths > request.capacity)).any()):
+        raise ValueError(
+            f"lengths: expected 0 to {request.capacity} (the cache's room), got {lengths.tolist()}"
+        )
+    if request.block_table is None or request.page is None:
+        return
+    n_pages = request.k.shape[0]
+    for row, length in enumerate(lengths.tolist()):
+        for live in request.live(length):
+            needed = request.block_table[row, live.start // request.page : -(-live.stop // request.page)]
+            if bool(((needed < 0) | (needed >= n_pages)).any()):
+                raise ValueError(
+                    f"block_table: expected pages 0 to {n_pages - 1}, got {needed.tolist()} in row {row}"
+                )
+
+
+def spread_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
+    """A number, one a KV head (G,), or one a key: as a view of the cache's shape without the last dimension."""
+    if scale is None:
+        return None
+    shape = cache.shape[:3]
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), float(scale), device=cache.device)
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    try:
+        return scale.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected a number, ({shape[1]},) for the KV heads, or {tuple(shape)}; "
+            f"got shape {tuple(scale.shape)}"
+        ) from None

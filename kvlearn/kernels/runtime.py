@@ -1,0 +1,56 @@
+"""Where Triton's kernels run: compiled on a GPU; without one in Triton's interpreter; without Triton nowhere.
+
+A module with kernels imports this one *before* ``triton``: Triton decides at import, by ``TRITON_INTERPRET``,
+whether its own functions are to be interpreted.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+# Only Linux has Triton; everything but the kernels works without it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# What a card without a GPU to ask is taken for: enough programs to show a split, few enough to interpret.
+INTERPRETED_MULTIPROCESSORS = 4
+ASSUMED_SHARED_MEMORY = 232_448  # an H100's; `compile_only` sets that of the card it compiles for
+
+
+def require_triton() -> None:
+    """Raise RuntimeError, with what to do, where a kernel cannot run in this process."""
+    if not HAS_TRITON:
+        raise RuntimeError("backend: expected 'torch', since Triton is not installed (it exists for Linux)")
+    if INTERPRETED:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
+
+        if not isinstance(tl.max, InterpretedFunction):
+            raise RuntimeError(
+                "triton: it was imported to compile before kvlearn.kernels was; without a GPU, import "
+                "kvlearn.kernels first or start Python with TRITON_INTERPRET=1"
+            )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs' worth of hardware there is to fill."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; the assumed ones where there is no GPU to ask."""
+    if device.type != "cuda":
+        return ASSUMED_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
