@@ -2,13 +2,14 @@
 
 from kvlearn.attention.base import REGISTRY, Mechanism, register
 from kvlearn.attention.cache import KV, Cache
-from kvlearn.attention.full import FullAttention, KVCache
+from kvlearn.attention.full import DecodeStep, FullAttention, KVCache
 from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
 
 __all__ = [
     "KV",
     "REGISTRY",
     "Cache",
+    "DecodeStep",
     "FullAttention",
     "KVCache",
     "LinearScaling",

@@ -3,6 +3,8 @@
 The mechanism that all others of the course are held against: exact, and the most expensive to remember.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.core import causal_attention, merge_heads, split_heads, upcast
 from kvlearn.attention.rope import Rope, RopeConfig
+
+# One token a row over its cache: q (B, H, D), keys and values (B, G, S, D), lengths (B,) int32 -> (B, H, D).
+DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class KVCache(Cache):
@@ -53,9 +58,12 @@ class FullAttention(Mechanism):
 
         head_h = softmax(q_h K_hᵀ / √D) V_h,   y = [head_1 … head_H] W_o
 
-    Cache: 2 · B · H · max_len · D numbers, all of them read by every step at full length.
+    Cache: 2 · B · H · max_len · D numbers, all of them read by every step at full length. ``decode``, where
+    it is set, does the steps of one token: ``kvlearn.kernels.decode_attention``, say.
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; RoPE as in rope.py.
     """
+
+    decode: DecodeStep | None = None
 
     def __init__(
         self,
@@ -79,7 +87,12 @@ class FullAttention(Mechanism):
         self.check(x, cache, KVCache)
         k, v, positions = self.kv(x, cache) if source is None else self.check_source(source, x)
         q = self.rotate(split_heads(self.q_proj(x), self.n_heads), positions)
-        return self.o_proj(merge_heads(causal_attention(q, k.to(q.dtype), v.to(q.dtype), positions)))
+        if self.decode is not None and isinstance(cache, KVCache) and source is None and x.shape[1] == 1:
+            lengths = (positions[:, 0] + 1).expand(len(x)).to(torch.int32)
+            heads = self.decode(q[:, :, 0], cache.k, cache.v, lengths).unsqueeze(2)
+        else:
+            heads = causal_attention(q, k.to(q.dtype), v.to(q.dtype), positions)
+        return self.o_proj(merge_heads(heads))
 
     def kv(self, x: Float[Tensor, "B T M"], cache: Cache | None = None) -> KV:
         self.check(x, cache, KVCache)

@@ -6,7 +6,7 @@ On a GPU the Triton kernel of kernel.py, on a CPU its PyTorch form; both fill th
 ``torch.compile`` a step is one operator, ``kvlearn::decode``, with nothing traced inside.
 """
 
-from typing import Literal
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,8 +15,31 @@ from kvlearn import expect
 from kvlearn.kernels.inputs import Request, check_shapes, check_values, spread_scale
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.operator import decode_operator, fill
+from kvlearn.kernels.options import Backend, DecodeOptions, LatentOptions
 
-Backend = Literal["auto", "torch", "triton"]
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...
+
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def decode_attention(
@@ -73,6 +96,30 @@ def decode_attention(
         v_scale=spread_scale("v_scale", v_scale, v_cache),
     )
     return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
+
+
+@overload
+def decode_latent(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    lengths: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[LatentOptions],
+) -> Tensor: ...
+
+
+@overload
+def decode_latent(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    lengths: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[LatentOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def decode_latent(

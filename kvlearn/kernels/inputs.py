@@ -128,7 +128,7 @@ def check_values(request: Request) -> None:
 
 
 def spread_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
-    """A number, one a KV head (G,), or one a key: as a view of the cache's shape without the last dimension."""
+    """A number, one a KV head (G,), or one a key, as a view of the cache's shape without its last size."""
     if scale is None:
         return None
     shape = cache.shape[:3]

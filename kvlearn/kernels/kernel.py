@@ -6,7 +6,8 @@ results of the splits meet in one launch: whoever of a family of ``FAN_IN`` fini
 on to the next level.
 
 Sources: Dao et al., "Flash-Decoding" (2023) for the splits; DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1
-for attention in the latent space; Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (2023).
+for attention in the latent space; Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
+(2023).
 """
 
 import kvlearn.kernels.runtime  # noqa: F401  (before triton: it decides about the interpreter)

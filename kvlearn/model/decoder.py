@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from kvlearn import expect
-from kvlearn.attention import REGISTRY, Cache, Mechanism
+from kvlearn.attention import REGISTRY, Cache, DecodeStep, Mechanism
 from kvlearn.model.config import ModelConfig
 
 
@@ -146,6 +146,17 @@ class Decoder(nn.Module):
     ) -> DecoderCache:
         """An empty cache for up to ``max_len`` tokens in every layer."""
         return DecoderCache([mixer.new_cache(batch, max_len, dtype, device) for mixer in self.mixers])
+
+    def decode_with(self, step: DecodeStep | None) -> None:
+        """Let ``step`` do the attention of one token, in every layer that can take one; None takes it away.
+
+        ``model.decode_with(kvlearn.kernels.decode_attention)``. ValueError where no layer can.
+        """
+        able = [mixer for mixer in self.mixers if hasattr(mixer, "decode")]
+        if not able:
+            raise ValueError(f"step: no layer of {self.config.layers} can decode by another's function")
+        for mixer in able:
+            setattr(mixer, "decode", step)  # noqa: B010  (not every mechanism has it)
 
     def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
         """Bytes STORED at ``length`` tokens and bytes READ by a step there: a row a layer, then the total."""

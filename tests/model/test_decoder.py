@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.attention import FullAttention, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.kernels import decode_attention
 from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
 from kvlearn.model.generation import sample
 
@@ -273,3 +274,34 @@ def test_a_cache_of_another_model_is_refused() -> None:
     other = decoder(ModelConfig(**{**vars(SMALL), "n_layers": 2}))
     with pytest.raises(ValueError, match="cache: expected 3 layers, got 2"):
         decoder()(prompt(), other.new_cache(2, 20))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_of_one_token_can_be_done_by_a_decode_kernel(cache_dtype: torch.dtype) -> None:
+    model, rows = decoder(), torch.tensor([9, 4])
+    seen = []
+
+    def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        seen.append((tuple(q.shape), k.dtype, lengths.tolist()))
+        return decode_attention(q, k, v, lengths)
+
+    results = []
+    for chosen in (None, step):
+        model.decode_with(chosen)
+        cache = model.new_cache(2, 12, dtype=cache_dtype)
+        with torch.no_grad():
+            model(prompt(), cache)
+            cache.trim(rows)
+            results.append(
+                torch.cat([model(token, cache) for token in prompt(time=3).split(1, dim=1)], dim=1)
+            )
+    torch.testing.assert_close(*results)
+    assert [lengths for _, _, lengths in seen[:: len(model.blocks)]] == [[10, 5], [11, 6], [12, 7]]
+    assert all(shape == (2, 3, 8) and dtype == cache_dtype for shape, dtype, _ in seen)
+
+
+def test_a_model_whose_layers_take_no_decode_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FullAttention, "decode")
+    model = decoder()
+    with pytest.raises(ValueError, match="step: no layer"):
+        model.decode_with(decode_attention)
