@@ -71,6 +71,21 @@ def bench(
             command = f"kvlearn bench {chosen} --record" + (f" --device {device}" if device else "")
             path = results.save(chosen, command, [row.as_dict() for row in rows], collect_provenance(where))
             typer.echo(f"recorded in {path.parent.name}/{path.name}")
+            if chosen == "decode":
+                _draw_decode(path)
+
+
+def _draw_decode(path: Path) -> None:
+    """The achieved bandwidth beside the rows that were recorded; nothing where no GPU was measured."""
+    from kvlearn.measure import results
+    from kvlearn.measure.decode_bench.figure import bandwidth_points
+
+    arguments = bandwidth_points(results.read(path).rows)
+    if arguments is not None:
+        from kvlearn import plots
+
+        path.with_suffix(".png").write_bytes(plots.achieved_bandwidth(**arguments).png())
+        typer.echo(f"drawn in {path.parent.name}/{path.stem}.png")
 
 
 @app.command()

@@ -78,10 +78,11 @@ def decode_attention(
     the cache's shape without D; int8 must have them.
 
     num_splits: pieces that a row's context is cut into, chosen from the machine unless given. out: (B, H, D)
-    to write to. workspace: a ``Workspace``; with it and ``out`` a call allocates nothing. return_lse: also
-    the natural log of what normalised, (B, H) fp32, by which such results merge. backend: "triton" on a CPU
-    runs the interpreter. validate: look at lengths and tables too, which on a GPU waits for it; by default on
-    CPUs only. Without it both are masked: a wrong table gives a wrong answer, and never a read out of range.
+    to write to. workspace: a ``Workspace``; with it, ``out``, and scales in tensors, a call allocates nothing.
+    return_lse: also the natural log of what normalised, (B, H) fp32, by which such results merge. backend:
+    "triton" on a CPU runs the interpreter. validate: look at lengths and tables too, which on a GPU waits for
+    it; by default on CPUs only. Without it both are masked: a wrong table gives a wrong answer, and never a
+    read out of range.
 
     Raises ValueError or TypeError that names the argument.
     """

@@ -4,6 +4,7 @@ The numbers come from what the compiler reports (``python -m kvlearn.kernels.com
 16-byte loads, about 64 KiB on their way to each program. ``kvlearn bench decode_tune`` tries others on a GPU.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 from kvlearn import expect
@@ -89,6 +90,7 @@ def choose_latent_tiling(
     return tiling
 
 
+@functools.lru_cache(4096)  # asked at every step of every layer
 def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiprocessor: int = 2) -> int:
     """Into how many pieces to cut every row's context, so that all multiprocessors read all the time.
 

@@ -29,6 +29,14 @@ def run_and_print(name: str, device: torch.device | str, console: Console) -> li
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
     rows = []
+    if not console.is_terminal:  # a log must hold what was measured even when the run is cut short
+        console.print(f"{table.title}\n{table.caption}", highlight=False, soft_wrap=True)
+        for row in run_benchmark(name, device):
+            case, bar, measured, quartiles, verdict = row.texts()
+            line = f"{case:64} {bar:>15} {measured:>12} {quartiles:>23}  {verdict}"
+            console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+            rows.append(row)
+        return rows
     with Live(table, console=console, refresh_per_second=2):
         for row in run_benchmark(name, device):
             *texts, verdict = row.texts()
