@@ -1,13 +1,13 @@
 """Our solutions as objects, taken from the notebooks that are their source."""
 
+import json
+import linecache
 from functools import cache
+from types import CodeType
 from typing import Any
 
-import torch
-
-from kvlearn.attention import core
-from kvlearn.grading import Exercise
-from kvlearn.grading.solutions import solution_code
+from kvlearn.grading import Exercise, exercises
+from kvlearn.grading.solutions import solution_code, solution_notebook
 
 
 def right(exercise: Exercise) -> tuple[Any, ...]:
@@ -17,9 +17,22 @@ def right(exercise: Exercise) -> tuple[Any, ...]:
 
 @cache
 def _right(exercise_id: str, code: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-    namespace: dict[str, Any] = {"torch": torch, "core": core}
-    exec(compile(code, f"<solution {exercise_id}>", "exec"), namespace)
+    namespace: dict[str, Any] = {}
+    exec(compiled(set_up(exercise_id), f"<set-up {exercise_id}>"), namespace)
+    exec(compiled(code, f"<solution {exercise_id}>"), namespace)
     return tuple(namespace[name] for name in names)
+
+
+def set_up(exercise_id: str) -> str:
+    """The first cell of the unit's notebook, which every answer may rely on."""
+    cells = json.loads(solution_notebook(exercises()[exercise_id]).read_text("utf-8"))["cells"]
+    return next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def compiled(code: str, name: str) -> CodeType:
+    """Code whose lines can be looked up, as a notebook cell's can: Triton reads a kernel's source."""
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    return compile(code, name, "exec")
 
 
 def stub(*_: Any, **__: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import linecache
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -84,10 +85,12 @@ def test_the_source_notebook_and_the_unit_agree(unit) -> None:  # type: ignore[n
 def results(sources: list[str]) -> Iterator[Any]:
     """What the cells of a notebook show, run one after the other in one namespace."""
     namespace: dict[str, Any] = {}
-    for source in sources:
+    for i, source in enumerate(sources):
         tree = ast.parse(source)
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, "<cell>", "exec"), namespace)
+        name = f"<cell {i} of {hash(source)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        exec(compile(tree, name, "exec"), namespace)
         if isinstance(last, ast.Expr):
             yield eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace)
 

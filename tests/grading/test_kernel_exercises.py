@@ -1,0 +1,135 @@
+"""Unit 11: what a learner is told whose kernel goes wrong, and where there is no Triton at all."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from answers import compiled, set_up
+
+from kvlearn.grading import Score, check, exercises
+from kvlearn.grading.commands import grade
+from kvlearn.grading.release import nbgrader_of, solutions_root
+from kvlearn.grading.runner import Grader
+from kvlearn.grading.sandbox import Limits
+from kvlearn.grading.solutions import solution_code
+
+UNIT = "11_triton_decode"
+NOTEBOOK = solutions_root() / UNIT / f"{UNIT}.ipynb"
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+
+
+def changed(exercise: str, was: str, now: str) -> str:
+    """Our answer with one thing changed."""
+    code = solution_code(exercises()[exercise])
+    assert was in code
+    return code.replace(was, now)
+
+
+def checked(exercise: str, code: str) -> Score:
+    namespace: dict[str, object] = {}
+    exec(compiled(set_up(exercise), "<set-up>"), namespace)
+    exec(compiled(code, f"<answer {hash(code)}>"), namespace)
+    return check(exercise, *(namespace[name] for name in exercises()[exercise].answers))
+
+
+def test_a_stray_pointer_is_an_error_that_names_tensor_and_line() -> None:
+    score = checked(
+        "11.4", changed("11.4", "tl.load(Q + at_heads, mask=here, other=0.0)", "tl.load(Q + at_heads)")
+    )
+    assert "IndexError: tl.load reads" in score.message
+    assert "behind the end of Q: mask what is out of range" in score.message
+    assert "of your code: q = tl.load(Q + at_heads)" in score.message
+
+
+def test_a_stray_store_changes_nothing_and_is_named() -> None:
+    score = checked(
+        "11.8", changed("11.8", "tl.store(TICKETS + row, 0)", "tl.store(TICKETS + row + 1000, 0)")
+    )
+    assert "tl.store writes 999 elements behind the end of TICKETS" in score.to_text()
+
+
+def test_an_error_in_a_kernel_is_shown_as_itself_with_its_line() -> None:
+    score = checked(
+        "11.2", changed("11.2", "weights = tl.exp2(scores - new)", "weights = tl.exp3(scores - new)")
+    )
+    assert score.status == "error"
+    assert "AttributeError: module 'triton.language' has no attribute 'exp3'" in score.message
+    assert "of your code: weights = tl.exp3(scores - new)" in score.message
+    assert "InterpreterError" not in score.to_text()
+
+
+def test_a_wrong_grid_is_an_error_of_the_launch() -> None:
+    score = checked("11.2", changed("11.2", "online_kernel[(B,)]", "online_kernel[(B + 1,)]"))
+    assert "IndexError" in score.message
+    assert checked("11.2", changed("11.2", "online_kernel[(B,)]", "online_kernel[B]")).status == "error"
+
+
+def test_a_counter_that_is_read_and_then_written_is_told_apart_from_an_atomic_one() -> None:
+    atomic = 'ticket = tl.atomic_add(TICKETS + row, 1, sem="acq_rel")'
+    twice = "ticket = tl.load(TICKETS + row)\n        tl.store(TICKETS + row, ticket + 1)"
+    score = checked("11.8", changed("11.8", atomic, twice))
+    assert [mistake.name for mistake in score.mistakes] == ["read, then written"]
+
+
+@pytest.mark.parametrize("exercise", ["11.2", "11.5"])
+def test_a_kernel_of_kvlearn_or_a_ready_made_softmax_earns_nothing(exercise: str) -> None:
+    code = changed(exercise, "    B, D = q.shape\n", "    B, D = q.shape\n    torch.softmax(q, -1)\n")
+    score = checked(exercise, code)
+    assert float(score) == 0
+    assert "torch.softmax" in score.message
+
+
+def test_without_triton_the_notebook_runs_and_says_what_is_missing() -> None:
+    """As on macOS: imports work, exercises without kernels count, the others say why they do not."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    program = f"""
+        import ast, json, sys
+        sys.modules["triton"] = None
+        import kvlearn.grading.units.u11
+        from kvlearn.grading import Score
+        names = {{}}
+        for source in {["".join(cell["source"]) for cell in cells]!r}:
+            tree = ast.parse(source)
+            last = tree.body.pop()
+            if not isinstance(last, ast.Expr):
+                exec(source, names)
+                continue
+            exec(compile(tree, "<cell>", "exec"), names)
+            value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
+            if isinstance(value, Score):
+                print(json.dumps([value.exercise, value.status, value.message]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    scores = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, status, _ in scores if status == "passed"] == ["11.1", "11.7"]
+    others = [message for name, _, message in scores if name not in ("11.1", "11.7")]
+    assert len(others) == 6
+    assert all("needs Triton, which exists for Linux only" in message for message in others)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_never_ends_or_kills_the_process_costs_only_its_own_points(tmp_path: Path) -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    answers = {nbgrader_of(c)["grade_id"]: c for c in notebook["cells"] if nbgrader_of(c).get("solution")}
+    endless = changed("11.2", "    tl.store(OUT", "    while True:\n        m = new\n    tl.store(OUT")
+    # Past our watch: an address that the interpreter is made to read by itself.
+    crash = changed(
+        "11.3", "    B, D = q.shape\n", "    import ctypes\n\n    ctypes.string_at(8)\n    B, D = q.shape\n"
+    )
+    answers["u11-2-online-answer"]["source"] = endless
+    answers["u11-3-tail-answer"]["source"] = crash
+    file = tmp_path / f"{UNIT}.ipynb"
+    file.write_text(json.dumps(notebook))
+    (report,), _ = grade([file], Grader(limits=Limits(seconds=25, grace=2)))
+    results = {result.id: result for result in report.exercises}
+    assert (results["11.2"].score, results["11.2"].status) == (0, "error")
+    assert (results["11.3"].score, results["11.3"].status) == (0, "error")
+    assert "SIGSEGV" in results["11.3"].message
+    assert all(r.status == "passed" for name, r in results.items() if name not in ("11.2", "11.3"))
