@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvlearn import expect
 from kvlearn.kernels.inputs import Request
-from kvlearn.kernels.runtime import INTERPRETED, multiprocessors, require_triton, shared_memory
+from kvlearn.kernels.runtime import INTERPRETED, capability, multiprocessors, require_triton, shared_memory
 from kvlearn.kernels.tiling import Tiling, choose_latent_tiling, choose_splits, choose_tiling
 
 REGISTERS = 65_536  # of a multiprocessor, on every card since 2014
@@ -64,7 +64,8 @@ def tiling_for(request: Request) -> Tiling:
     itemsize, width = request.k.element_size(), request.k.shape[3]
     if request.v is None:
         query_bytes = width * request.q.element_size()
-        return choose_latent_tiling(request.n_heads, width * itemsize, query_bytes, request.page, limit)
+        card = capability(request.q.device)
+        return choose_latent_tiling(request.n_heads, width * itemsize, query_bytes, request.page, limit, card)
     row_bytes = (width + request.value_dim) * itemsize
     return choose_tiling(request.group, row_bytes, itemsize, request.page, limit)
 
@@ -133,7 +134,18 @@ def launch(
         UPCAST=INTERPRETED,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        **compiler_options(request.k.element_size(), tiling),
     )
+
+
+def compiler_options(itemsize: int, tiling: Tiling) -> dict[str, str]:
+    """What ptxas must be told: left alone it saves registers, to fit one more program, at the price of spills.
+
+    Level 10 of 10 spends them. Numbers of two bytes want it; fp32, int8 and 64 rows spill with it.
+    """
+    if INTERPRETED or itemsize != 2 or tiling.block_h >= 64:
+        return {}
+    return {"ptx_options": "--register-usage-level=10"}
 
 
 def strides(t: Tensor | None) -> tuple[int, ...] | None:

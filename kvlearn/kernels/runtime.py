@@ -21,7 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # What a card without a GPU to ask is taken for: enough programs to show a split, few enough to interpret.
 INTERPRETED_MULTIPROCESSORS = 4
-ASSUMED_SHARED_MEMORY = 232_448  # an H100's; `compile_only` sets that of the card it compiles for
+# An H100's, where there is no GPU to ask; `compile_only` sets those of the card it compiles for.
+ASSUMED_SHARED_MEMORY = 232_448
+ASSUMED_CAPABILITY = 90
 
 
 def require_triton() -> None:
@@ -45,6 +47,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability: 80 for an A100, 90 for an H100 or H200, 100 for a B200."""
+    if device.type != "cuda":
+        return ASSUMED_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache

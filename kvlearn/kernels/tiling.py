@@ -11,6 +11,7 @@ from kvlearn import expect
 
 KIB = 1024
 WALK = 2  # stages more, for a load that waits for another one: of the number of its page
+START = 4  # tiles' worth of time that a program takes to begin, and to hand over its partial result
 TILE_BYTES = 32 * KIB  # of K and V in one tile: two of them on their way hide the memory's latency
 
 
@@ -75,13 +76,16 @@ LATENT_TILINGS = (
 
 
 def choose_latent_tiling(
-    n_heads: int, row_bytes: int, query_bytes: int, page: int | None, limit: int
+    n_heads: int, row_bytes: int, query_bytes: int, page: int | None, limit: int, capability: int
 ) -> Tiling:
     """A tiling for ``n_heads`` that share one latent row of ``row_bytes``; a query has ``query_bytes``."""
     for tiling in LATENT_TILINGS:
         walks = tiling.walks(page)
         # 64 rows leave no registers for keys of which each lies in a page of its own.
         if tiling.block_h > 16 and (n_heads <= 32 or walks):
+            continue
+        # Blackwell's tensor cores keep results in a memory of their own, and more copies of the tiles.
+        if capability >= 100 and tiling == LATENT_TILINGS[0]:
             continue
         if walks:
             tiling = replace(tiling, num_stages=tiling.num_stages + WALK)
@@ -94,14 +98,20 @@ def choose_latent_tiling(
 def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiprocessor: int = 2) -> int:
     """Into how many pieces to cut every row's context, so that all multiprocessors read all the time.
 
-    ``programs``: pairs of a row and a KV head (times blocks of heads). ``tiles`` of the longest row; a split
-    has at least two. The machine runs ``multiprocessors`` · ``per_multiprocessor`` programs at a time, in
-    waves; splits are worth having until the last wave is nearly full. Every split costs a partial result, so
-    the smallest count within 10% of the best is taken: the rule of FlashAttention's ``num_splits_heuristic``.
+    ``programs``: pairs of a row and a KV head (times blocks of heads). ``tiles`` of the longest row. The
+    machine runs ``multiprocessors`` · ``per_multiprocessor`` programs at a time, in waves. A split takes the
+    time of its tiles, whole ones, and that of ``START`` more; the fewest splits of the shortest time
+
+        waves · (tiles of a split + START)
+
+    are taken, one wave more than a single split needs at most.
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         expect.positive(name, value)
     slots = multiprocessors * expect.positive("per_multiprocessor", per_multiprocessor)
-    most = max(min(expect.at_least("tiles", tiles, 0) // 2, slots // programs + 1), 1)
-    fill = {n: programs * n / (-(-programs * n // slots) * slots) for n in range(1, most + 1)}
-    return next(n for n, full in fill.items() if full >= 0.9 * max(fill.values()))
+    most = max(min(expect.at_least("tiles", tiles, 0), slots // programs + 1), 1)
+
+    def time(splits: int) -> int:
+        return -(-programs * splits // slots) * (-(-tiles // splits) + START)
+
+    return min(range(1, most + 1), key=time)
