@@ -19,9 +19,10 @@ def positive(name: str, value: Any) -> int:
 
 def at_least(name: str, value: Any, least: int) -> int:
     """An integer of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not isinstance(value, int) and hasattr(value, "__index__"):
+        value = operator.index(value)  # numpy's integers become Python's
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} ({value!r})")
-    value = operator.index(value)  # numpy's integers become Python's
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     return value

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlearn import expect
-from kvlearn.kernels.inputs import Request, check_shapes, check_values, spread_scale
+from kvlearn.kernels.inputs import Request, check_shapes, check_values, expect_tensors, split_scale
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.operator import decode_operator, fill
 from kvlearn.kernels.options import Backend, DecodeOptions, LatentOptions
@@ -78,24 +78,22 @@ def decode_attention(
     the cache's shape without D; int8 must have them.
 
     num_splits: pieces that a row's context is cut into, chosen from the machine unless given. out: (B, H, D)
-    to write to. workspace: a ``Workspace``; with it, ``out``, and scales in tensors, a call allocates nothing.
-    return_lse: also the natural log of what normalised, (B, H) fp32, by which such results merge. backend:
-    "triton" on a CPU runs the interpreter. validate: look at lengths and tables too, which on a GPU waits for
-    it; by default on CPUs only. Without it both are masked: a wrong table gives a wrong answer, and never a
-    read out of range.
+    to write to. workspace: a ``Workspace``; with it and ``out`` a call allocates nothing but the log-sum-exp
+    that it returns. return_lse: also the natural log of what normalised, (B, H) fp32, by which such results
+    merge. backend: "triton" on a CPU runs the interpreter. validate: look at lengths and tables too, which on
+    a GPU waits for it; by default on CPUs only. Without it both are masked: a wrong table gives a wrong
+    answer, and never a read out of range.
+
+    No gradient is kept. The first call of each layout and format compiles: make it before a CUDA graph does.
 
     Raises ValueError or TypeError that names the argument.
     """
-    request = Request(
-        *(q, None, k_cache, v_cache, lengths),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        window=window,
-        n_sinks=n_sinks,
-        sink_logits=sink_logits,
-        block_table=block_table,
-        k_scale=spread_scale("k_scale", k_scale, k_cache),
-        v_scale=spread_scale("v_scale", v_scale, v_cache),
-    )
+    expect_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    k_factor, k_scale = split_scale("k_scale", k_scale, k_cache)
+    v_factor, v_scale = split_scale("v_scale", v_scale, v_cache)
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    keys = (window, n_sinks, sink_logits, block_table, k_scale, v_scale)
+    request = Request(q, None, k_cache, v_cache, lengths, scale * k_factor, *keys, out_scale=v_factor)
     return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
 
 
@@ -156,19 +154,14 @@ def decode_latent(
 
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
     """
-    expect.tensor("cache", cache, ("rows", "slots", "width"))
-    cache = cache.unsqueeze(1)
+    expect_tensors(q_latent=q_latent, q_rope=q_rope, lengths=lengths)
+    cache = expect.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
     if isinstance(k_scale, Tensor) and k_scale.dim() == 2:
         k_scale = k_scale.unsqueeze(1)
-    request = Request(
-        *(q_latent, q_rope, cache, None, lengths),
-        scale=cache.shape[-1] ** -0.5 if scale is None else scale,
-        window=window,
-        n_sinks=n_sinks,
-        sink_logits=sink_logits,
-        block_table=block_table,
-        k_scale=spread_scale("k_scale", k_scale, cache),
-    )
+    factor, k_scale = split_scale("k_scale", k_scale, cache)
+    scale = cache.shape[-1] ** -0.5 if scale is None else float(scale)
+    keys = (window, n_sinks, sink_logits, block_table, k_scale, None)
+    request = Request(q_latent, q_rope, cache, None, lengths, scale * factor, *keys, out_scale=factor)
     return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
 
 
@@ -186,14 +179,15 @@ def validate_decode_inputs(
     v_scale: float | Tensor | None = None,
 ) -> None:
     """All that ``decode_attention`` checks with ``validate=True``; raises what it would raise."""
-    scales = spread_scale("k_scale", k_scale, k_cache), spread_scale("v_scale", v_scale, v_cache)
-    request = Request(
-        *(q, None, k_cache, v_cache, lengths, 1.0, window, n_sinks, sink_logits, block_table, *scales)
-    )
+    expect_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    scales = (split_scale("k_scale", k_scale, k_cache)[1], split_scale("v_scale", v_scale, v_cache)[1])
+    keys = (window, n_sinks, sink_logits, block_table, *scales)
+    request = Request(q, None, k_cache, v_cache, lengths, 1.0, *keys)
     check_shapes(request)
     check_values(request)
 
 
+@torch.no_grad()  # a step of decoding: nothing is kept to differentiate
 def _decode(
     request: Request,
     num_splits: int | None,
@@ -216,6 +210,8 @@ def _decode(
         out = request.q.new_empty(shape)
     else:
         expect.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
+        if 0 in out.stride() and out.numel() > 1:
+            raise ValueError(f"out: expected memory of its own for every number, got strides {out.stride()}")
     rows = request.batch * request.n_heads
     if workspace is not None and not return_lse and workspace.lse.numel() >= rows:
         lse = workspace.lse[:rows].view(shape[:2])
@@ -228,6 +224,6 @@ def _decode(
         room = (workspace.parts, workspace.part_lses, workspace.tickets) if workspace else (None, None, None)
         decode_operator(
             *(r.q, r.q_rope, r.k, r.v, r.lengths, r.scale, r.window, r.n_sinks, r.sink_logits),
-            *(r.block_table, r.k_scale, r.v_scale, out, lse, *room, num_splits, backend),
+            *(r.block_table, r.k_scale, r.v_scale, r.out_scale, out, lse, *room, num_splits, backend),
         )
     return (out, lse) if return_lse else out

@@ -32,6 +32,7 @@ class Request:
     block_table: Tensor | None = None  # (B, pages of a row)
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    out_scale: float = 1.0
 
     @property
     def batch(self) -> int:
@@ -55,6 +56,11 @@ class Request:
         return self.q.shape[2] if self.v is None else self.v.shape[3]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of the cache that belong to one key of one KV head: read together, once."""
+        return (self.k.shape[3] + (0 if self.v is None else self.v.shape[3])) * self.k.element_size()
+
+    @property
     def page(self) -> int | None:
         return None if self.block_table is None else self.k.shape[2]
 
@@ -72,25 +78,31 @@ class Request:
         yield slice(begin, length)
 
 
+def expect_tensors(**arguments: object) -> None:
+    """TypeError for an argument that is no tensor at all."""
+    for name, value in arguments.items():
+        expect.instance(name, value, Tensor)
+
+
 def check_shapes(request: Request) -> None:
     """Shapes, dtypes and devices; ValueError or TypeError names the argument."""
     q, k, device = request.q, request.k, request.q.device
-    for name, value in (("q", q), ("k_cache", k), ("lengths", request.lengths)):
-        expect.instance(name, value, Tensor)
     expect.tensor("q", q, ("batch", "heads", "width"))
     expect.one_of("q.dtype", q.dtype, FLOATS)
     batch, n_heads, width = q.shape
+    for dimension, size in enumerate(q.shape):
+        expect.positive(f"q.shape[{dimension}]", size)
     if request.q_rope is not None:
-        rope = expect.tensor(
-            "q_rope", request.q_rope, (batch, n_heads, "width"), dtype=q.dtype, device=device
-        )
-        width += rope.shape[2]
+        rope = (batch, n_heads, "width")
+        width += expect.tensor("q_rope", request.q_rope, rope, dtype=q.dtype, device=device).shape[2]
     rows: int | str = batch if request.block_table is None else "pages"
     expect.tensor("k_cache", k, (rows, "KV heads", "slots", width), device=device)
     expect.divides("k_cache.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
     if request.v is not None:
         expect.tensor("v_cache", request.v, (*k.shape[:3], "width"), dtype=k.dtype, device=device)
-    expect.one_of("k_cache.dtype", k.dtype, (*FLOATS, *QUANTISED))
+    # fp32 queries can take any number as it is; fp16 cannot hold all of bf16's.
+    floats = FLOATS if q.dtype == torch.float32 else (q.dtype,)
+    expect.one_of("k_cache.dtype", k.dtype, (*floats, *QUANTISED))
     for dimension in range(3):
         expect.positive(f"k_cache.shape[{dimension}]", k.shape[dimension])
     expect.tensor("lengths", request.lengths, (batch,), dtype=torch.int32, device=device)
@@ -104,8 +116,6 @@ def check_shapes(request: Request) -> None:
     for name, given in (("k_scale", request.k_scale), ("v_scale", request.v_scale)):
         if given is not None:
             expect.tensor(name, given, tuple(k.shape[:3]), device=device)
-        elif k.dtype == torch.int8 and not (name == "v_scale" and request.v is None):
-            raise ValueError(f"{name}: expected the scale of an int8 cache, got None")
 
 
 def check_values(request: Request) -> None:
@@ -127,17 +137,18 @@ def check_values(request: Request) -> None:
                 )
 
 
-def spread_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
-    """A number, one a KV head (G,), or one a key, as a view of the cache's shape without its last size."""
-    if scale is None:
-        return None
-    shape = cache.shape[:3]
+def split_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> tuple[float, Tensor | None]:
+    """The scale as a number, and as a view of the cache's shape without its last size: at most one of them.
+
+    ``scale``: a number, one a KV head (G,), or one a key.
+    """
+    if scale is None and cache.dtype == torch.int8:
+        raise ValueError(f"{name}: expected the scale of an int8 cache, got None")
     if not isinstance(scale, Tensor):
-        scale = torch.full((), float(scale), device=cache.device)
-    if scale.dim() == 1:
-        scale = scale[:, None]
+        return 1.0 if scale is None else float(scale), None
+    shape = cache.shape[:3]
     try:
-        return scale.expand(shape)
+        return 1.0, (scale[:, None] if scale.dim() == 1 else scale).expand(shape)
     except RuntimeError:
         raise ValueError(
             f"{name}: expected a number, ({shape[1]},) for the KV heads, or {tuple(shape)}; "

@@ -19,7 +19,12 @@ from kvlearn.kernels.merging import FAN_IN, LN_2, LOG2_E, finite, log_sum, merge
 
 
 # What changes from step to step must not be compiled in.
-@triton.jit(do_not_specialize=["window", "n_sinks", "capacity", "n_pages", "n_kv_heads", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("window", "n_sinks", "capacity", "n_pages", "n_kv_heads", "num_splits"),
+        *("lengths_stride", "sink_stride", "table_row", "table_step"),
+    ]
+)
 def decode_kernel(
     q_ptr,  # (B, H, D)
     q_rope_ptr,  # (B, H, Dr), or None; with it the cache's rows are latent and rope side by side
@@ -36,6 +41,7 @@ def decode_kernel(
     part_lse_ptr,  # (B, H, num_splits), fp32, to the base 2
     tickets_ptr,  # (programs, num_splits), zeros before and after
     scale,
+    out_scale,
     window,  # None: all keys
     n_sinks,
     capacity,  # slots a row has
@@ -43,11 +49,13 @@ def decode_kernel(
     n_kv_heads,
     num_splits,
     lengths_stride,
+    sink_stride,
+    table_row,
+    table_step,
     q_strides,
     q_rope_strides,
     k_strides,
     v_strides,
-    table_strides,
     k_scale_strides,
     v_scale_strides,
     out_strides,
@@ -64,7 +72,8 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DR: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter is wrong about bf16's arithmetic
+    QK_TYPE: tl.constexpr,  # that queries and keys are multiplied in
+    PV_TYPE: tl.constexpr,  # that weights and values are multiplied in
 ):
     """softmax(scale · q Kᵀ) V over the live keys of one split, for BLOCK_H query heads of one KV head."""
     program, split = tl.program_id(0), tl.program_id(1)
@@ -88,16 +97,16 @@ def decode_kernel(
     n = tl.arange(0, BLOCK_N)
     d, dv, dr = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_DR)
     q_at = q_ptr + b * q_strides[0] + h[:, None] * q_strides[1] + d[None, :] * q_strides[2]
-    q = tl.load(q_at, mask=real[:, None] & (d < D)[None, :], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
+    q = tl.load(q_at, mask=real[:, None] & (d < D)[None, :], other=0.0).to(QK_TYPE)
     if q_rope_ptr is not None:
         rope_at = q_rope_ptr + b * q_rope_strides[0] + h[:, None] * q_rope_strides[1]
         rope_mask = real[:, None] & (dr < DR)[None, :]
-        q_rope = tl.load(rope_at + dr[None, :] * q_rope_strides[2], mask=rope_mask, other=0.0).to(q.dtype)
+        q_rope = tl.load(rope_at + dr[None, :] * q_rope_strides[2], mask=rope_mask, other=0.0).to(QK_TYPE)
 
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)  # the largest score so far, to the base 2
-    total = tl.zeros([BLOCK_H], tl.float32)
+    # Summed over the keys at the end, where registers allow: each sum waits for all warps.
+    LATE_SUM: tl.constexpr = BLOCK_H == 16
+    total = tl.zeros([BLOCK_H, BLOCK_N] if LATE_SUM else [BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
     for tile in tl.range(first, last, disable_licm=True):
         of_sinks = tile < sink_tiles
@@ -105,60 +114,66 @@ def decode_kernel(
         exists = n < tl.where(of_sinks, kept, length) - start
         if window is not None:
             exists &= of_sinks | (n >= begin - start)
+        # A key lies `beyond` slots after `slot`: in a tile of one piece, addresses are constants apart.
         if table_ptr is None:
-            row, slot, step = b.to(tl.int64), start.to(tl.int64), n
+            row, slot, beyond = b, start.to(tl.int64), n
         elif PAGE % BLOCK_N == 0:  # the tile lies in one page
-            row = tl.load(table_ptr + b * table_strides[0] + start // PAGE * table_strides[1]).to(tl.int64)
-            slot, step = (start % PAGE).to(tl.int64), n
+            row = tl.load(table_ptr + b * table_row + start // PAGE * table_step).to(tl.int64)
+            slot, beyond = (start % PAGE).to(tl.int64), n
         else:
-            table_at = table_ptr + b * table_strides[0] + (start + n) // PAGE * table_strides[1]
+            table_at = table_ptr + b * table_row + (start + n) // PAGE * table_step
             row = tl.load(table_at, mask=exists, other=-1).to(tl.int64)
-            slot, step = ((start + n) % PAGE).to(tl.int64), tl.zeros_like(n)
+            slot, beyond = ((start + n) % PAGE).to(tl.int64), tl.zeros_like(n)
         if table_ptr is not None:
             exists &= (row >= 0) & (row < n_pages)  # a wrong table gives a wrong answer, not a wild read
 
         # What does not exist is never loaded: 0 · NaN would be NaN.
         k_mask, v_mask = exists[:, None] & (d < D)[None, :], exists[:, None] & (dv < DV)[None, :]
-        k_at = k_ptr + row * k_strides[0] + g * k_strides[1] + slot * K_SLOT + step * K_SLOT
-        k = tl.load(k_at[:, None] + d[None, :] * k_strides[3], mask=k_mask, other=0.0).to(q.dtype)
+        k_at = k_ptr + row * k_strides[0] + g * k_strides[1] + slot * K_SLOT + beyond * K_SLOT
+        k = tl.load(k_at[:, None] + d[None, :] * k_strides[3], mask=k_mask, other=0.0).to(QK_TYPE)
         scores = tl.dot(q, k.T, input_precision="ieee")
         if q_rope_ptr is not None:
             k_rope_mask = exists[:, None] & (dr < DR)[None, :]
             k_rope = tl.load(k_at[:, None] + (D + dr)[None, :] * k_strides[3], mask=k_rope_mask, other=0.0)
-            scores = tl.dot(q_rope, k_rope.to(q.dtype).T, scores, input_precision="ieee")
+            scores = tl.dot(q_rope, k_rope.to(QK_TYPE).T, scores, input_precision="ieee")
         scores *= scale * LOG2_E
         if k_scale_ptr is not None:
             k_scale_at = k_scale_ptr + row * k_scale_strides[0] + g * k_scale_strides[1]
-            k_scale = tl.load(k_scale_at + (slot + step) * k_scale_strides[2], mask=exists, other=0.0)
+            k_scale = tl.load(k_scale_at + (slot + beyond) * k_scale_strides[2], mask=exists, other=0.0)
             scores *= k_scale[None, :]
         scores = tl.where(exists[None, :], scores, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - finite(new_top)[:, None])
         shrink = tl.exp2(top - finite(new_top))
-        total = total * shrink + tl.sum(weights, 1)
+        if LATE_SUM:  # noqa: SIM108  (the shapes differ)
+            total = total * shrink[:, None] + weights
+        else:
+            total = total * shrink + tl.sum(weights, 1)
         top = new_top
 
         if v_ptr is None:
-            v = k  # one latent serves as key and as value
+            v = k.to(PV_TYPE)  # one latent serves as key and as value
             if k_scale_ptr is not None:
                 weights *= k_scale[None, :]
         else:
-            v_at = v_ptr + row * v_strides[0] + g * v_strides[1] + slot * V_SLOT + step * V_SLOT
-            v = tl.load(v_at[:, None] + dv[None, :] * v_strides[3], mask=v_mask, other=0.0).to(q.dtype)
+            v_at = v_ptr + row * v_strides[0] + g * v_strides[1] + slot * V_SLOT + beyond * V_SLOT
+            v = tl.load(v_at[:, None] + dv[None, :] * v_strides[3], mask=v_mask, other=0.0).to(PV_TYPE)
             if v_scale_ptr is not None:
                 v_scale_at = v_scale_ptr + row * v_scale_strides[0] + g * v_scale_strides[1]
-                v_scale = tl.load(v_scale_at + (slot + step) * v_scale_strides[2], mask=exists, other=0.0)
+                v_scale = tl.load(v_scale_at + (slot + beyond) * v_scale_strides[2], mask=exists, other=0.0)
                 weights *= v_scale[None, :]
-        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(PV_TYPE), v, acc * shrink[:, None], input_precision="ieee")
 
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if LATE_SUM:
+        total = tl.sum(total, 1)
+    out = acc * (out_scale / tl.where(total != 0, total, 1.0))[:, None]
     lse = log_sum(top, total)
-    rows = (b * n_kv_heads * GROUP + h).to(tl.int64)
+    rows = b * n_kv_heads * GROUP + h
     out_at = out_ptr + b * out_strides[0] + h * out_strides[1]
     if live_splits == 1:
         if sink_ptr is not None:
-            with_sink = with_sink_logit(lse, sink_ptr, h, real)
+            with_sink = with_sink_logit(lse, sink_ptr, h * sink_stride, real)
             out *= tl.exp2(lse - finite(with_sink))[:, None]
             lse = with_sink
         out_mask = real[:, None] & (dv < DV)[None, :]
@@ -169,23 +184,25 @@ def decode_kernel(
         part_mask = real[:, None] & (dv < DV)[None, :]
         tl.store(part_ptr + (slots + split)[:, None] * DV + dv[None, :], out, mask=part_mask)
         tl.store(part_lse_ptr + slots + split, lse, mask=real)
-        family, step, level, climbing = split, 1, 0, True
+        family, stride, level, climbing = split, 1, 0, True
         while climbing:
-            family = family // (step * FAN_IN) * (step * FAN_IN)
-            members = tl.cdiv(tl.minimum(live_splits - family, step * FAN_IN), step)
-            # A family's first slot is a multiple of FAN_IN, and there are fewer levels than that.
+            family = family // (stride * FAN_IN) * (stride * FAN_IN)
+            members = tl.cdiv(tl.minimum(live_splits - family, stride * FAN_IN), stride)
+            # A family of several at level l begins at a multiple of FAN_IN^(l+1), and has more slots than l.
             ticket_at = tickets_ptr + program * num_splits + family + level
             tl.debug_barrier()  # all threads have stored before one of them tells the other programs
-            climbing = tl.atomic_add(ticket_at, 1, sem="acq_rel") == members - 1
-            if climbing:
-                tl.store(ticket_at, 0)  # for the next call
-                whole = step * FAN_IN >= live_splits
-                merge(
-                    *(part_ptr, part_lse_ptr, slots, family, step, members, whole),
-                    *(out_at, out_strides[2], lse_ptr + rows, sink_ptr, h, real, DV, BLOCK_H, BLOCK_DV),
-                )
-                climbing = not whole
-            step, level = step * FAN_IN, level + 1
+            if members > 1:  # one alone is its own result, and goes on
+                climbing = tl.atomic_add(ticket_at, 1, sem="acq_rel") == members - 1
+                if climbing:
+                    tl.store(ticket_at, 0)  # for the next call
+                    whole = stride * FAN_IN >= live_splits
+                    merge(
+                        *(part_ptr, part_lse_ptr, slots, family, stride, members, whole),
+                        *(out_at, out_strides[2], lse_ptr + rows, sink_ptr, h * sink_stride, real),
+                        *(DV, BLOCK_H, BLOCK_DV),
+                    )
+                    climbing = not whole
+            stride, level = stride * FAN_IN, level + 1
 
 
 @triton.jit
@@ -194,9 +211,9 @@ def whose(program, n_kv_heads, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     # Blocks of heads that share a KV head come one after the other, so that the second finds it in the L2.
     pair = program // HEAD_BLOCKS
-    b, g = pair // n_kv_heads, pair % n_kv_heads
+    b, g = (pair // n_kv_heads).to(tl.int64), (pair % n_kv_heads).to(tl.int64)
     of_group = program % HEAD_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
     real = of_group < GROUP
     if GROUP % BLOCK_H == 0:
         real = tl.full([BLOCK_H], 1, tl.int1)
-    return b, g.to(tl.int64), g * GROUP + of_group, real
+    return b, g, g * GROUP + of_group, real

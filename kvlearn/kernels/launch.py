@@ -1,6 +1,7 @@
 """From a request to a launch of the kernel: tiling, splits, and the room in which the splits meet."""
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from kvlearn.kernels.runtime import INTERPRETED, capability, multiprocessors, re
 from kvlearn.kernels.tiling import Tiling, choose_latent_tiling, choose_splits, choose_tiling
 
 REGISTERS = 65_536  # of a multiprocessor, on every card since 2014
+RESERVED = 1024  # bytes of shared memory that each program loses
+MOST_SPLITS = 65_535  # the second axis of a grid goes no further
 THREADS_REGISTERS = 128  # that a thread of this kernel needs, about
 
 
@@ -48,44 +51,58 @@ class Workspace:
 
     def max_splits(self, request: Request) -> int:
         """The most splits that this workspace has room for."""
-        rows = request.batch * request.n_heads
-        most = min(self.tickets.numel() // rows, self.parts.numel() // (rows * request.value_dim))
-        if most < 1 or self.parts.device != request.q.device:
+        rows, slots = request.batch * request.n_heads, min(self.tickets.numel(), self.part_lses.numel())
+        most = min(slots // rows, self.parts.numel() // (rows * request.value_dim))
+        if most < 1 or {t.device for t in (self.parts, self.part_lses, self.tickets)} != {request.q.device}:
             raise ValueError(
                 f"workspace: expected room for {rows} rows of {request.value_dim} on {request.q.device}, got "
-                f"{self.tickets.numel()} slots and {self.parts.numel()} numbers on {self.parts.device}"
+                f"{slots} slots and {self.parts.numel()} numbers on {self.parts.device}"
             )
         return most
 
 
 def tiling_for(request: Request) -> Tiling:
     """The tiling that this request runs with."""
-    limit = shared_memory(request.q.device)
-    itemsize, width = request.k.element_size(), request.k.shape[3]
+    limit, row_bytes = shared_memory(request.q.device), tile_bytes(request)
     if request.v is None:
-        query_bytes = width * request.q.element_size()
         card = capability(request.q.device)
-        return choose_latent_tiling(request.n_heads, width * itemsize, query_bytes, request.page, limit, card)
-    row_bytes = (width + request.value_dim) * itemsize
-    return choose_tiling(request.group, row_bytes, itemsize, request.page, limit)
+        return choose_latent_tiling(
+            request.n_heads, row_bytes, query_bytes(request), request.page, limit, card
+        )
+    return choose_tiling(request.group, row_bytes, request.k.element_size(), request.page, limit)
+
+
+def tile_bytes(request: Request) -> int:
+    """Bytes of shared memory for one key in a tile: widths padded, and the numbers in the queries' format too
+    where the cache has another."""
+    width = padded(request.q.shape[2])
+    width += padded(request.value_dim) if request.q_rope is None else padded(request.q_rope.shape[2])
+    converted = request.q.element_size() if request.k.dtype != request.q.dtype == torch.float32 else 0
+    return width * (request.k.element_size() + converted)
+
+
+def query_bytes(request: Request) -> int:
+    """Bytes of shared memory for one query head."""
+    rope = padded(request.q_rope.shape[2]) if request.q_rope is not None else 0
+    return (padded(request.q.shape[2]) + rope) * request.q.element_size()
 
 
 def splits_for(request: Request, tiling: Tiling) -> int:
     """How many splits fill this machine; decided by the cache's room, since the lengths are on the GPU."""
     device = request.q.device
-    row_bytes = (
-        request.k.shape[3] + (request.value_dim if request.v is not None else 0)
-    ) * request.k.element_size()
-    by_memory = shared_memory(device) // tiling.shared_bytes(row_bytes, 0, request.page)
+    used = tiling.shared_bytes(tile_bytes(request), query_bytes(request), request.page) + RESERVED
     by_registers = REGISTERS // (tiling.num_warps * 32 * THREADS_REGISTERS)
-    programs = request.batch * request.n_kv_heads * -(-request.group // tiling.block_h)
-    reach = (
-        request.capacity
-        if request.window is None
-        else min(request.window + request.n_sinks, request.capacity)
-    )
-    resident = max(min(by_memory, by_registers), 1)
-    return choose_splits(programs, -(-reach // tiling.block_n), multiprocessors(device), resident)
+    resident = max(min((shared_memory(device) + RESERVED) // used, by_registers), 1)
+    reach = request.capacity
+    if request.window is not None:
+        reach = min(request.window + request.n_sinks, reach)
+    tiles = -(-reach // tiling.block_n)
+    return choose_splits(programs_for(request, tiling), tiles, multiprocessors(device), resident)
+
+
+def programs_for(request: Request, tiling: Tiling) -> int:
+    """Programs of one split."""
+    return request.batch * request.n_kv_heads * -(-request.group // tiling.block_h)
 
 
 def launch(
@@ -98,48 +115,87 @@ def launch(
 ) -> None:
     """Run the kernel; ``out`` (B, H, Dv) and ``lse`` (B, H), contiguous fp32, receive the result."""
     require_triton()
-    from kvlearn.kernels.kernel import decode_kernel
+    from triton.runtime.errors import OutOfResources
 
     tiling = tiling or tiling_for(request)
     splits = num_splits or splits_for(request, tiling)
+    splits = min(splits, -(-request.capacity // tiling.block_n), MOST_SPLITS)  # a split has a tile at least
     if workspace is not None:
         splits = min(splits, workspace.max_splits(request))
     elif splits > 1:
         workspace = Workspace.new(request.batch, request.n_heads, request.value_dim, splits, request.q.device)
+    with on_device(request.q.device):
+        while True:
+            try:
+                return _launch(request, out, lse, splits, workspace, tiling)
+            except OutOfResources:  # what a tile takes is an estimate: the compiler knows
+                if tiling.block_n <= 16:
+                    raise
+                tiling = replace(tiling, block_n=tiling.block_n // 2)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _launch(
+    request: Request, out: Tensor, lse: Tensor, splits: int, workspace: Workspace | None, tiling: Tiling
+) -> None:
+    from kvlearn.kernels.kernel import decode_kernel
+
+    q, q_rope, k, v, table = request.q, request.q_rope, request.k, request.v, request.block_table
     # A single split touches none of these.
     parts, part_lses, tickets = lse, lse, request.lengths
     if workspace is not None:
         parts, part_lses, tickets = workspace.parts, workspace.part_lses, workspace.tickets
-    q, q_rope, k, v = request.q, request.q_rope, request.k, request.v
-    width, rope_width = q.shape[2], q_rope.shape[2] if q_rope is not None else 0
-    programs = request.batch * request.n_kv_heads * -(-request.group // tiling.block_h)
-    decode_kernel[(programs, splits)](
-        *(q, q_rope, k, v, request.lengths, request.block_table, request.k_scale, request.v_scale),
+    window = None if request.window is None else min(request.window, request.capacity)
+    decode_kernel[(programs_for(request, tiling), splits)](
+        *(q, q_rope, k, v, request.lengths, table, request.k_scale, request.v_scale),
         *(request.sink_logits, out, lse, parts, part_lses, tickets),
-        *(request.scale, request.window, request.n_sinks, request.capacity, k.shape[0]),
-        *(request.n_kv_heads, splits, request.lengths.stride(0)),
-        *(strides(t) for t in (q, q_rope, k, v, request.block_table, request.k_scale, request.v_scale, out)),
-        D=width,
+        *(request.scale, request.out_scale, window, min(request.n_sinks, request.capacity)),
+        *(request.capacity, k.shape[0], request.n_kv_heads, splits, request.lengths.stride(0)),
+        request.sink_logits.stride(0) if request.sink_logits is not None else 0,
+        *(table.stride() if table is not None else (0, 0)),
+        *(strides(t) for t in (q, q_rope, k, v, request.k_scale, request.v_scale, out)),
+        D=q.shape[2],
         DV=request.value_dim,
-        DR=rope_width,
+        DR=q_rope.shape[2] if q_rope is not None else 0,
         GROUP=request.group,
         PAGE=request.page or 1,
         K_SLOT=k.stride(2),
         V_SLOT=v.stride(2) if v is not None else 0,
+        **number_types(request),
         BLOCK_H=tiling.block_h,
         BLOCK_N=tiling.block_n,
-        BLOCK_D=padded(width),
+        BLOCK_D=padded(q.shape[2]),
         BLOCK_DV=padded(request.value_dim),
-        BLOCK_DR=padded(rope_width),
-        UPCAST=INTERPRETED,
+        BLOCK_DR=padded(q_rope.shape[2]) if q_rope is not None else 16,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **compiler_options(request.k.element_size(), tiling),
+        **compiler_options(k.element_size(), tiling),
     )
 
 
+def number_types(request: Request) -> dict[str, object]:
+    """What scores, and what weights times values, are computed from."""
+    import triton.language as tl
+
+    of = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    scores = values = request.q.dtype
+    if scores == torch.float16 and (request.v_scale is not None or request.k_scale is not None):
+        values = (
+            torch.bfloat16
+        )  # a weight times a scale may be too small for fp16; bf16 holds int8 and fp8 whole
+    if INTERPRETED:  # its arithmetic in bf16 is wrong
+        scores, values = (torch.float32 if t == torch.bfloat16 else t for t in (scores, values))
+    return {"QK_TYPE": of[scores], "PV_TYPE": of[values]}
+
+
 def compiler_options(itemsize: int, tiling: Tiling) -> dict[str, str]:
-    """What ptxas must be told: left alone it saves registers, to fit one more program, at the price of spills.
+    """What ptxas must be told: left alone it saves registers, to fit one program more, and spills for it.
 
     Level 10 of 10 spends them. Numbers of two bytes want it; fp32, int8 and 64 rows spill with it.
     """

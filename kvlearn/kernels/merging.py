@@ -13,7 +13,7 @@ import triton.language as tl  # isort: skip
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · log2 e), and exp2 is the hardware's
 LN_2 = tl.constexpr(0.6931471805599453)
-FAN_IN = tl.constexpr(16)  # partial results that one program merges
+FAN_IN = tl.constexpr(16)  # partial results that one program merges, at most
 
 
 @triton.jit
@@ -22,14 +22,14 @@ def merge(
     part_lse_ptr,
     slots,  # (BLOCK_H,): where each row's partial results begin
     family,  # the first of them, and where they go unless they are the whole
-    step,
+    stride,  # from one to the next
     members,
     whole,
     out_at,
     out_stride,
     lse_at,
     sink_ptr,
-    h,
+    sink_at,
     real,
     DV: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -40,20 +40,20 @@ def merge(
     ``.cg`` reads past the L1, where another program's earlier numbers may stand.
     """
     member = tl.arange(0, FAN_IN)
-    lses_at = part_lse_ptr + slots[:, None] + (family + member * step)[None, :]
+    lses_at = part_lse_ptr + slots[:, None] + (family + member * stride)[None, :]
     lses_mask = real[:, None] & (member < members)[None, :]
     lses = tl.load(lses_at, mask=lses_mask, other=float("-inf"), cache_modifier=".cg")
     top = tl.max(lses, 1)
     lse = log_sum(top, tl.sum(tl.exp2(lses - finite(top)[:, None]), 1))
     if sink_ptr is not None:
-        lse = tl.where(whole, with_sink_logit(lse, sink_ptr, h, real), lse)
+        lse = tl.where(whole, with_sink_logit(lse, sink_ptr, sink_at, real), lse)
     COLUMNS: tl.constexpr = min(BLOCK_DV, 2048 // BLOCK_H)
     for column in range(0, DV, COLUMNS):
         c = column + tl.arange(0, COLUMNS)
         mask = real[:, None] & (c < DV)[None, :]
         merged = tl.zeros([BLOCK_H, COLUMNS], tl.float32)
         for i in tl.range(0, members, num_stages=1, loop_unroll_factor=4):
-            slot = slots + family + i * step
+            slot = slots + family + i * stride
             part_lse = tl.load(part_lse_ptr + slot, mask=real, other=float("-inf"), cache_modifier=".cg")
             part_at = part_ptr + slot[:, None] * DV + c[None, :]
             part = tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
@@ -78,12 +78,12 @@ def finite(lse):
 @triton.jit
 def log_sum(top, total):
     """log2 of Σ exp2(score), from the largest score and the sum relative to it; -inf for no keys."""
-    return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    return tl.where(total != 0, top + tl.log2(tl.where(total != 0, total, 1.0)), float("-inf"))
 
 
 @triton.jit
-def with_sink_logit(lse, sink_ptr, h, real):
+def with_sink_logit(lse, sink_ptr, sink_at, real):
     """The learned sink logit added to what normalises: log2(exp2(lse) + exp2(sink))."""
-    sink = tl.load(sink_ptr + h, mask=real, other=float("-inf")).to(tl.float32) * LOG2_E
+    sink = tl.load(sink_ptr + sink_at, mask=real, other=float("-inf")).to(tl.float32) * LOG2_E
     top = tl.maximum(lse, sink)
     return log_sum(top, tl.exp2(lse - finite(top)) + tl.exp2(sink - finite(top)))

@@ -37,6 +37,7 @@ def decode_operator(
     block_table: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    out_scale: float,
     out: Tensor,
     lse: Tensor,
     parts: Tensor | None,
@@ -46,7 +47,7 @@ def decode_operator(
     backend: str,
 ) -> None:
     """``fill``, with a request's fields one by one: an operator takes tensors and numbers only."""
-    keys = (scale, window, n_sinks, sink_logits, block_table, k_scale, v_scale)
+    keys = (scale, window, n_sinks, sink_logits, block_table, k_scale, v_scale, out_scale)
     room = None
     if parts is not None and part_lses is not None and tickets is not None:
         room = Workspace(parts, part_lses, tickets, lse)

@@ -10,14 +10,16 @@ from kvlearn.attention.core import attend_partial, finite
 from kvlearn.kernels.inputs import Request
 
 
+@torch.no_grad()
 def decode_reference(request: Request, out: Tensor, lse: Tensor) -> None:
     """Fills ``out`` (B, H, Dv) and ``lse`` (B, H) with softmax(scale · q Kᵀ) V over each row's live keys."""
     q = request.q if request.q_rope is None else torch.cat([request.q, request.q_rope], dim=-1)
     q = q.float().unflatten(1, (request.n_kv_heads, request.group))  # heads of a group beside each other
     for row, length in enumerate(request.lengths.tolist()):
         k, v = live_keys(request, row, min(max(length, 0), request.capacity))
-        part = attend_partial(q[row : row + 1], k[None], v[None], scale=request.scale)
-        row_out, row_lse = part.out.flatten(0, 2), part.lse.flatten()
+        with torch.autocast(q.device.type, enabled=False):
+            part = attend_partial(q[row : row + 1], k[None], v[None], scale=request.scale)
+        row_out, row_lse = part.out.flatten(0, 2) * request.out_scale, part.lse.flatten()
         if request.sink_logits is not None:
             with_sink = torch.logaddexp(row_lse, request.sink_logits.float())
             row_out = row_out * torch.exp(row_lse - finite(with_sink))[:, None]

@@ -47,15 +47,15 @@ def choose_tiling(group: int, row_bytes: int, itemsize: int, page: int | None, l
     shared memory that a program may have.
     """
     block_h = 16 if group <= 16 else 32 if group <= 32 else 64
-    block_n = min(max(TILE_BYTES // row_bytes, 16), 128)
+    block_n = min(max(TILE_BYTES // row_bytes, 16), 128 if itemsize > 1 else 64)  # converting takes registers
     block_n = 1 << (block_n.bit_length() - 1)
     if page is not None and page >= 32:
         while page % block_n and block_n > 32:
             block_n //= 2  # a tile within one page looks into the table once
-    wide = block_h > 16 or itemsize == 4 or block_n == 128
+    wide = block_h > 16 or itemsize != 2 or block_n == 128
     tiling = Tiling(block_h, block_n, 8 if wide else 4, 3)
-    if tiling.walks(page):
-        tiling = replace(tiling, num_stages=3 + WALK)
+    if tiling.walks(page):  # more threads a tile: each holds fewer of its addresses
+        tiling = replace(tiling, block_n=min(block_n, 64), num_warps=8, num_stages=3 + WALK)
     while tiling.shared_bytes(row_bytes, 0, page) > limit:
         if tiling.block_n > 16:
             tiling = replace(tiling, block_n=tiling.block_n // 2)

@@ -80,7 +80,8 @@ class Trace(Mapping[str, Reads]):
             self._counts[name].append(np.zeros(_span(tensor), np.int32))
 
     def load(self, pointers: np.ndarray, mask: np.ndarray) -> None:
-        addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        live = np.broadcast_to(mask, pointers.shape).astype(bool)  # the interpreter's masks may be integers
+        addresses = pointers[live].astype(np.int64)
         for name, tensor in self._tensors.items():
             at = (addresses - tensor.data_ptr()) // tensor.element_size()
             at = at[(at >= 0) & (at < _span(tensor))]

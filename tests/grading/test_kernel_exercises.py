@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from answers import compiled, set_up
 
 from kvlearn.grading import Score, check, exercises
@@ -15,6 +18,7 @@ from kvlearn.grading.release import nbgrader_of, solutions_root
 from kvlearn.grading.runner import Grader
 from kvlearn.grading.sandbox import Limits
 from kvlearn.grading.solutions import solution_code
+from kvlearn.grading.units.triton_decode import kernels
 
 UNIT = "11_triton_decode"
 NOTEBOOK = solutions_root() / UNIT / f"{UNIT}.ipynb"
@@ -75,12 +79,76 @@ def test_a_counter_that_is_read_and_then_written_is_told_apart_from_an_atomic_on
     assert [mistake.name for mistake in score.mistakes] == ["read, then written"]
 
 
-@pytest.mark.parametrize("exercise", ["11.2", "11.5"])
-def test_a_kernel_of_kvlearn_or_a_ready_made_softmax_earns_nothing(exercise: str) -> None:
-    code = changed(exercise, "    B, D = q.shape\n", "    B, D = q.shape\n    torch.softmax(q, -1)\n")
+@pytest.mark.parametrize(
+    ("exercise", "first"),
+    [("11.2", "    B, D = q.shape\n"), ("11.5", "    return launch_split(")],
+)
+def test_a_kernel_of_kvlearn_or_a_ready_made_softmax_earns_nothing(exercise: str, first: str) -> None:
+    code = changed(exercise, first, f"    torch.softmax(q, -1)\n{first}")
     score = checked(exercise, code)
     assert float(score) == 0
     assert "torch.softmax" in score.message
+
+
+def rows_in_torch(q: Any, k: Any, v: Any, lengths: Any) -> Any:
+    """Right, and no kernel."""
+    scores = torch.einsum("bd,bsd->bs", q, k) * q.shape[1] ** -0.5
+    scores = scores.masked_fill(torch.arange(k.shape[1]) >= lengths[:, None], -torch.inf)
+    weights = (scores - scores.amax(1, keepdim=True).nan_to_num(neginf=0.0)).exp()
+    out = torch.einsum("bs,bsd->bd", weights, v.nan_to_num())
+    return out / weights.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def in_torch(exercise: str) -> Callable[..., Any]:
+    """The exercise's right result, of an answer that launches no kernel."""
+    from kvlearn.grading.units.triton_decode.packing_mistakes import grouped
+    from kvlearn.grading.units.triton_decode.pages import in_a_row
+    from kvlearn.grading.units.triton_decode.splits_mistakes import right_bounds, split_by
+    from kvlearn.grading.units.triton_decode.ticket_mistakes import launch
+
+    answers: dict[str, Callable[..., Any]] = {
+        "11.2": lambda q, k, v: rows_in_torch(q, k, v, torch.full((len(q),), k.shape[1])),
+        "11.3": rows_in_torch,
+        "11.4": grouped,
+        "11.5": lambda *inputs: split_by(*inputs, right_bounds),
+        "11.6": in_a_row,
+        "11.8": launch,
+    }
+    return answers[exercise]
+
+
+@pytest.mark.parametrize("exercise", ["11.2", "11.3", "11.4", "11.5", "11.6", "11.8"])
+def test_an_answer_that_launches_no_kernel_earns_nothing_and_is_told_so(
+    exercise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = in_torch(exercise)
+
+    def learners(*inputs: Any) -> Any:
+        return answer(*inputs)
+
+    score = check(exercise, learners)
+    assert float(score) == 0
+    assert not score.mistakes
+    assert "no kernel was launched: this exercise asks for a Triton kernel" in score.message
+    # Where kernels are not watched, compiled ones on a GPU for example, nobody can tell, and it would pass.
+    monkeypatch.setattr(kernels, "watching", [])
+    assert check(exercise, learners).status == "passed"
+
+
+def test_the_function_that_is_the_answer_itself_earns_nothing() -> None:
+    code = solution_code(exercises()["11.2"])
+    lines = code[code.index("        scores = scores * ") : code.index("    tl.store(OUT")]
+    scaled = "        m, total, acc = online(m, total, acc, scores * (scale * LOG2E), v)\n"
+    score = checked("11.2", changed("11.2", lines, scaled))
+    assert float(score) == 0
+    assert "Your answer calls online, which does the work that this exercise asks you to do" in score.message
+
+    code = solution_code(exercises()["11.5"])
+    lines = code[code.index("    lse = tl.load(LSE") : code.index("    tl.store(OUT")]
+    merged = "    out = merge_parts(PARTS, LSE, row * n_splits, n_splits, D, SPLITS)\n"
+    score = checked("11.5", changed("11.5", lines, merged))
+    assert float(score) == 0
+    assert "Your answer calls merge_parts, which does the work" in score.message
 
 
 def test_without_triton_the_notebook_runs_and_says_what_is_missing() -> None:

@@ -1,4 +1,4 @@
-"""Decode steps to test with, and what they must give: attention in double precision, written out key by key."""
+"""Decode steps to test with, and what they must give: attention in fp64, written out key by key."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +51,7 @@ class Case:
             "every other": (batch, self.n_kv_heads, self.capacity, 2 * width),
         }[self.layout]
         numbers = torch.randn(shape, generator=self.random)
-        if dtype == torch.int8:
-            cache = (numbers * 40).clamp(-127, 127).to(torch.int8)
-        else:
-            cache = numbers.to(dtype)
+        cache = (numbers * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else numbers.to(dtype)
         if self.layout == "time first":
             cache = cache.transpose(1, 2)
         return cache[..., ::2] if self.layout == "every other" else cache

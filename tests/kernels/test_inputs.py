@@ -25,6 +25,15 @@ def step(**changes: Any) -> Any:
 WRONG = [
     ({"q": lambda q: q[0]}, ValueError, "q: expected shape"),
     ({"q": lambda q: q.double()}, ValueError, "q.dtype"),
+    ({"q": lambda q: q.tolist()}, TypeError, "q: expected Tensor, got list"),
+    ({"q": lambda q: q[:, :, :0]}, ValueError, r"q.shape\[2\]: expected at least 1"),
+    (
+        {"q": lambda q: q.half()},
+        ValueError,
+        "k_cache.dtype: expected one of torch.float16.*got torch.float32",
+    ),
+    ({"v_cache": lambda v: None}, TypeError, "v_cache: expected Tensor, got NoneType"),
+    ({"out": torch.zeros(1, 6, 16).expand(2, 6, 16)}, ValueError, "out: expected memory of its own"),
     ({"q": lambda q: q[:, :5]}, ValueError, "KV heads.*divisor of heads=5, got 2"),
     ({"q": lambda q: q[..., :8]}, ValueError, r"k_cache: expected shape \(2, KV heads, slots, 8\)"),
     ({"k_cache": lambda k: k[:1]}, ValueError, r"k_cache: expected shape \(2,"),

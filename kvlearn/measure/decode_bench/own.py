@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvlearn.kernels.decode import decode_attention, decode_latent
-from kvlearn.kernels.inputs import Request, spread_scale
+from kvlearn.kernels.inputs import Request, split_scale
 from kvlearn.kernels.launch import Workspace, launch, tiling_for
 from kvlearn.kernels.tiling import Tiling
 from kvlearn.measure.decode_bench.bench import Bench
@@ -66,7 +66,7 @@ def workspace(cell: Cell, device: torch.device) -> Workspace:
 def request(cell: Cell, x: Inputs) -> Request:
     """The cell as the launch takes it."""
     k, v = (x.k[:, None], None) if x.q_rope is not None else (x.k, x.v)
-    scales = spread_scale("k_scale", x.k_scale, x.k), spread_scale("v_scale", x.v_scale, x.v)
+    scales = split_scale("k_scale", x.k_scale, x.k)[1], split_scale("v_scale", x.v_scale, x.v)[1]
     return Request(
         *(x.q, x.q_rope, k, v, x.lengths, cell.scale, cell.window, cell.n_sinks, None, x.table, *scales)
     )

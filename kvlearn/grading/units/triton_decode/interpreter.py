@@ -18,8 +18,11 @@ ACCESSES = {
 
 # Name, first address and the address behind the last of every tensor that the running kernel was given.
 _given: list[tuple[str, int, int]] = []
-# What kernels have done: ("tl.load reads", the tensor's name in the kernel's signature).
+# What kernels have done since it was cleared: ("launched", ""), ("called", the name of another function for
+# kernels), ("tl.load reads", the tensor's name in the kernel's signature).
 done: set[tuple[str, str]] = set()
+LAUNCHED = ("launched", "")
+watching: list[bool] = []  # not empty: launches and calls are noted in `done`
 
 
 @functools.cache
@@ -36,18 +39,23 @@ def watch_launches() -> None:
         builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
         accesses = {name: getattr(builder, name) for name in ACCESSES}
         launch, patch = executor.__call__, interpreter._patch_lang_tensor
+        function = interpreter.InterpretedFunction
+        call = function.__call__
     except AttributeError:
         return
     executor.__call__ = _watched_launch(launch)
+    function.__call__ = _noted_call(call)
     interpreter._patch_lang_tensor = _counting_loops(patch)
     for name, access in accesses.items():
         setattr(builder, name, _within_bounds(access, *ACCESSES[name]))
+    watching.append(True)
 
 
 def _watched_launch(launch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(launch)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The check's profiler would see every step of the interpreter, which costs four times the kernel.
+        done.add(LAUNCHED)
         profiler = sys.getprofile()
         before = list(_given)
         _given[:] = _spans({**dict(zip(self.arg_names, args, strict=False)), **kwargs})
@@ -62,6 +70,15 @@ def _watched_launch(launch: Callable[..., Any]) -> Callable[..., Any]:
             _given[:] = before
 
     return watched
+
+
+def _noted_call(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.add(("called", self.fn.__name__))
+        return call(self, *args, **kwargs)
+
+    return noted
 
 
 def _counting_loops(patch: Callable[..., None]) -> Callable[..., None]:

@@ -36,7 +36,7 @@ def draw(t: Trial, lengths: list[int], n_splits: int) -> Inputs:
 
 
 def same(t: Trial, split_attention: Answer, inputs: Inputs, tolerance: float | None = None) -> None:
-    out, _ = t.pair(run(split_attention, *inputs), "a pair (out, lse of the parts)")
+    out, _ = t.pair(run(split_attention, *inputs, own=("merge_parts",)), "a pair (out, lse of the parts)")
     t.close(out, attend_rows(*inputs[:4]), "out:", tolerance)
 
 
@@ -82,7 +82,8 @@ def shared(t: Trial, split_attention: Answer) -> None:
     every key adds 1 to a part's 2^lse, so the parts tell how many keys they saw"""
     n_splits = t.pick(2, 3)
     q, k, v, lengths, n_splits = draw(t, [t.integer(20, 31), t.integer(50, 62)], n_splits)
-    _, lse = t.pair(run(split_attention, torch.zeros_like(q), k, v, lengths, n_splits), "a pair (out, lse)")
+    got = run(split_attention, torch.zeros_like(q), k, v, lengths, n_splits, own=("merge_parts",))
+    _, lse = t.pair(got, "a pair (out, lse)")
     if not t.shape(lse, (len(q), n_splits), "lse of the parts:"):
         return
     seen = torch.exp2(lse.double()).round().long()

@@ -49,7 +49,6 @@ class Tickets:
 
 
 def same(t: Trial, one_launch: Answer, inputs: Inputs, tickets: Tickets, first: int) -> None:
-    done.clear()
     out, merges = t.pair(run(one_launch, *inputs, first, tickets), "a pair (out, merges)")
     t.close(out, attend_rows(*inputs[:4]), "out:")
     t.true(bool((merges == 1).all()), "one merge in each row", f"merges: {merges.tolist()}")
