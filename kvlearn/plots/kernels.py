@@ -185,7 +185,7 @@ def splits(
                 free[at] += tiles + overhead
             ends[pieces] = float(free.max())
             panel.axvline(ends[pieces], color="#8a8a8a", ls=":", lw=1.2)
-            panel.set_title(f"{pieces} split{'s' if pieces > 1 else ''}: {n_kv_heads * pieces} programs")
+            panel.set_title(f"{_splits(pieces)}: {n_kv_heads * pieces} programs")
             panel.set_xlabel(f"time, in tiles: done at {ends[pieces]:.0f}")
             panel.set(ylim=(multiprocessors - 0.4, -0.6), yticks=[])
             panel.grid(False, axis="y")
@@ -194,12 +194,17 @@ def splits(
         axes[0, 0].set_ylabel(f"{multiprocessors} multiprocessors")
         handles = [Patch(color=palette[g % len(palette)], label=f"KV head {g}") for g in range(n_kv_heads)]
         figure.legend(handles=handles, loc="outside lower center", ncols=n_kv_heads)
-    listed = "; ".join(f"{pieces} splits are done at {end:.0f}" for pieces, end in ends.items())
+    listed = "; ".join(f"{_splits(pieces)}, done at {end:.0f}" for pieces, end in ends.items())
     alt = (
         f"A timetable of {multiprocessors} multiprocessors for {n_kv_heads} KV heads of {n_tiles} tiles: "
         f"{listed}. With one split most multiprocessors stand idle; a program too many starts a second wave."
     )
     return Picture(figure, alt, {"ends": ends})
+
+
+def _splits(n: int) -> str:
+    """1 -> '1 split'."""
+    return f"{n} split{'' if n == 1 else 's'}"
 
 
 def _bytes(n: float) -> str:

@@ -1,13 +1,17 @@
 """The six stages, in Triton's interpreter, against attention in fp64 as it is written on paper."""
 
+import inspect
 import math
+import re
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
-from kvlearn.kernels.stages import STAGES
+from kvlearn.kernels.stages import STAGES, new_lines
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton exists for Linux")
 
@@ -290,3 +294,41 @@ def test_every_stage_says_what_it_should_gain_before_anyone_measures() -> None:
     for stage in STAGES.values():
         assert stage.module.__doc__.startswith(stage.name)
         assert "Prediction" in stage.module.__doc__
+        assert re.search(r"B=\d+, .*: .*\d (ms|µs)", stage.expected), "a case, and a time to hold against it"
+
+
+AFTER = [("v1", "v0"), ("v2", "v1"), ("v3", "v2"), ("v4", "v3"), ("v5", "v3")]
+
+
+@pytest.mark.parametrize(("name", "before"), AFTER)
+def test_new_lines_are_those_that_the_stage_before_has_not(name: str, before: str) -> None:
+    new, old = (inspect.getsource(STAGES[stage].module.decode_kernel.fn) for stage in (name, before))
+    lines = new_lines(name, before).splitlines()
+    assert lines[0]
+    assert lines[-1]
+    assert not any(first == second == "" for first, second in pairwise(lines))
+    assert all(f"    {line}\n" in new for line in lines if line)
+    added = Counter(new.splitlines()) - Counter(old.splitlines())
+    body = new.partition("# fmt: skip\n")[2].splitlines()
+    assert {line for line in added if line and line in body} <= {f"    {line}" for line in lines}
+    assert not new_lines(name, name)
+
+
+@pytest.mark.parametrize(("name", "before"), AFTER)
+def test_a_line_that_stays_keeps_its_comment(name: str, before: str) -> None:
+    def code(line: str) -> str:
+        return line.partition("  # ")[0].strip()
+
+    old = {
+        code(line): line for line in inspect.getsource(STAGES[before].module.decode_kernel.fn).splitlines()
+    }
+    for line in new_lines(name, before).splitlines():
+        assert line.strip() == old.get(code(line), line).strip() or not line
+
+
+def test_new_lines_of_v3_are_about_splits() -> None:
+    lines = new_lines("v3", "v2").splitlines()
+    assert lines[0] == "split, n_splits = tl.program_id(1), tl.num_programs(1)"
+    assert "    live = start + n < end" in lines
+    with pytest.raises(ValueError, match=r"stage: expected one of 'v0', .*; got 'v9'"):
+        new_lines("v3", "v9")

@@ -120,6 +120,27 @@ def test_one_program_too_many_starts_a_second_wave() -> None:
     assert ends == {1: 72, 8: 9, 9: 16}
 
 
+def test_one_split_is_not_called_splits() -> None:
+    picture = PICTURES["splits"]()
+    assert "1 split, done at 89; 8 splits, done at 12" in picture.alt
+    titles = [panel.get_title(loc="left") for panel in picture.figure.axes]
+    assert titles == ["1 split: 2 programs", "8 splits: 16 programs", "11 splits: 22 programs"]
+
+
+def test_the_program_that_merges_in_v5_is_marked_where_its_workspace_is_traced() -> None:
+    if not (HAS_TRITON and INTERPRETED):
+        pytest.skip("needs Triton's interpreter")
+    from kvlearn.kernels.stages.v5 import new_workspace
+
+    q, k, v = torch.ones(1, 4, 8), torch.ones(1, 2, 128, 8), torch.ones(1, 2, 128, 8)
+    workspace = new_workspace(1, 4, 8, n_splits=2, device=q.device)
+    with trace(k=k, v=v, part=workspace.part) as reads:
+        STAGES["v5"].decode(q, k, v, torch.tensor([128], dtype=torch.int32), workspace=workspace)
+    picture = plots.access_pattern({"v5": reads})
+    assert picture.data["v5"]["merging"].tolist() == [False, True, False, True]
+    assert "v5: 4 programs read 1 times the bytes needed, 2 of them merge" in picture.alt
+
+
 def test_the_roofline_shows_what_was_achieved() -> None:
     achieved = PICTURES["on_the_roofline"]().data["achieved"]
     assert achieved == {"prefill": pytest.approx(1e9 / 0.002), "decode": pytest.approx(1e6 / 0.002)}

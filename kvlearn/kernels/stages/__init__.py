@@ -1,19 +1,24 @@
-"""The decode kernel of chapter 11, grown in six stages: each file is complete and reads from top to bottom.
+"""The decode kernel of chapter 11, grown in six stages: each file shows its whole kernel, from top to bottom.
 
     from kvlearn.kernels.stages import STAGES
     out = STAGES["v2"].decode(q, k, v, length)
 
-All compute softmax(q Kᵀ · scale) V for one new token a row: q (B, H, D) over a cache k, v (B, G, S, D). They
-repeat each other's lines on purpose. A stage's file opens with what it is predicted to gain, from the
-roofline of an H200, written before any measurement.
+All compute softmax(q Kᵀ · scale) V for one new token a row: q (B, H, D) over a cache k, v (B, G, S, D). The
+kernels repeat each other's lines on purpose; tile sizes and the merge are imported from the stage that
+introduced them. A stage's file opens with what it is predicted to gain, from the roofline of an H200, written
+before any measurement; `new_lines` says what its kernel has that the one before it has not.
 """
 
+import difflib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
+
+from kvlearn import expect
 
 # Before any stage imports Triton: without a GPU it turns on the interpreter.
 from kvlearn.kernels.runtime import require_triton
@@ -23,7 +28,9 @@ from kvlearn.kernels.runtime import require_triton
 class Stage:
     """One stage. Its module is imported when it is first asked for, so that this table needs no Triton.
 
-    ``ragged``: the lengths come as an int32 tensor (B,), one a row, and not as one int for all rows.
+    ``expected``: what was predicted for an H200 in bf16, in a CUDA graph; 32 query heads on 4 KV heads unless
+    it says otherwise. ``ragged``: the lengths come as an int32 tensor (B,), one a row, and not as one int for
+    all rows.
     """
 
     name: str
@@ -49,40 +56,59 @@ _STAGES = (
         "v0",
         "One program a query head",
         "one program per query head walks the whole context, twice",
-        "right; at B=1 it uses H of 132 multiprocessors",
+        "B=1, N=64k: 4.3 ms, 140 times the floor",
     ),
     Stage(
         "v1",
         "One pass",
         "online softmax, exp2, wide loads, pipelining",
-        "near the floor for MHA at large batch; GQA pays for re-reads",
+        "B=1, N=64k: 0.48 ms, 9x as fast as v0; MHA, B=32, N=4k: 0.50–0.60 ms",
     ),
     Stage(
         "v2",
         "Query heads share what they read",
         "the query heads of one KV head packed into tl.dot, M=16",
-        "1.7–2.9x on GQA",
+        "B=32, N=4k: 70–100 µs, 3–7x as fast as v1; over the grid 1.7–2.9x",
     ),
     Stage(
         "v3",
         "Split the context",
         "the context split over programs, merged by log-sum-exp",
-        "≥ 5x at B=1 and long context",
+        "B=1, N=64k: 40–50 µs, 7–9x as fast as v2",
     ),
     Stage(
         "v4",
         "The caches people use",
         "page table, window, sinks, fp8/int8, lengths in a tensor",
-        "window time flat in N; small page cost",
+        "B=32, one row of 64k, 31 of 1k: 0.18 ms; window 4k: 70–105 µs at any N",
         ragged=True,
     ),
     Stage(
         "v5",
         "One launch",
         "the last split to finish merges; in v5_latent one latent is key and value",
-        "3–8 µs less a step; latent 2x over BLOCK_H=16",
+        "B=1, N=64k: 1–3 µs less than v3; latent, 128 heads: 2x as fast as with BLOCK_H=16",
         ragged=True,
     ),
 )
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
+
+
+def new_lines(stage: str, before: str) -> str:
+    """The lines that the kernel of ``stage`` has and that of ``before`` has not, an empty one at each gap.
+
+    Of the function's body, behind the signature, dedented. Raises ValueError for a name that is not in
+    `STAGES`, RuntimeError where there is no Triton.
+    """
+    old, new = _body(before), _body(stage)
+    changes = difflib.SequenceMatcher(None, old, new).get_opcodes()
+    pieces = ["\n".join(new[start:end]).strip("\n") for tag, _, _, start, end in changes if tag != "equal"]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def _body(name: str) -> list[str]:
+    """The lines of a stage's kernel behind its signature, which ends with ``# fmt: skip``."""
+    module = STAGES[expect.one_of("stage", name, STAGES)].module
+    _, _, body = inspect.getsource(module.decode_kernel.fn).partition("# fmt: skip\n")
+    return inspect.cleandoc(body).splitlines()

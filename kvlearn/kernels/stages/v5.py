@@ -10,13 +10,17 @@ Nothing is allocated (the workspace is the caller's) and the lengths stand in a 
 recorded in a CUDA graph once and replayed for every token.
 
 Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128, H=32, G=4).
-- B=1, N=4k: 8 MB, floor 2 µs; v3 pays for two launches. One less, and no wait for the first kernel's slowest
-  program to drain before the second starts: 3 to 8 µs a step, 32 times that for a model of 32 layers.
-- B=1, N=64k: 33 splits, one wave. The last program of a KV head reads 33 · 8 · 512 bytes = 135 kB alone,
-  1.4 µs at 100 GB/s, in place of a launch. Still ahead by 2 to 5 µs of about 45.
-- MQA 32/1, B=1, N=64k: 132 splits, and the last program reads 132 · 32 · 512 bytes = 2.2 MB alone: 20 µs,
-  more than the context takes. Here v5 loses to v3. (kvlearn.kernels merges in two levels for that.)
-- In a graph a launch costs 1 to 2 µs in place of 5 or more, so there the gain is the smaller end.
+- A launch costs about 11 µs of the host's time from Python, 1 to 2 µs in a graph.
+- The merge: 33 splits, one wave. The last program of a KV head reads 33 · 8 · 512 bytes = 135 kB alone. Eight
+  partials, 32 KiB, are under way at a time: 5 rounds of some 0.5 µs (they come from the L2, not from memory),
+  half a µs for the ticket: 3 µs, where the second launch and its merge cost v3 about 5.
+- B=1, N=4k: 8 MB, floor 2 µs. In a graph v3 takes some 9 µs, v5 1 to 3 less for each layer. Called from
+  Python it is the host that counts: 11 µs in place of 22, half the time.
+- B=1, N=64k: the same 1 to 3 µs, of 40 to 50: within 1.1x of v3.
+- MQA 32/1, B=1, N=64k: 132 splits, and the last program reads 132 · 32 · 512 bytes = 2.2 MB alone: 22 µs at
+  the 100 GB/s of a multiprocessor, three times the floor of 8 µs. Here v5 takes about twice as long as v3.
+  (kvlearn.kernels merges in two levels for that.)
+- v4's long row of 64k beside 31 of 1k: 132 // 128 = 1 split, 0.36 ms, twice as long as v4.
 """
 
 import math
@@ -41,13 +45,13 @@ def decode_kernel(
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)  # 64 bits: an offset into a cache can exceed 2³¹
     split, n_splits = tl.program_id(1), tl.num_programs(1)
     b, g = program // G, program % G
-    row = tl.arange(0, BLOCK_H)
+    row = tl.arange(0, BLOCK_H)  # one query head a row
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    in_head = (d < D) | (D == BLOCK_D)
+    in_head = (d < D) | (D == BLOCK_D)  # compiled away where D is a power of two
     in_group = (row[:, None] < GROUP) & in_head[None, :]
 
     length = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), n_slots)
@@ -70,10 +74,10 @@ def decode_kernel(
         here = live[:, None] & in_head[None, :]
         k = tl.load(keys + past * k_n, mask=here, other=0.0).to(q.dtype)
         v = tl.load(values + past * v_n, mask=here, other=0.0).to(q.dtype)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # fp32 stays fp32, not tf32
         score = tl.where(live[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
-        shrink = tl.exp2(highest - higher)
+        shrink = tl.exp2(highest - higher)  # exp2(-inf) = 0 at the first tile
         weight = tl.exp2(score - higher[:, None])
         total = total * shrink + tl.sum(weight, 1)
         acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -91,7 +95,7 @@ def decode_kernel(
         highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_H], tl.float32)
         acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-        for s in tl.range(0, n_splits, num_stages=NUM_STAGES):
+        for s in tl.range(0, n_splits, num_stages=1, loop_unroll_factor=8):  # eight loads set out together
             lse_s = tl.load(LSE + slot + s, mask=row < GROUP, other=float("-inf"))
             at = (slot + s)[:, None] * D + d[None, :]
             part_s = tl.load(PART + at, mask=in_group, other=0.0)

@@ -14,9 +14,10 @@ The merge is v3's, a second launch: with 128 heads and 66 splits the last progra
 
 Prediction (H200: 4.3 TB/s, 788 TFLOP/s, so 183 FLOPs a byte at the knee; bf16, R=512, Dr=64).
 - A token has 1152 bytes and costs a head 2 · (576 + 512) = 2176 FLOPs: 1.9 FLOPs a byte and head.
-- 16 heads: 30 FLOPs a byte, bound by memory. BLOCK_H=16; 0.75 to 0.9 of the bandwidth for a large batch.
+- 16 heads: 30 FLOPs a byte, bound by memory. BLOCK_H=16; 0.75 to 0.9 of the bandwidth from 600 MB on.
 - 128 heads: 242 FLOPs a byte, bound by arithmetic. BLOCK_H=16 fetches each tile 8 times, through the L2, and
-  uses the older instructions: about 150 TFLOP/s. BLOCK_H=64 fetches it twice: 250 to 350. So about 2x.
+  uses the older instructions: about 150 TFLOP/s. BLOCK_H=64 fetches it twice: 250 to 350 TFLOP/s. At B=64,
+  N=8k these are 1.0 ms and 0.33 to 0.46: about 2x.
 """
 
 import math
@@ -67,7 +68,8 @@ def decode_kernel(
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-    for start in tl.range(first, end, BLOCK_N, num_stages=NUM_STAGES):
+    # Loop-invariant code motion (LICM) would keep addresses in registers through the loop, and some spill.
+    for start in tl.range(first, end, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
         live = start + n < end
         past = tl.cast(start, tl.int64) * c_n
         latent = tl.load(latents + past, mask=live[:, None] & in_latent[None, :], other=0.0).to(q.dtype)
