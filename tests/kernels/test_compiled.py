@@ -152,6 +152,26 @@ def test_the_interpreter_does_not_compile() -> None:
     assert "TRITON_INTERPRET: expected 0" in done.stderr
 
 
+# Steps that differ in all that changes from token to token, and in what a server's cache may grow by.
+STEPS = """
+import torch
+from kvlearn.kernels import decode_attention
+from kvlearn.kernels.compile_only import compile_only
+from kvlearn.kernels.kernel import decode_kernel
+with compile_only(90) as launches:
+    for batch, slots, window, sinks, splits, length in (
+        (2, 4096, 500, 4, 3, 7), (2, 4096, 1, 1, 1, 4096), (2, 8192, 512, 16, 64, 16), (1, 4112, 999, 0, 2, 1)
+    ):
+        q = torch.zeros(batch, 32, 128, dtype=torch.bfloat16)
+        pool = torch.zeros(batch * slots // 16, 8, 16, 128, dtype=torch.bfloat16)
+        table = torch.zeros(batch, slots // 16, dtype=torch.int32)
+        lengths = torch.full((batch,), length, dtype=torch.int32)
+        decode_attention(q, pool, pool, lengths, block_table=table, window=window, n_sinks=sinks,
+                         num_splits=splits, backend="triton")
+print(len(launches), sum(len(kernels[0]) for kernels in decode_kernel.device_caches.values()))
+"""
+
+
 class TestDoor:
     pytestmark = compiles
 
@@ -170,3 +190,15 @@ class TestDoor:
         (row,) = json.loads(done.stdout)
         assert row["form"] == "v0"
         assert row["registers"] == named("v0", 90).registers
+
+    def test_nothing_that_changes_from_step_to_step_is_compiled_in(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS],
+            check=True,
+            env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        launches, kernels = map(int, done.stdout.split())
+        assert launches == 4
+        assert kernels == 1
