@@ -46,7 +46,7 @@ def test_a_missing_solutions_folder_is_named(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("ask", [kvlearn.hint, kvlearn.solution])
 def test_unknown_exercises_are_named(ask) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=r"'01\.8'; got '99\.1'"):
+    with pytest.raises(ValueError, match=r"'01\.8'.*; got '99\.1'"):
         ask("99.1")
     with pytest.raises(ValueError, match=r"got '9{20,50}….{0,1}$"):
         ask("9" * 10_000)
