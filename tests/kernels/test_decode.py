@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlearn.attention.core import Partial, merge_all
 from kvlearn.kernels import Tiling, Workspace, decode_attention, decode_latent, launch
+from kvlearn.kernels.inputs import Request
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
 
 SMALL = Tiling(block_h=16, block_n=16, num_warps=4, num_stages=2)
@@ -355,11 +356,23 @@ def test_only_live_keys_are_read_and_each_once(splits: int) -> None:
         assert (reads[name].counts.sum(0) == wanted.numpy()).all(), name
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU nobody writes the addresses down")
+def test_only_the_pages_of_live_keys_are_looked_up() -> None:
+    from kvlearn.kernels.trace import trace
+
+    case = Case((100,), capacity=128, page=16, window=33, n_sinks=3, n_kv_heads=1)
+    assert case.table is not None
+    with trace(table=case.table) as reads:
+        decode_attention(*case.arguments(), **case.options(), backend="triton")
+    # Keys 0 to 2 lie on page 0, keys 67 to 99 on pages 4 to 6.
+    assert reads["table"].counts.sum((0, 1)).tolist() == [1, 0, 0, 0, 1, 1, 1, 0]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 @pytest.mark.parametrize("splits", [17, 33, 257])
 def test_a_last_family_of_one_hands_its_result_on(splits: int) -> None:
     """Where 16 or 256 do not divide the splits, somebody has nobody to merge with, and no ticket to draw."""
-    case = Case((16 * splits,), n_kv_heads=1, group=2, capacity=16 * splits, sink_logits=True)
+    case = Case((16 * splits,), n_kv_heads=2, group=1, capacity=16 * splits, sink_logits=True)
     workspace = Workspace.new(1, 2, 16, splits, "cpu")
     guard = torch.full((2 * splits + 4,), 777, dtype=torch.int32)
     guard[: 2 * splits] = 0
@@ -413,3 +426,14 @@ def test_a_tiling_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launch, "tiling_for", lambda request: replace(SMALL, block_n=128))
     decode_attention(*Case((40,)).arguments(), backend="triton")
     assert tried == [128, 64, 32]
+
+
+def test_splits_are_chosen_for_what_a_window_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    case = Case((64,), n_kv_heads=1, group=1, capacity=8192)
+    whole, windowed = (
+        launch.splits_for(Request(case.q, None, case.k, case.v, case.lengths_, 1.0, window, 4), SMALL)
+        for window in (None, 60)
+    )
+    assert whole > 100
+    assert windowed == 4  # 64 keys in tiles of 16

@@ -7,6 +7,7 @@ import torch
 from cases import Case
 
 from kvlearn.kernels import Workspace, decode_attention, decode_latent, validate_decode_inputs
+from kvlearn.kernels.inputs import Request
 
 
 def step(**changes: Any) -> Any:
@@ -105,6 +106,13 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
     small = Workspace.new(1, 2, 16, 1, "cpu")
     with pytest.raises(ValueError, match="workspace: expected room for 12 rows of 16"):
         decode_attention(*case.arguments(), workspace=small, backend="triton")
+
+
+def test_a_workspace_for_narrower_heads_has_room_for_fewer_splits() -> None:
+    case = Case((40, 9))
+    request = Request(case.q, None, case.k, case.v, case.lengths_, 1.0)
+    assert Workspace.new(2, 6, 16, 16, "cpu").max_splits(request) == 16
+    assert Workspace.new(2, 6, 4, 16, "cpu").max_splits(request) == 4
 
 
 def test_a_latent_step_names_its_arguments() -> None:
