@@ -53,12 +53,16 @@ def attention(
     decode_attention(q, k, v, _lengths(), backend="triton", **(options | paging))
 
 
-def latent(n_heads: int) -> None:
+def latent(n_heads: int, page: int = 0, dtype: torch.dtype = HALF) -> None:
     """`decode_latent`."""
     from kvlearn.kernels.decode import decode_latent
 
-    q, q_rope, cache = _latent(n_heads)
-    decode_latent(q, q_rope, cache, _lengths(), backend="triton")
+    q, q_rope, cache = (t.to(dtype) for t in _latent(n_heads))
+    table = None
+    if page:
+        cache = cache.view(-1, page, cache.shape[2])
+        table = torch.zeros(BATCH, SLOTS // page, dtype=torch.int32)
+    decode_latent(q, q_rope, cache, _lengths(), backend="triton", block_table=table)
 
 
 def stage(name: str, page: int = 0) -> None:
@@ -118,16 +122,21 @@ FORMS = (
     _decode("head dim 64", 32, 8, 64),
     _decode("head dim 96, padded", 32, 8, 96),
     _decode("head dim 256", 32, 8, 256),
+    _decode("head dim 320, padded", 32, 8, 320),
     _decode("fp16", 32, 8, 128, torch.float16),
     _decode("fp32", 32, 8, 128, torch.float32),
+    _decode("fp32 on a bf16 cache", 32, 8, 128, torch.float32, stored=HALF),
     _decode("pages of 16", 32, 8, page=16),
+    _decode("pages of 16, GQA 64/8", 64, 8, page=16),
     _decode("pages of 64", 32, 8, page=64),
     _decode("window and sinks", 32, 8, window=1024, n_sinks=4),
     _decode("sink logits", 32, 8, sink_logits=torch.zeros(32)),
     _decode("fp8, a scale a key", 32, 8, stored=torch.float8_e4m3fn, scaled=True, least=89),
     _decode("int8, a scale a key", 32, 8, stored=torch.int8, scaled=True),
     Form("latent, 16 heads", "decode", partial(latent, 16)),
+    Form("latent, 16 heads, fp32", "decode", partial(latent, 16, dtype=torch.float32)),
     Form("latent, 128 heads", "decode", partial(latent, 128)),
+    Form("latent, 128 heads, pages", "decode", partial(latent, 128, page=64)),
     _decode("cache 2 bytes off", 32, 8, group="broken", offset=1),
 )
 

@@ -56,11 +56,6 @@ class Request:
         return self.q.shape[2] if self.v is None else self.v.shape[3]
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of the cache that belong to one key of one KV head: read together, once."""
-        return (self.k.shape[3] + (0 if self.v is None else self.v.shape[3])) * self.k.element_size()
-
-    @property
     def page(self) -> int | None:
         return None if self.block_table is None else self.k.shape[2]
 

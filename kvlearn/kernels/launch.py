@@ -64,12 +64,13 @@ class Workspace:
 def tiling_for(request: Request) -> Tiling:
     """The tiling that this request runs with."""
     limit, row_bytes = shared_memory(request.q.device), tile_bytes(request)
+    fp32 = request.q.dtype == torch.float32
     if request.v is None:
         card = capability(request.q.device)
         return choose_latent_tiling(
-            request.n_heads, row_bytes, query_bytes(request), request.page, limit, card
+            request.n_heads, row_bytes, query_bytes(request), request.page, limit, card, fp32
         )
-    return choose_tiling(request.group, row_bytes, request.k.element_size(), request.page, limit)
+    return choose_tiling(request.group, row_bytes, request.k.element_size(), request.page, limit, fp32)
 
 
 def tile_bytes(request: Request) -> int:

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# What a card without a GPU to ask is taken for: enough programs to show a split, few enough to interpret.
+# Where there is no GPU to ask: enough programs to show a split, few enough to interpret.
 INTERPRETED_MULTIPROCESSORS = 4
 # An H100's, where there is no GPU to ask; `compile_only` sets those of the card it compiles for.
 ASSUMED_SHARED_MEMORY = 232_448

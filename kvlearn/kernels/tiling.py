@@ -1,7 +1,8 @@
 """How a decode step is cut: into tiles that fit the shared memory, and into splits that fill the machine.
 
 The numbers come from what the compiler reports (``python -m kvlearn.kernels.compiled``): no spilled register,
-16-byte loads, about 64 KiB on their way to each program. ``kvlearn bench decode_tune`` tries others on a GPU.
+16-byte loads of all but one-byte numbers, about 64 KiB on their way to each program. Untried on a GPU;
+``kvlearn bench decode_tune`` tries them and others there.
 """
 
 import functools
@@ -40,19 +41,21 @@ class Tiling:
         return max(tiles, 1) * self.block_n * row_bytes + self.block_h * query_bytes
 
 
-def choose_tiling(group: int, row_bytes: int, itemsize: int, page: int | None, limit: int) -> Tiling:
+def choose_tiling(
+    group: int, row_bytes: int, itemsize: int, page: int | None, limit: int, fp32: bool = False
+) -> Tiling:
     """A tiling for ``group`` query heads a KV head and ``row_bytes`` of K and V together for a key.
 
     ``itemsize``: bytes of a number in the cache. ``page``: slots of a page, or None. ``limit``: bytes of
-    shared memory that a program may have.
+    shared memory that a program may have. ``fp32``: of the queries; exact products know no tensor cores.
     """
-    block_h = 16 if group <= 16 else 32 if group <= 32 else 64
+    block_h = 16 if group <= 16 or fp32 else 32 if group <= 32 else 64
     block_n = min(max(TILE_BYTES // row_bytes, 16), 128 if itemsize > 1 else 64)  # converting takes registers
     block_n = 1 << (block_n.bit_length() - 1)
     if page is not None and page >= 32:
         while page % block_n and block_n > 32:
             block_n //= 2  # a tile within one page looks into the table once
-    wide = block_h > 16 or itemsize != 2 or block_n == 128
+    wide = block_h > 16 or itemsize != 2 or block_n == 128 or fp32
     tiling = Tiling(block_h, block_n, 8 if wide else 4, 3)
     if tiling.walks(page):  # more threads a tile: each holds fewer of its addresses
         tiling = replace(tiling, block_n=min(block_n, 64), num_warps=8, num_stages=3 + WALK)
@@ -76,9 +79,17 @@ LATENT_TILINGS = (
 
 
 def choose_latent_tiling(
-    n_heads: int, row_bytes: int, query_bytes: int, page: int | None, limit: int, capability: int
+    n_heads: int,
+    row_bytes: int,
+    query_bytes: int,
+    page: int | None,
+    limit: int,
+    capability: int,
+    fp32: bool = False,
 ) -> Tiling:
     """A tiling for ``n_heads`` that share one latent row of ``row_bytes``; a query has ``query_bytes``."""
+    if fp32:
+        return Tiling(block_h=16, block_n=16, num_warps=8, num_stages=2)
     for tiling in LATENT_TILINGS:
         walks = tiling.walks(page)
         # 64 rows leave no registers for keys of which each lies in a page of its own.
@@ -104,7 +115,7 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
 
         waves · (tiles of a split + START)
 
-    are taken, one wave more than a single split needs at most.
+    are taken, of those that fill one wave and one more.
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         expect.positive(name, value)

@@ -8,6 +8,7 @@ On CUDA the timer waits for the device before and after.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.benchmark import Timer
@@ -79,11 +80,16 @@ def compare(
     for name, fn in fns.items():
         fn()  # warm up: the first call may compile, allocate and fill caches
         calls[name] = max(1, math.ceil(min_block_time / max(_seconds(fn, 1), 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in fns}
-    names = list(fns)
+    return by_turns({name: partial(_seconds, fns[name], calls[name]) for name in fns}, rounds)
+
+
+def by_turns(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Comparison:
+    """Reads every clock (seconds a call, measured anew) once a round; the order turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    names = list(clocks)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(_seconds(fns[name], calls[name]))
+            seconds[name].append(clocks[name]())
     return Comparison({name: tuple(values) for name, values in seconds.items()})
 
 

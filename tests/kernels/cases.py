@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -158,3 +159,17 @@ class Case:
                     if lse[row, head] > -torch.inf:
                         out[row, head] = (all_scores - lse[row, head]).exp() @ torch.stack(values)
         return out, lse
+
+
+def in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter run programs in an order drawn by ``seed``, as a GPU might."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    place = builder.set_grid_idx
+
+    def elsewhere(x: int, y: int, z: int) -> None:
+        n_x, n_y, _ = builder.grid_dim
+        order = torch.randperm(n_x * n_y, generator=torch.Generator().manual_seed(seed))
+        place(*divmod(int(order[x * n_y + y]), n_y), z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", elsewhere)

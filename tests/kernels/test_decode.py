@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, in_any_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -292,16 +292,7 @@ def test_the_kernel_is_held_to_the_layout_of_the_real_tiling(monkeypatch: pytest
 @pytest.mark.parametrize("seed", range(4))
 def test_programs_may_finish_in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is last merges, at both levels; the interpreter by itself would always run them in order."""
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    place = builder.set_grid_idx
-
-    def elsewhere(x: int, y: int, z: int) -> None:
-        n_x, n_y, _ = builder.grid_dim
-        order = torch.randperm(n_x * n_y, generator=torch.Generator().manual_seed(seed))
-        place(*divmod(int(order[x * n_y + y]), n_y), z)
-
-    monkeypatch.setattr(builder, "set_grid_idx", elsewhere)
+    in_any_order(seed, monkeypatch)
     case = Case((330, 280), n_kv_heads=1, group=2, capacity=330, seed=seed).poisoned()
     check(case, "triton", num_splits=20)
 

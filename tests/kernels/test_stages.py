@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import in_any_order
 from torch import Tensor
 
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
@@ -243,16 +244,7 @@ def test_v5_can_use_its_workspace_again() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", STAGES)
 def test_programs_may_run_in_any_order(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    place = builder.set_grid_idx
-
-    def elsewhere(x: int, y: int, z: int) -> None:
-        n_x, n_y, _ = builder.grid_dim
-        order = torch.randperm(n_x * n_y, generator=torch.Generator().manual_seed(seed))
-        place(*divmod(int(order[x * n_y + y]), n_y), z)
-
-    monkeypatch.setattr(builder, "set_grid_idx", elsewhere)
+    in_any_order(seed, monkeypatch)
     q, k, v = draw(slots=200)
     options = {"n_splits": 3} if name in ("v3", "v4", "v5") else {}
     close(call(name, q, k, v, 200, **options), naive(q, k, v, [200, 200]))

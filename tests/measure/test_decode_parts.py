@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import Cell, cell
-from kvlearn.measure.decode_bench.clocks import CudaClock, WallClock, by_turns
+from kvlearn.measure.decode_bench.clocks import CudaClock, WallClock, time_by_turns
 from kvlearn.measure.decode_bench.contest import Entry, compete
 from kvlearn.measure.decode_bench.exact import error, exact_row
 from kvlearn.measure.decode_bench.grid import LENGTHS, grid_cells
@@ -302,7 +302,7 @@ def test_contestants_are_measured_in_every_round_and_the_order_turns() -> None:
             order.append(self.name)
             return 1e-2
 
-    comparison = by_turns({name: Clockwork(name) for name in "abc"})
+    comparison = time_by_turns({name: Clockwork(name) for name in "abc"})
     assert order[3:9] == ["a", "b", "c", "b", "c", "a"]  # the first three say how many rounds there can be
     assert len(comparison.rounds["a"]) in (14, 15)
     assert comparison.ratio("a", "b").median == 1

@@ -8,7 +8,7 @@ import torch
 from kvlearn.kernels.runtime import HAS_TRITON
 from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
-from kvlearn.measure.decode_bench.clocks import by_turns
+from kvlearn.measure.decode_bench.clocks import time_by_turns
 from kvlearn.measure.decode_bench.contest import in_short, note
 from kvlearn.measure.units import GIB
 
@@ -34,7 +34,7 @@ def bandwidth(bench: Bench) -> Iterator[Row]:
             found = stream().sum(dtype=torch.float64)
             if not abs(found / truth - 1) < 1e-3:
                 raise ArithmeticError(f"summed to {found.item():g} where the sum is {truth.item():g}")
-            comparison = by_turns({name: bench.clock.prepare([stream])})
+            comparison = time_by_turns({name: bench.clock.prepare([stream])})
         except Exception as problem:
             bench.failures.append(f"bandwidth by {name}")
             yield note(f"bandwidth by {name}: {in_short(problem)}")
@@ -54,7 +54,7 @@ def peak(bench: Bench) -> Iterator[Row]:
     """F: FLOP/s of a bf16 matrix product of random numbers; sets ``bench.peak``."""
     n = PRODUCT
     a = torch.randn(n, n, device=bench.device).to(torch.bfloat16)
-    time = by_turns({"product": bench.clock.prepare([partial(torch.mm, a, a)])}).time("product")
+    time = time_by_turns({"product": bench.clock.prepare([partial(torch.mm, a, a)])}).time("product")
     bench.peak = 2 * n**3 / time.median
     yield Row(f"F: {n} x {n} matrices, bf16", bench.peak, "FLOP/s", details={"what": "peak"})
 
@@ -71,5 +71,5 @@ def launch_cost(bench: Bench) -> Iterator[Row]:
     yield Row(
         "empty kernel: between events", plain.median, "s", spread=plain, details={"what": "launch_plain"}
     )
-    graph = by_turns({"empty": bench.clock.prepare([call] * 500)}).time("empty")
+    graph = time_by_turns({"empty": bench.clock.prepare([call] * 500)}).time("empty")
     yield Row("empty kernel: in a graph", graph.median, "s", spread=graph, details={"what": "launch_graph"})

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvlearn.measure.timing import Comparison, Quartiles
+from kvlearn.measure.timing import Comparison, Quartiles, by_turns
 from kvlearn.measure.units import MIB
 
 Call = Callable[[], Any]
@@ -49,17 +49,11 @@ class Clock(Protocol):
         ...
 
 
-def by_turns(measured: Mapping[str, Measured]) -> Comparison:
-    """Seconds a call of each, all in every round, the order turning, as many rounds as the budget allows."""
+def time_by_turns(measured: Mapping[str, Measured]) -> Comparison:
+    """Seconds a call of each, by turns, as many rounds as the budget allows."""
     round_seconds = sum(one.seconds() * one.calls for one in measured.values())
     allowed = int(BUDGET * len(measured) / max(round_seconds, 1e-9))
-    names = list(measured)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(min(max(allowed, FEWEST), MOST)):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(measured[name].seconds())
-    return Comparison({name: tuple(values) for name, values in seconds.items()})
+    return by_turns({name: one.seconds for name, one in measured.items()}, min(max(allowed, FEWEST), MOST))
 
 
 class WallTurn:

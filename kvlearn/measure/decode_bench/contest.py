@@ -9,7 +9,7 @@ from torch import Tensor
 from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import SHARE, Bench
 from kvlearn.measure.decode_bench.cells import Cell
-from kvlearn.measure.decode_bench.clocks import Measured, by_turns
+from kvlearn.measure.decode_bench.clocks import Measured, time_by_turns
 from kvlearn.measure.decode_bench.exact import TOLERANCE, error
 from kvlearn.measure.decode_bench.inputs import Inputs
 from kvlearn.measure.decode_bench.rivals import Unable
@@ -102,7 +102,7 @@ def compete(bench: Bench, entries: Mapping[str, Entry]) -> Outcome:
             outcome.notes[name] = in_short(problem)
             bench.failures.append(f"{entry.cell.name}: {name}")
     outcome.copies = copies
-    outcome.comparison = by_turns(measured) if measured else Comparison({})
+    outcome.comparison = time_by_turns(measured) if measured else Comparison({})
     return outcome
 
 
