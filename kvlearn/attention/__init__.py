@@ -1,9 +1,21 @@
 """Mechanisms: one a file, all on the contract in base.py, found by name in ``REGISTRY``."""
 
 from kvlearn.attention.base import REGISTRY, Mechanism, register
-from kvlearn.attention.cache import KV, Cache
-from kvlearn.attention.full import DecodeStep, FullAttention, KVCache
+from kvlearn.attention.cache import KV, Cache, KVCache, NoCache
+from kvlearn.attention.compressed import (
+    LatentAttention,
+    LatentCache,
+    LatentStep,
+    MultiHeadCompression,
+    MultiHeadCompressionTransformer,
+    MultiHeadLatentAttention,
+)
+from kvlearn.attention.full import FullAttention
+from kvlearn.attention.kv_attention import DecodeStep, KVAttention
 from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
+from kvlearn.attention.shared.gqa import GroupedQueryAttention
+from kvlearn.attention.shared.routed import RoutedAttention
+from kvlearn.attention.shared.token_routed import TokenRoutedAttention
 
 __all__ = [
     "KV",
@@ -11,12 +23,23 @@ __all__ = [
     "Cache",
     "DecodeStep",
     "FullAttention",
+    "GroupedQueryAttention",
+    "KVAttention",
     "KVCache",
+    "LatentAttention",
+    "LatentCache",
+    "LatentStep",
     "LinearScaling",
     "Llama3Scaling",
     "Mechanism",
+    "MultiHeadCompression",
+    "MultiHeadCompressionTransformer",
+    "MultiHeadLatentAttention",
+    "NoCache",
     "Rope",
     "RopeConfig",
+    "RoutedAttention",
+    "TokenRoutedAttention",
     "YarnScaling",
     "register",
 ]

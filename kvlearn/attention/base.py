@@ -32,6 +32,7 @@ class Mechanism(nn.Module, ABC):
     """
 
     name: str  # in the registry
+    chooses_by_content = False  # True where the output jumps when a choice between pools or tokens tips over
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a layer keeps of the past: the base of every cache, and the keys and values that layers share."""
+"""What a layer keeps of the past: the base of every cache, and the cache of keys and values."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -95,3 +95,43 @@ class KV(NamedTuple):
     k: Float[Tensor, "B G S D"]
     v: Float[Tensor, "B G S D"]
     positions: Int[Tensor, "#B T"]
+
+
+class KVCache(Cache):
+    """Keys and values of all tokens so far, in memory that is allocated once; slot s holds position s."""
+
+    def __init__(
+        self, batch: int, n_heads: int, max_len: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(batch, max_len, device)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
+        # Zeros, not whatever the memory held: a masked slot weighs 0, and 0 · NaN would be NaN.
+        self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v]
+
+    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
+        """Write new keys and values behind the old ones; return views of all of them, never a copy."""
+        n_heads, head_dim = self.k.shape[1], self.k.shape[3]
+        for name, new in (("k", k), ("v", v)):
+            expect.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
+        self.expect_room(k.shape[2])
+        positions = self.positions(k.shape[2])
+        for buffer, new in ((self.k, k), (self.v, v)):
+            new = new.detach().to(buffer.dtype)
+            if self.lengths is None:
+                buffer[:, :, self.length : self.length + k.shape[2]] = new
+            else:
+                buffer.scatter_(2, positions[:, None, :, None].expand(new.shape), new)
+        self.advance(k.shape[2])
+        return KV(self.k[:, :, : self.length], self.v[:, :, : self.length], positions)
+
+
+class NoCache(Cache):
+    """What a layer keeps that reads another layer's cache: nothing. Its ``length`` stays 0."""
+
+    def tensors(self) -> list[Tensor]:
+        return []

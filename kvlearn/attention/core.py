@@ -58,8 +58,8 @@ def visible(positions: Int[Tensor, "#B T"], n_keys: int) -> Bool[Tensor, "#B 1 T
 
 def causal_attention(
     q: Float[Tensor, "B H T D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S Dv"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S Dv"],
     positions: Int[Tensor, "#B T"],
     scale: float | None = None,
 ) -> Float[Tensor, "B H T Dv"]:
@@ -67,13 +67,24 @@ def causal_attention(
 
     Where all rows stand at the same positions, those must be the last T of S. Two cases then need no mask:
     one new token, which sees everything, and a sequence from its start, for which SDPA builds none itself.
+
+    G divides H, and H/G neighbouring query heads read one KV head. Keys and values are not copied for them: a
+    step turns the heads of a pool into the rows of one matrix of queries, so that each key is fetched once;
+    a longer pass makes a batch of the pools and shows each to all its heads.
     """
-    n_queries, n_keys = q.shape[2], k.shape[2]
-    if len(positions) == 1 and n_queries == n_keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    one_step = len(positions) == 1 and n_queries == 1
-    mask = None if one_step else visible(positions, n_keys)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    B, H, T, _ = q.shape
+    G, S = k.shape[1:3]
+    together = len(positions) == 1
+    mask = None if together and T in (1, S) else visible(positions, S)
+    if T == 1:
+        out = F.scaled_dot_product_attention(q.reshape(B, G, H // G, -1), k, v, attn_mask=mask, scale=scale)
+        return out.reshape(B, H, 1, -1)
+    if G < H:
+        q = q.reshape(B * G, H // G, T, -1)
+        k, v = (x.reshape(B * G, 1, S, -1).expand(-1, H // G, -1, -1) for x in (k, v))
+        mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, 0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.reshape(B, H, T, -1)
 
 
 class Partial(NamedTuple):

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 from kvlearn import expect
 from kvlearn.attention import REGISTRY, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
@@ -11,20 +11,34 @@ SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScalin
 
 
 class Spec:
-    """A mechanism by its name in the registry, with options of its own: ``Spec("window", window=512)``."""
+    """A mechanism by its name in the registry, with options of its own: ``Spec("window", window=512)``.
 
-    def __init__(self, name: str, **options: Any) -> None:
+    With ``reads`` the layer has no keys and values but those of an earlier layer of the same kind: the one
+    that many layers before (-1 is the layer before), or the "last" that has its own.
+    """
+
+    def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
         self.name = expect.one_of("layers", name, REGISTRY)
         known = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
+        if reads is not None and "reader" not in known:
+            raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
+        if isinstance(reads, int):
+            expect.at_most("layers: reads", reads, -1, "an earlier layer; -1 is the one before")
+        elif reads is not None:
+            expect.one_of("layers: reads", reads, ["last"])
         for option in options:
-            expect.one_of(f"layers: option of {name!r}", option, known)
-        self.options = options
+            expect.one_of(f"layers: option of {name!r}", option, [k for k in known if k != "reader"])
+        self.reads, self.options = reads, options
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, ``reads`` among them where it is set."""
+        return self.options if self.reads is None else {**self.options, "reads": self.reads}
 
     def __repr__(self) -> str:
-        return f"Spec({', '.join([repr(self.name), *(f'{k}={v!r}' for k, v in self.options.items())])})"
+        return f"Spec({', '.join([repr(self.name), *(f'{k}={v!r}' for k, v in self.to_dict().items())])})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and (self.name, self.options) == (other.name, other.options)
+        return isinstance(other, Spec) and (self.name, self.to_dict()) == (other.name, other.to_dict())
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -63,17 +77,42 @@ class ModelConfig:
         object.__setattr__(self, "layers", pattern)
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", -(-8 * self.d_model // (3 * 32)) * 32)
+        _ = self.owners  # raises where a layer reads what is not there
 
     @property
     def specs(self) -> list[Spec]:
         """One mechanism a layer: the pattern, repeated to the depth."""
         return [self.layers[i % len(self.layers)] for i in range(self.n_layers)]  # type: ignore[misc]
 
+    @property
+    def owners(self) -> list[int]:
+        """For each layer, the layer whose keys and values it reads: its own number, but for readers.
+
+        Sources: Brandon et al., "Cross-Layer Attention" (2024), section 3.2 (pairs and longer runs); Gemma 3n
+        and Gemma 4 (2025, 2026: the last layers read the last unshared one of their type).
+        """
+        owners: list[int] = []
+        for i, spec in enumerate(self.specs):
+            alike = [j for j in range(i) if owners[j] == j and _same_kind(self.specs[j], spec)]
+            if spec.reads is None:
+                owners.append(i)
+            elif spec.reads == "last" and alike:
+                owners.append(alike[-1])
+            elif spec.reads != "last" and i + spec.reads in alike:
+                owners.append(i + spec.reads)
+            else:
+                whom = "an earlier layer" if spec.reads == "last" else f"layer {i + spec.reads}"
+                raise ValueError(
+                    f"layers: layer {i}, {spec}, reads {whom}; expected one of its kind and options with "
+                    f"keys and values of its own: {alike or 'there is none'}"
+                )
+        return owners
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for JSON."""
         fields = {name: _plain(value) for name, value in vars(self).items()}
         fields["layers"] = [
-            [spec.name, {name: _plain(value) for name, value in spec.options.items()}]
+            [spec.name, {name: _plain(value) for name, value in spec.to_dict().items()}]
             for spec in self.layers
             if isinstance(spec, Spec)
         ]
@@ -88,6 +127,10 @@ class ModelConfig:
             for name, options in plain["layers"]
         )
         return cls(**fields)
+
+
+def _same_kind(a: Spec, b: Spec) -> bool:
+    return (a.name, a.options) == (b.name, b.options)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from kvlearn import expect
-from kvlearn.attention import REGISTRY, Cache, DecodeStep, Mechanism
+from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, Mechanism, NoCache
 from kvlearn.model.config import ModelConfig
 
 
@@ -30,26 +30,39 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream."""
+    """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream.
 
-    def __init__(self, mixer: Mechanism, config: ModelConfig) -> None:
+    ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one reads, ``is_read``
+    says whether later layers read this one's.
+    """
+
+    def __init__(self, mixer: Mechanism, config: ModelConfig, number: int) -> None:
         super().__init__()
         assert config.d_ff is not None
+        self.number, self.owner = number, config.owners[number]
+        self.is_read = self.owner == number and config.owners.count(number) > 1
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Float[Tensor, "B T M"], cache: Cache | None) -> Float[Tensor, "B T M"]:
-        x = x + self.mixer(self.mixer_norm(x), cache)
+    def forward(
+        self, x: Float[Tensor, "B T M"], cache: Cache | None, shared: dict[int, KV]
+    ) -> Float[Tensor, "B T M"]:
+        """``shared``: the keys and values that earlier layers of this pass have left for others."""
+        mixed = self.mixer_norm(x)
+        if self.is_read:
+            shared[self.number] = self.mixer.kv(mixed, cache)
+        x = x + self.mixer(mixed, cache, shared.get(self.owner))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class DecoderCache:
-    """The caches of all layers, moved together."""
+    """The caches of all layers, moved together; ``owners`` are those that hold anything."""
 
     def __init__(self, layers: list[Cache]) -> None:
         self.layers = layers
+        self.owners = [cache for cache in layers if not isinstance(cache, NoCache)]
 
     @property
     def nbytes(self) -> int:
@@ -59,18 +72,18 @@ class DecoderCache:
     @property
     def length(self) -> int:
         """Tokens in the longest row."""
-        return self.layers[0].length
+        return self.owners[0].length
 
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
         """Cut every row back to its own length, in every layer or in none."""
-        for cache in self.layers:
+        for cache in self.owners:
             cache.expect_lengths(lengths)
-        for cache in self.layers:
+        for cache in self.owners:
             cache.trim(lengths)
 
     def reset(self) -> None:
         """Empty every layer's cache."""
-        for cache in self.layers:
+        for cache in self.owners:
             cache.reset()
 
 
@@ -82,9 +95,12 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
-        for spec in config.specs:
+        for number, spec in enumerate(config.specs):
             options: dict[str, Any] = {"head_dim": config.head_dim, "rope": config.rope, **spec.options}
-            self.blocks.append(Block(REGISTRY[spec.name](config.d_model, config.n_heads, **options), config))
+            if spec.reads is not None:
+                options["reader"] = True
+            mixer = REGISTRY[spec.name](config.d_model, config.n_heads, **options)
+            self.blocks.append(Block(mixer, config, number))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(self._initialise)
@@ -117,14 +133,15 @@ class Decoder(nn.Module):
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(f"tokens: expected 0 to {self.config.vocab_size - 1}, got {least} to {most}")
         if cache is not None:
-            lengths = [layer.length for layer in expect.instance("cache", cache, DecoderCache).layers]
-            if len(lengths) != len(self.blocks):
-                raise ValueError(f"cache: expected {len(self.blocks)} layers, got {len(lengths)}")
+            layers = expect.instance("cache", cache, DecoderCache).layers
+            if len(layers) != len(self.blocks):
+                raise ValueError(f"cache: expected {len(self.blocks)} layers, got {len(layers)}")
+            lengths = [owner.length for owner in cache.owners]
             if len(set(lengths)) > 1:  # a forward was interrupted between two layers
                 raise ValueError(f"cache: expected layers of one length, got {lengths}; reset it")
-        x = self.embed(tokens.long())
+        x, shared = self.embed(tokens.long()), dict[int, KV]()
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[i])
+            x = block(x, None if cache is None else cache.layers[i], shared)
         return self.norm(x)
 
     @property
@@ -159,15 +176,18 @@ class Decoder(nn.Module):
             setattr(mixer, "decode", step)  # noqa: B010  (not every mechanism has it)
 
     def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
-        """Bytes STORED at ``length`` tokens and bytes READ by a step there: a row a layer, then the total."""
+        """Bytes STORED at ``length`` tokens and bytes READ by a step there: a row a layer, then the total.
+
+        A layer that reads another's keys and values stores none, and reads as much as if it did.
+        """
         rows: list[dict[str, Any]] = [
             {
                 "layer": i,
-                "mechanism": mixer.name,
+                "mechanism": mixer.name if owner == i else f"{mixer.name}, reads layer {owner}",
                 "stored": mixer.cache_bytes(length, batch=batch, dtype=dtype),
                 "read": mixer.read_bytes(length, batch=batch, dtype=dtype),
             }
-            for i, mixer in enumerate(self.mixers)
+            for i, (mixer, owner) in enumerate(zip(self.mixers, self.config.owners, strict=True))
         ]
         total = {column: sum(row[column] for row in rows) for column in ("stored", "read")}
         return [*rows, {"layer": "all", "mechanism": "", **total}]

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from kvlearn.model.checkpoints import fill
-from kvlearn.model.config import ModelConfig
+from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.decoder import Decoder
 
 # transformers' names -> ours; {} stands for the layer's number.
@@ -32,7 +32,7 @@ def from_transformers(model_or_path: Any) -> Decoder:
     """A decoder with the weights of a transformers model, given as the model or as a path to one on disk.
 
     Families: those of ``FAMILIES``. Raises FileNotFoundError for a folder that is not there, and ValueError
-    that names what our decoder does not have: another family, shared heads, biases, an unknown RoPE option.
+    that names what our decoder does not have: another family, biases, an unknown RoPE option.
     """
     model = model_or_path
     if isinstance(model_or_path, str | os.PathLike):
@@ -62,12 +62,7 @@ def from_transformers(model_or_path: Any) -> Decoder:
 
 def llama(theirs: Any) -> ModelConfig:
     """The shape of a Llama, from its configuration in transformers."""
-    kv_heads = theirs.num_key_value_heads
-    if kv_heads != theirs.num_attention_heads:
-        raise ValueError(
-            f"model_or_path: expected num_key_value_heads = num_attention_heads = "
-            f"{theirs.num_attention_heads}, got {kv_heads}: no mechanism for shared heads is registered"
-        )
+    grouped = theirs.num_key_value_heads != theirs.num_attention_heads
     if theirs.attention_bias or theirs.mlp_bias or theirs.hidden_act != "silu":
         raise ValueError("model_or_path: expected a Llama without biases and with SiLU")
     return ModelConfig(
@@ -77,6 +72,7 @@ def llama(theirs: Any) -> ModelConfig:
         n_heads=theirs.num_attention_heads,
         head_dim=theirs.head_dim,
         d_ff=theirs.intermediate_size,
+        layers=(Spec("gqa", n_kv_heads=theirs.num_key_value_heads) if grouped else Spec("full"),),
         rope=rope(theirs.rope_parameters),
         norm_eps=theirs.rms_norm_eps,
         tied=theirs.tie_word_embeddings,

@@ -38,6 +38,11 @@ def tiny(name: str, seed: int = 0) -> Mechanism:
     return randomised(REGISTRY[name].tiny(), seed)
 
 
+def tiny_reader(name: str, seed: int = 0) -> Mechanism:
+    """A small layer without keys and values of its own."""
+    return randomised(REGISTRY[name].tiny(reader=True), seed)  # type: ignore[call-arg]
+
+
 def tokens(layer: Mechanism, batch: int = BATCH, time: int = TIME, seed: int = 1) -> Tensor:
     return torch.randn(batch, time, layer.d_model, generator=torch.Generator().manual_seed(seed))
 
@@ -50,8 +55,20 @@ def in_chunks(layer: Mechanism, x: Tensor, cuts: list[int], cache: Cache) -> Ten
     return torch.cat(pieces, dim=1)
 
 
+def mostly_close(layer: Mechanism, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """``close``; where the layer chooses, rounding may tip a choice, and one token in ten may come out
+    otherwise."""
+    if layer.chooses_by_content:
+        off = ((got.float() - expected.float()).abs() > tolerance * (1 + expected.float().abs())).any(-1)
+        assert off.float().mean() < 0.1
+    else:
+        close(got, expected, tolerance)
+
+
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(got.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    """To ``tolerance``; of the largest number, where that is above 1: sums round by the size of their terms."""
+    atol = tolerance * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(got.float(), expected.float(), atol=atol, rtol=tolerance)
 
 
 @every_mechanism
@@ -182,7 +199,7 @@ def test_half_precision_stays_near_single(name: str, dtype: torch.dtype) -> None
     layer = layer.to(dtype)
     got = in_chunks(layer, x.to(dtype), [5, 6], layer.new_cache(BATCH, TIME))
     assert got.dtype == dtype
-    close(got, expected, DTYPES[dtype] * max(1.0, expected.abs().max().item()))
+    mostly_close(layer, got, expected, DTYPES[dtype] * max(1.0, expected.abs().max().item()))
 
 
 @every_mechanism
@@ -191,7 +208,8 @@ def test_far_positions_survive_half_precision_weights(name: str) -> None:
     layer = tiny(name)
     x = tokens(layer, batch=1, time=900)
     error = (layer.to(torch.bfloat16)(x.bfloat16()).float() - tiny(name)(x.bfloat16().float())).abs()
-    assert error[:, -100:].mean() < 3 * error[:, :100].mean() + 1e-3
+    first, last = (part.flatten().quantile(0.8) for part in (error[:, :100], error[:, -100:]))
+    assert last < 3 * first + 1e-3
 
 
 @every_mechanism
@@ -236,7 +254,7 @@ def test_the_limit_is_full_attention(name: str) -> None:
     pair = REGISTRY[name].tiny_at_limit()
     if pair is None:
         pytest.skip(f"{name} has no setting at which it is full attention")
-    limit, full = pair
+    limit, full = (layer.eval() for layer in pair)
     x = tokens(limit)
     close(limit(x), full(x))
     close(in_chunks(limit, x, [4, 5], limit.new_cache(BATCH, TIME)), full(x))
@@ -266,6 +284,55 @@ def test_a_reader_follows_its_owner_and_stores_nothing(name: str) -> None:
         ]
     close(torch.cat(pieces, dim=1), whole)
     assert own.length == 0
+
+
+@every_sharer
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.lists(st.integers(1, TIME - 1), max_size=TIME))
+def test_a_layer_without_keys_and_values_reads_its_owners(name: str, cuts: list[int]) -> None:
+    """It gives what a whole layer with the same other weights gives, however the sequence is cut."""
+    owner, reader, whole = tiny(name), tiny_reader(name), tiny(name, seed=5)
+    whole.load_state_dict(reader.state_dict(), strict=False)
+    x, theirs = tokens(owner), tokens(owner, seed=2)
+    expected = whole(x, source=owner.kv(theirs))
+    cache, own = owner.new_cache(BATCH, TIME), reader.new_cache(BATCH, TIME)
+    edges = [0, *sorted(set(cuts)), TIME]
+    with torch.no_grad():
+        pieces = [reader(x[:, a:b], own, source=owner.kv(theirs[:, a:b], cache)) for a, b in pairwise(edges)]
+    close(torch.cat(pieces, dim=1), expected)
+
+
+@every_sharer
+def test_a_reader_stores_nothing_and_reads_what_its_owner_stores(name: str) -> None:
+    owner, reader = tiny(name), tiny_reader(name)
+    assert reader.new_cache(2, 64).nbytes == reader.cache_bytes(64, batch=2) == 0
+    assert reader.read_bytes(9, batch=2) == owner.read_bytes(9, batch=2) > 0
+    owned, left = (sum(w.numel() for w in layer.parameters()) for layer in (owner, reader))
+    width = owner.new_cache(1, 1).nbytes // 4  # numbers a token, each made by a row of weights
+    assert owned - left == width * owner.d_model
+
+
+@every_sharer
+@pytest.mark.usefixtures("doors")
+def test_a_reader_without_a_source_is_refused_by_name(name: str) -> None:
+    reader = tiny_reader(name)
+    x = tokens(reader)
+    with pytest.raises(TypeError, match="source: expected KV, got NoneType"):
+        reader(x)
+    with pytest.raises(TypeError, match="source"):
+        reader.kv(x)
+    with pytest.raises(TypeError, match="cache: expected NoCache"):
+        reader(x, tiny(name).new_cache(BATCH, TIME), source=tiny(name).kv(x))
+
+
+@every_sharer
+def test_gradients_reach_the_owner_through_its_reader(name: str) -> None:
+    owner, reader = tiny(name), tiny_reader(name)
+    x = tokens(owner)
+    reader(x, source=owner.kv(x)).sum().backward()
+    for weight in (owner.k_proj.weight, owner.v_proj.weight, reader.q_proj.weight):  # type: ignore[union-attr]
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
 
 
 @every_sharer

@@ -16,8 +16,8 @@ from answers import right, stub
 from torch import Tensor
 
 import kvlearn
+from kvlearn.attention import KVCache
 from kvlearn.attention.core import attention
-from kvlearn.attention.full import KVCache
 from kvlearn.grading import Score, check, find_exercise, judge
 
 ATTEND = find_exercise("01.1")

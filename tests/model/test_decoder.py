@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvlearn.attention import FullAttention, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.attention import KVAttention, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from kvlearn.kernels import decode_attention
 from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
 from kvlearn.model.generation import sample
@@ -301,7 +301,7 @@ def test_steps_of_one_token_can_be_done_by_a_decode_kernel(cache_dtype: torch.dt
 
 
 def test_a_model_whose_layers_take_no_decode_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(FullAttention, "decode")
+    monkeypatch.delattr(KVAttention, "decode")
     model = decoder()
     with pytest.raises(ValueError, match="step: no layer"):
         model.decode_with(decode_attention)

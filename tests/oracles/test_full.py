@@ -136,8 +136,3 @@ def test_rope_options_that_we_lack_are_refused_by_name() -> None:
     theirs.config.rope_parameters = {**SCALINGS["yarn"], "mscale_all_dim": 0.8}
     with pytest.raises(ValueError, match=r"rope_parameters: mscale_all_dim=0\.8"):
         kvlearn.from_transformers(theirs)
-
-
-def test_shared_heads_are_refused_until_a_mechanism_has_them() -> None:
-    with pytest.raises(ValueError, match="num_key_value_heads"):
-        kvlearn.from_transformers(llama(num_key_value_heads=1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvlearn.attention import FullAttention, KVCache
+from kvlearn.attention import Cache, FullAttention, Mechanism
 from kvlearn.measure.bench import Row
 from kvlearn.measure.roofline import measure_roofline, read_stream, square_product
 from kvlearn.measure.timing import compare
@@ -111,7 +111,7 @@ def prefill_on_the_roofline(layer: FullAttention, device: torch.device) -> Itera
     yield row("share", "share of matmul peak", share.median, "x", spread=share, bar=0.5)
 
 
-def next_token(layer: FullAttention, x: torch.Tensor, cache: KVCache) -> Callable[[], torch.Tensor]:
+def next_token(layer: Mechanism, x: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
     """A step that can be repeated: the cache is put back to where it stood before ``x``."""
     length = cache.length
 

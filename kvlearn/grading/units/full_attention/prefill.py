@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlearn.attention.full import KVCache
+from kvlearn.attention import KVCache
 from kvlearn.attention.rope import Rope, RopeConfig
 from kvlearn.grading.exercise import Answer, Exercise
 from kvlearn.grading.trial import Trial

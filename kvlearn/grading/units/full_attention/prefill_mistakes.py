@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvlearn.attention import KVCache
 from kvlearn.attention.core import attention, causal_mask
-from kvlearn.attention.full import KVCache
 from kvlearn.attention.rope import Rope
 from kvlearn.grading.units.full_attention.prefill import EXERCISE
 
