@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from kvlearn.attention import REGISTRY
 from kvlearn.measure.units import GIB, KIB
-from kvlearn.model import Spec
+from kvlearn.model import Decoder, ModelConfig, Spec
 
 
 class Table:
@@ -56,32 +55,39 @@ class Table:
         return f"<table>{caption}<thead>{line('th', columns)}</thead><tbody>{body}</tbody></table>"
 
 
-def running_table(*mechanisms: str | Spec, n_layers: int = 32) -> Table:
+def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: int = 32) -> Table:
     """What each mechanism stores and reads, in one and the same model: the table that grows over the course.
 
     The model has ``n_layers`` layers of width 4096 with 32 heads of 128 and a 16-bit cache: an 8B model as it
-    was before heads were shared. Every number comes from the mechanism's own ``cache_bytes`` and
-    ``read_bytes``, which the contract tests hold equal to what is allocated.
+    was before heads were shared. A tuple is a pattern of layers, repeated to the depth. Every number comes
+    from the layers' own ``cache_bytes`` and ``read_bytes``, which the contract tests hold equal to what is
+    allocated.
     """
     rows = []
     for given in mechanisms:
-        spec = given if isinstance(given, Spec) else Spec(given)
+        pattern = given if isinstance(given, tuple) else (given,)
+        config = ModelConfig(1, 4096, n_layers, 32, d_ff=1, layers=pattern)
         with torch.device("meta"):  # shapes without memory
-            layer = REGISTRY[spec.name](4096, 32, **spec.options)
-        options = ", ".join(f"{key}={value}" for key, value in spec.options.items())
-        stored = {
-            n: n_layers * layer.cache_bytes(n, dtype=torch.bfloat16) for n in (1, 4096, 32_768, 131_072)
-        }
-        read = n_layers * layer.read_bytes(32_768, dtype=torch.bfloat16)
+            model = Decoder(config)
+        table = {n: model.table(n, dtype=torch.bfloat16)[-1] for n in (1, 4096, 32_768, 131_072)}
+        stored = {n: total["stored"] for n, total in table.items()}
         rows.append(
             {
-                "mechanism": f"{spec.name} ({options})" if options else spec.name,
+                "mechanism": ", then ".join(map(_label, config.layers)),
                 "elements a token": f"{stored[1] // 2:,}",
                 "KiB a token": f"{stored[1] / KIB:,.0f}",
                 "stored at 4K, GiB": f"{stored[4096] / GIB:.2f}",
                 "at 32K": f"{stored[32_768] / GIB:.2f}",
                 "at 128K": f"{stored[131_072] / GIB:.2f}",
-                "read by a step at 32K, GiB": f"{read / GIB:.2f}",
+                "read by a step at 32K, GiB": f"{table[32_768]['read'] / GIB:.2f}",
             }
         )
     return Table(rows, "One user, 16-bit; GiB are powers of two.")
+
+
+def _label(spec: str | Spec) -> str:
+    """A mechanism with its options, as a reader writes it."""
+    if isinstance(spec, str):
+        return spec
+    options = ", ".join(f"{key}={value}" for key, value in spec.to_dict().items())
+    return f"{spec.name} ({options})" if options else spec.name

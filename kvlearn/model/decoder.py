@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from kvlearn import expect
-from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, Mechanism, NoCache
+from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, LatentStep, Mechanism, NoCache
 from kvlearn.model.config import ModelConfig
 
 
@@ -164,16 +164,21 @@ class Decoder(nn.Module):
         """An empty cache for up to ``max_len`` tokens in every layer."""
         return DecoderCache([mixer.new_cache(batch, max_len, dtype, device) for mixer in self.mixers])
 
-    def decode_with(self, step: DecodeStep | None) -> None:
+    def decode_with(self, step: DecodeStep | None, latent_step: LatentStep | None = None) -> None:
         """Let ``step`` do the attention of one token, in every layer that can take one; None takes it away.
 
-        ``model.decode_with(kvlearn.kernels.decode_attention)``. ValueError where no layer can.
+        ``latent_step`` is the same for layers that keep a latent. From ``kvlearn.kernels`` these would be
+        ``decode_attention`` and ``decode_latent``. ValueError where a step is given that no layer can use.
         """
-        able = [mixer for mixer in self.mixers if hasattr(mixer, "decode")]
-        if not able:
-            raise ValueError(f"step: no layer of {self.config.layers} can decode by another's function")
-        for mixer in able:
-            setattr(mixer, "decode", step)  # noqa: B010  (not every mechanism has it)
+        for name, given, attribute in (
+            ("step", step, "decode"),
+            ("latent_step", latent_step, "decode_latent_step"),
+        ):
+            able = [mixer for mixer in self.mixers if hasattr(mixer, attribute)]
+            if given is not None and not able:
+                raise ValueError(f"{name}: no layer of {self.config.layers} can decode by another's function")
+            for mixer in able:
+                setattr(mixer, attribute, given)
 
     def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
         """Bytes STORED at ``length`` tokens and bytes READ by a step there: a row a layer, then the total.

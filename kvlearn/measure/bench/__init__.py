@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from kvlearn import expect
+from kvlearn.measure.results import Recorded
+from kvlearn.measure.table import Table
 from kvlearn.measure.timing import Quartiles
 from kvlearn.measure.units import format_bytes, format_rate, format_seconds
 
@@ -83,6 +85,27 @@ def run_benchmark(name: str, device: torch.device | str | None = None) -> Iterat
 def default_device() -> str:
     """Where a benchmark runs unless told otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def recorded_table(recorded: Recorded, *whats: str) -> Table:
+    """The rows of a recorded benchmark, or those with one of these ``what`` only, for a notebook.
+
+    ValueError where there is no such row.
+    """
+    lines = []
+    for row in recorded.rows:
+        if whats and row.get("what") not in whats:
+            continue
+        spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "n" in row else None
+        fields = {name: row[name] for name in ("case", "measured", "unit", "bar")}
+        case, bar, measured, quartiles, verdict = Row(
+            **fields, relation=row["relation"] or ">=", spread=spread
+        ).texts()
+        lines.append({"": case, "bar": bar, "measured": measured, "quartiles": quartiles, "bar met": verdict})
+    if not lines:
+        known = sorted({row.get("what", "") for row in recorded.rows})
+        raise ValueError(f"whats: expected some of {known}, got {whats}")
+    return Table(lines, f"{recorded.path.name}, {recorded.provenance['date'][:10]}")
 
 
 def format_quantity(value: float, unit: str) -> str:
