@@ -1,5 +1,6 @@
 """Every figure of the course, in one style, drawn from data that a test can check."""
 
+from kvlearn.plots.compressed import roads, rope_on_latent, spectrum
 from kvlearn.plots.full_attention import (
     cache_saves,
     loss_by_position,
@@ -8,20 +9,33 @@ from kvlearn.plots.full_attention import (
     step_times,
 )
 from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
+from kvlearn.plots.layers import across_layers
+from kvlearn.plots.losses import conversion_curves, loss_over_rank
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.picture import COLOURS, Picture
+from kvlearn.plots.shared import pools, stored_and_read
+from kvlearn.plots.squeeze import squeeze
 
 __all__ = [
     "COLOURS",
     "Picture",
     "access_pattern",
     "achieved_bandwidth",
+    "across_layers",
     "bytes_per_token",
     "cache_growth",
     "cache_saves",
+    "conversion_curves",
     "loss_by_position",
     "loss_curve",
+    "loss_over_rank",
     "on_the_roofline",
+    "pools",
+    "roads",
+    "rope_on_latent",
+    "spectrum",
     "splits",
+    "squeeze",
     "step_times",
+    "stored_and_read",
 ]

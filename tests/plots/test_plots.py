@@ -46,6 +46,39 @@ PICTURES = {
         bar=(0.9, 15e-6),
     ),
     "splits": plots.splits,
+    "pools": lambda: plots.pools(
+        {"MHA": range(8), "routed": torch.tensor([2, 0, 2, 1, 2, 2, 0, 2]), "pair": 2 * [[0, 0, 1, 1]]}
+    ),
+    "across_layers": lambda: plots.across_layers(
+        [0, 1, 2, 1, 2, 1], ["window", "window", "full"] * 2, stored=[8, 8, 1024, 0, 0, 0], title="A stack"
+    ),
+    "stored_and_read": lambda: plots.stored_and_read(
+        [{"name": "full", "stored": 4096, "read": 4096}, {"name": "pairs", "stored": 1024, "read": 2048}]
+    ),
+    "conversion_curves": lambda: plots.conversion_curves(
+        {
+            text: {"mean": [(0, 2.0, 0.1), (1e6, 1.5, 0.1)], "control": [(0, 1.2, 0.1), (1e6, 1.1, 0.1)]}
+            for text in ("Python", "prose")
+        },
+        control="control",
+        base={"Python": 1.2, "prose": 2.5},
+    ),
+    "squeeze": plots.squeeze,
+    "roads": lambda: plots.roads(
+        [1, 64],
+        {"naive": [4e9, 5e9], "absorbed": [1e8, 6e9]},
+        {"naive": [SOME, SOME], "absorbed": [SOME]},
+        crossover=48,
+    ),
+    "spectrum": lambda: plots.spectrum(
+        {"keys before RoPE": [8.0, 1.0, 1.0, 0.0], "keys after RoPE": torch.ones(4)}
+    ),
+    "loss_over_rank": lambda: plots.loss_over_rank(
+        {"SVD": [(8, 2.0, 0.1), (16, 1.5, 0.1)], "random": [(8, 6.0, 0.1), (16, 5.5, 0.1)]}, base=1.2
+    ),
+    "rope_on_latent": lambda: plots.rope_on_latent(
+        {"decoupled RoPE": np.ones(8), "RoPE on the latent": np.cos(np.arange(8.0))}
+    ),
 }
 
 

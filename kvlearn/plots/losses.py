@@ -1,0 +1,135 @@
+"""Pictures of converting a trained model, chapters 02 and 03: what the loss does, with error bars."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, NullLocator
+
+from kvlearn import expect
+from kvlearn.plots.picture import COLOURS, Picture, drawing
+
+Points = Sequence[tuple[float, float, float]]  # (tokens or rank, loss, its standard error), in any order
+
+
+def conversion_curves(
+    curves: Mapping[str, Mapping[str, Points]],
+    *,
+    control: str | None = None,
+    base: Mapping[str, float] | None = None,
+    family: str = "shared",
+) -> Picture:
+    """Loss over the tokens of uptraining after conversion, one panel a text, one curve an initialisation.
+
+    ``curves``: text -> initialisation -> (tokens, loss, standard error). ``control`` names the curve of the
+    model that was not converted and trained on as long; ``base`` is the loss before all of this, a text.
+    """
+    expect.positive("len(curves)", len(curves))
+    losses = [loss for panel in curves.values() for points in panel.values() for _, loss, _ in points]
+    losses += (base or {}).values()
+    with drawing(1, len(curves), size=(3.9 * len(curves), 4.2), sharey=True, squeeze=False) as (figure, axes):
+        for panel, (text, named) in zip(axes.flat, curves.items(), strict=True):
+            draw_curves(panel, named, family=family, control=control, base=(base or {}).get(text))
+            panel.set_title(text)
+            panel.set_xlabel("tokens of uptraining")
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            handles, labels = _legend(
+                panel, {name: f": {max(p)[1]:.3f} ± {max(p)[2]:.3f}" for name, p in named.items()}
+            )
+            panel.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), title="at the end")
+        _loss_axis(axes[0, 0], losses)
+    alt = "Loss over the tokens of uptraining, in nats a byte. " + "; ".join(
+        f"{text}: {_ends(named, (base or {}).get(text))}" for text, named in curves.items()
+    )
+    return Picture(figure, f"{alt}.", {"curves": {text: dict(named) for text, named in curves.items()}})
+
+
+def loss_over_rank(
+    curves: Mapping[str, Points],
+    *,
+    base: float | None = None,
+    family: str = "compressed",
+    xlabel: str = "rank",
+) -> Picture:
+    """Loss right after conversion over the rank, or the bytes a token, one curve an initialisation.
+
+    ``curves``: initialisation -> (rank, loss, standard error); ``base``: the loss of the model converted.
+    """
+    expect.positive("len(curves)", len(curves))
+    losses = [loss for points in curves.values() for _, loss, _ in points]
+    at = sorted({x for points in curves.values() for x, _, _ in points})
+    with drawing(size=(7.5, 3.8)) as (figure, axes):
+        draw_curves(axes, curves, family=family, base=base)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(at, [f"{x:g}" for x in at])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(f"{xlabel}, logarithmic")
+        _loss_axis(axes, [*losses, *([] if base is None else [base])])
+        figure.legend(*_legend(axes, {}), loc="outside right center")
+    alt = f"Loss in nats a byte over the {xlabel}, from {at[0]:g} to {at[-1]:g}. {_ends(curves, base)}."
+    return Picture(figure, alt, {"curves": dict(curves), "base": base})
+
+
+def draw_curves(
+    axes: Axes,
+    curves: Mapping[str, Points],
+    *,
+    family: str,
+    control: str | None = None,
+    base: float | None = None,
+) -> None:
+    """Curves with error bars in the colour of their family, told apart by line and marker.
+
+    ``control`` is drawn as full attention, what is called random as a mistake, ``base`` as a dotted line.
+    """
+    colour = COLOURS[expect.one_of("family", family, COLOURS)]
+    styles = cycle((("-", "o", colour), ("--", "s", "none"), ("-.", "^", colour), (":", "v", "none")))
+    for name, points in curves.items():
+        if name == control:
+            ink, (line, marker, fill) = COLOURS["full"], ("-", "D", COLOURS["full"])
+        elif name.startswith("random"):
+            ink, (line, marker, fill) = COLOURS["mistake"], (":", "X", COLOURS["mistake"])
+        else:
+            ink, (line, marker, fill) = colour, next(styles)
+        x, loss, error = zip(*sorted(points), strict=True)
+        style: dict[str, Any] = {
+            "ls": line,
+            "marker": marker,
+            "mfc": fill,
+            "color": ink,
+            "capsize": 3,
+            "lw": 1.8,
+        }
+        axes.errorbar(x, loss, error, label=name, elinewidth=1, **style)
+    if base is not None:
+        axes.axhline(base, color="#8a8a8a", lw=1.4, ls=":", label=f"base model: {base:.3f}")
+
+
+def _legend(axes: Axes, last: Mapping[str, str]) -> tuple[list[Any], list[str]]:
+    """Lines without their error bars, names with what ``last`` adds; the base model at the end."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines: dict[str, Any] = {
+        label: handle[0] if isinstance(handle, tuple) else handle
+        for handle, label in zip(handles, labels, strict=True)
+    }
+    names = sorted(lines, key=lambda name: name.startswith("base model"))
+    return [lines[name] for name in names], [name + last.get(name, "") for name in names]
+
+
+def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
+    """Nats a byte; logarithmic where the worst loss is three times the best."""
+    axes.set_ylabel("loss, nats a byte")
+    if max(losses) > 3 * min(losses) > 0:
+        axes.set_yscale("log")
+        ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12) if min(losses) <= t <= max(losses)]
+        axes.set_yticks(ticks)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("loss, nats a byte, logarithmic")
+
+
+def _ends(curves: Mapping[str, Points], base: float | None) -> str:
+    """The loss at both ends of every curve, in words."""
+    told = [f"{name} from {min(p)[1]:.2f} to {max(p)[1]:.2f}" for name, p in curves.items()]
+    return ", ".join(told if base is None else [*told, f"base model {base:.2f}"])
