@@ -18,16 +18,30 @@ app = typer.Typer(
 )
 
 
-STUDIES = {"base": "train the base model that is committed with the course", "speed": "tokens/s of training"}
+STUDIES = {
+    "base": "train the base model that is committed with the course",
+    "speed": "tokens/s of training",
+    "convert": "the base model with other mechanisms, before and after 5% more training",
+    "routing": "whether learning which pool a head reads pays, from nothing",
+}
+RECORDED = ("convert", "routing")
 
 
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
+    record: Annotated[
+        bool, typer.Option("--record", help=f"keep the rows of {' or '.join(RECORDED)}")
+    ] = False,
 ) -> None:
     """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/)."""
     if name not in STUDIES:
         raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
+    if record and name not in RECORDED:
+        raise typer.BadParameter(f"only {' and '.join(RECORDED)} have rows to keep", param_hint="--record")
+    if name in RECORDED:
+        _compare(name, record)
+        return
     from kvlearn.study import SPEED_BAR, train_base, training_speed
 
     if name == "speed":
@@ -37,6 +51,26 @@ def study(
     else:
         for key, value in train_base().items():
             typer.echo(f"{key:16} {value}")
+
+
+def _compare(name: str, record: bool) -> None:
+    """Run a study of several models, show its table, and keep its rows if asked to."""
+    from rich.console import Console
+
+    from kvlearn.measure import results
+    from kvlearn.measure.provenance import collect_provenance
+    from kvlearn.study import report, study_conversions, study_routing
+
+    if name == "convert":
+        rows = [row for run in study_conversions() for row in run]
+        table = report.conversion_table(rows)
+    else:
+        rows = list(study_routing())
+        table = report.routing_table(rows)
+    report.show(table, Console())
+    if record:
+        path = results.save(name, f"kvlearn study {name} --record", rows, collect_provenance())
+        typer.echo(f"recorded in {path.parent.name}/{path.name}")
 
 
 @app.command()

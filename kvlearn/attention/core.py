@@ -72,19 +72,32 @@ def causal_attention(
     step turns the heads of a pool into the rows of one matrix of queries, so that each key is fetched once;
     a longer pass makes a batch of the pools and shows each to all its heads.
     """
-    B, H, T, _ = q.shape
+    B, H, T, D = q.shape
     G, S = k.shape[1:3]
     together = len(positions) == 1
     mask = None if together and T in (1, S) else visible(positions, S)
-    if T == 1:
-        out = F.scaled_dot_product_attention(q.reshape(B, G, H // G, -1), k, v, attn_mask=mask, scale=scale)
-        return out.reshape(B, H, 1, -1)
-    if G < H:
-        q = q.reshape(B * G, H // G, T, -1)
-        k, v = (x.reshape(B * G, 1, S, -1).expand(-1, H // G, -1, -1) for x in (k, v))
+    parts = _parts(B * G, H // G, q.device) if T == 1 else H // G
+    if parts == 1:
+        q = q.reshape(B, G, -1, D)
+    else:
+        q = q.reshape(B * G, parts, -1, D)
+        k, v = (x.reshape(B * G, 1, S, -1).expand(-1, parts, -1, -1) for x in (k, v))
         mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, 0)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    is_causal = mask is None and T > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     return out.reshape(B, H, T, -1)
+
+
+def _parts(pools: int, heads: int, device: torch.device) -> int:
+    """Into how many matrices a step cuts the ``heads`` of each pool.
+
+    One, but on a processor with more threads than pools. There SDPA gives a matrix to a thread; of a lone one
+    it would do each little product by all threads, which wait for each other every time.
+    """
+    if device.type != "cpu":
+        return 1
+    wanted = min(-(-torch.get_num_threads() // pools), heads)
+    return next(parts for parts in range(wanted, heads + 1) if heads % parts == 0)
 
 
 class Partial(NamedTuple):

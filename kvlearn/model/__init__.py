@@ -2,7 +2,9 @@
 
 from kvlearn.model.checkpoints import card, load, save
 from kvlearn.model.config import ModelConfig, Spec
+from kvlearn.model.convert import convert
 from kvlearn.model.decoder import Decoder, DecoderCache
+from kvlearn.model.deepseek import half_split, interleave
 from kvlearn.model.families import from_transformers
 from kvlearn.model.generation import generate
 
@@ -12,8 +14,11 @@ __all__ = [
     "ModelConfig",
     "Spec",
     "card",
+    "convert",
     "from_transformers",
     "generate",
+    "half_split",
+    "interleave",
     "load",
     "save",
 ]

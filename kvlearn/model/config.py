@@ -88,7 +88,7 @@ class ModelConfig:
     def owners(self) -> list[int]:
         """For each layer, the layer whose keys and values it reads: its own number, but for readers.
 
-        Sources: Brandon et al., "Cross-Layer Attention" (2024), section 3.2 (pairs and longer runs); Gemma 3n
+        Sources: Brandon et al., "Cross-Layer Attention" (2024; pairs and longer runs); Gemma 3n
         and Gemma 4 (2025, 2026: the last layers read the last unshared one of their type).
         """
         owners: list[int] = []

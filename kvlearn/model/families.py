@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from kvlearn.attention import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from kvlearn.model.checkpoints import fill
@@ -28,6 +30,17 @@ LLAMA = {
 }
 
 
+class Family(NamedTuple):
+    """The names of a family's tensors, what reads its configuration, and what makes a tensor ours.
+
+    ``adapt`` gets the tensor's name, with {} for the layer, the tensor and their configuration.
+    """
+
+    names: Mapping[str, str]
+    configure: Callable[[Any], ModelConfig]
+    adapt: Callable[[str, Tensor, Any], Tensor] | None = None
+
+
 def from_transformers(model_or_path: Any) -> Decoder:
     """A decoder with the weights of a transformers model, given as the model or as a path to one on disk.
 
@@ -45,7 +58,7 @@ def from_transformers(model_or_path: Any) -> Decoder:
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model_or_path: expected a model of {known}, got {family or type(model).__name__}")
-    names, configure = FAMILIES[family]
+    names, configure, adapt = FAMILIES[family]
     config = configure(model.config)
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -53,7 +66,7 @@ def from_transformers(model_or_path: Any) -> Decoder:
         pattern = name.replace(f".{number}.", ".{}.") if number else name
         if pattern not in names:
             raise ValueError(f"model_or_path: tensor {name!r} is not expected in a model of {family}")
-        weights[names[pattern].format(number)] = tensor
+        weights[names[pattern].format(number)] = adapt(pattern, tensor, model.config) if adapt else tensor
     if config.tied:
         weights.pop("head.weight", None)
     ours = Decoder(config).to(dtype=model.dtype, device=model.device)
@@ -103,5 +116,5 @@ def rope(parameters: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(theta, scaling)
 
 
-# By transformers' model_type: the names of its tensors, and what reads its configuration.
-FAMILIES: dict[str, tuple[Mapping[str, str], Callable[[Any], ModelConfig]]] = {"llama": (LLAMA, llama)}
+# By transformers' model_type. Other modules of this folder add theirs.
+FAMILIES = {"llama": Family(LLAMA, llama)}

@@ -1,21 +1,32 @@
 """What a mechanism costs in quality: the corpus, the training loop, the evaluation, the base model."""
 
 from kvlearn.study.base import base_model, train_base
+from kvlearn.study.conversion import Conversion, convert_and_uptrain, study_conversions
+from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.evaluation import Evaluation, evaluate
+from kvlearn.study.other_text import other_texts
+from kvlearn.study.routing import study_routing
 from kvlearn.study.speed import SPEED_BAR, training_speed
 from kvlearn.study.text import Corpus, corpus, windows
 from kvlearn.study.training import Step, TrainConfig, train
 
 __all__ = [
     "SPEED_BAR",
+    "Conversion",
     "Corpus",
     "Evaluation",
+    "Point",
     "Step",
     "TrainConfig",
     "base_model",
+    "convert_and_uptrain",
     "corpus",
     "evaluate",
+    "other_texts",
+    "study_conversions",
+    "study_routing",
     "train",
+    "train_and_measure",
     "train_base",
     "training_speed",
     "windows",

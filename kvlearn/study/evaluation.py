@@ -13,11 +13,12 @@ from kvlearn.model import Decoder
 
 
 class Evaluation(NamedTuple):
-    """Loss in nats a byte, over all positions and at each; ``error`` is the standard error over windows."""
+    """Loss in nats a byte, over all, by position, by window; ``error`` is the standard error over windows."""
 
     loss: float
     error: float
     by_position: Float[Tensor, "length"]
+    by_window: Float[Tensor, "n_windows"]
 
     @property
     def bits_per_byte(self) -> float:
@@ -46,4 +47,4 @@ def evaluate(
         losses.append(F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))
     loss = torch.cat(losses)
     error = loss.mean(1).std(correction=min(1, n_windows - 1)).item() / n_windows**0.5
-    return Evaluation(loss.mean().item(), error, loss.mean(0))
+    return Evaluation(loss.mean().item(), error, loss.mean(0), loss.mean(1))

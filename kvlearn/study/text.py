@@ -40,12 +40,23 @@ def corpus() -> Corpus:
     Raises RuntimeError where the installed sympy is another version or its files have been changed: numbers
     measured on another text could not be compared.
     """
-    spec = find_spec("sympy")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(f"corpus: sympy is not installed; pip install sympy=={SYMPY_VERSION}")
-    root = Path(spec.submodule_search_locations[0])
     parts: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
-    total = hashlib.sha256()
+    for path, text in source_files("sympy", SYMPY_VERSION, CHECKSUM).items():
+        parts[split_of(path)].append(SEPARATOR + text)
+    train, valid, test = (as_tokens(b"".join(part)) for part in parts.values())
+    return Corpus(train, valid, test, CHECKSUM)
+
+
+def source_files(package: str, version: str, checksum: str) -> dict[str, bytes]:
+    """Path and content of every Python file of an installed package but its tests and very large files.
+
+    Raises RuntimeError where the SHA-256 over all of them is not ``checksum``.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"corpus: {package} is not installed; pip install {package}=={version}")
+    root = Path(spec.submodule_search_locations[0])
+    files, total = dict[str, bytes](), hashlib.sha256()
     for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
         if "tests" in path.split("/"):
             continue
@@ -53,14 +64,19 @@ def corpus() -> Corpus:
         if len(text) > LARGEST:
             continue
         total.update(path.encode() + SEPARATOR + text + SEPARATOR)
-        parts[split_of(path)].append(SEPARATOR + text)
-    if total.hexdigest() != CHECKSUM:
+        files[path] = text
+    if total.hexdigest() != checksum:
         raise RuntimeError(
-            f"corpus: the files of sympy at {root} are not those of version {SYMPY_VERSION} "
-            f"(checksum {total.hexdigest()[:16]}…, expected {CHECKSUM[:16]}…); reinstall it"
+            f"corpus: the files of {package} at {root} are not those of version {version} "
+            f"(checksum {total.hexdigest()[:16]}…, expected {checksum[:16]}…); "
+            f"pip install --force-reinstall {package}=={version}"
         )
-    train, valid, test = (torch.tensor(np.frombuffer(b"".join(part), np.uint8)) for part in parts.values())
-    return Corpus(train, valid, test, CHECKSUM)
+    return files
+
+
+def as_tokens(text: bytes) -> UInt8[Tensor, "N"]:
+    """Bytes as tokens."""
+    return torch.tensor(np.frombuffer(text, np.uint8))
 
 
 def split_of(path: str) -> str:

@@ -5,9 +5,10 @@ import math
 import os
 import pickle
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,13 @@ class TrainConfig:
 
 
 class Step(TypedDict):
-    """One line of a run's history; the loss is in nats a byte."""
+    """One line of a run's history; the loss is in nats a byte, ``measured`` what ``at_step`` gave."""
 
     step: int
     loss: float
     lr: float
     grad_norm: float
+    measured: NotRequired[Any]
 
 
 def train(
@@ -63,13 +65,19 @@ def train(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 100,
+    at_step: Callable[[int], Any] | None = None,
+    origin: str | None = None,
     progress: bool = True,
 ) -> list[Step]:
     """Train ``model`` in place on random windows of ``text``; returns the history, a ``Step`` a step.
 
     With ``checkpoint``, the state is written there every ``every`` steps, whole or not at all, and a later
     call with the same model, text and configuration goes on from it. On the same machine, with as many
-    threads, the losses are those of an uninterrupted run.
+    threads, the losses are those of an uninterrupted run. ``origin`` says what else makes a run this one: the
+    weights that it starts from, say.
+
+    ``at_step(n)`` is called when n steps are done, with the model in evaluation mode. What it returns, if not
+    None, is kept in the history and written at once; plain numbers, strings, lists and dicts.
 
     Raises FloatingPointError at the first loss or gradient that is not finite, before it reaches a weight or
     the checkpoint; ValueError where the checkpoint belongs to another run.
@@ -78,18 +86,24 @@ def train(
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
     history: list[Step] = []
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _resume(Path(checkpoint), model, optimizer, _identity(model, text, config))
+        history = _resume(Path(checkpoint), model, optimizer, _identity(model, text, config, origin))
     tokens_per_step, started, first = config.batch * config.length, time.perf_counter(), len(history)
     model.train()
     with tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress) as bar:
         for step in range(first, config.steps):
             line = _step(model, optimizer, text, config, step)
             history.append(line)
+            if at_step is not None:
+                model.eval()
+                if (measured := at_step(step + 1)) is not None:
+                    line["measured"] = measured
+                model.train()
             rate = tokens_per_step * (step + 1 - first) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
-            if checkpoint is not None and ((step + 1) % every == 0 or step + 1 == config.steps):
-                _write(Path(checkpoint), model, optimizer, _identity(model, text, config), history)
+            due = (step + 1) % every == 0 or step + 1 == config.steps or "measured" in line
+            if checkpoint is not None and due:
+                _write(Path(checkpoint), model, optimizer, _identity(model, text, config, origin), history)
     model.eval()
     return history
 
@@ -104,7 +118,9 @@ def _step(
     batch = windows(text, config.batch, config.length, seed=config.seed, step=step)
     batch = batch.to(model.embed.weight.device)
     tokens, targets = batch[:, :-1], batch[:, 1:]
-    loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
+    with torch.random.fork_rng(devices=[]):  # what a layer draws is a function of seed and step too
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -122,9 +138,10 @@ def _groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _identity(model: Decoder, text: Tensor, config: TrainConfig) -> dict[str, Any]:
+def _identity(model: Decoder, text: Tensor, config: TrainConfig, origin: str | None) -> dict[str, Any]:
     """What makes a run this run and no other."""
     return {
+        **({} if origin is None else {"origin": origin}),
         **model.config.to_dict(),
         **asdict(config),
         "dtype": str(model.embed.weight.dtype),

@@ -91,6 +91,21 @@ def test_the_fast_road_equals_the_reference(case: str) -> None:
     torch.testing.assert_close(core.causal_attention(q, k, v, positions), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("lengths", [[9], [9, 4]])
+@pytest.mark.parametrize("n_kv_heads", [1, 2])
+def test_a_grouped_step_is_the_same_for_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: int, lengths: list[int], n_kv_heads: int
+) -> None:
+    """Fewer pools than threads: the query heads of a pool are cut into parts, of which none is left out."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q, k, v = draw(2, 6, 1, 8), draw(2, n_kv_heads, 9, 8, seed=1), draw(2, n_kv_heads, 9, 4, seed=2)
+    positions = torch.tensor(lengths)[:, None] - 1
+    repeated = (x.repeat_interleave(6 // n_kv_heads, 1) for x in (k, v))
+    expected = core.attention(q, *repeated, core.visible(positions, 9))
+    torch.testing.assert_close(core.causal_attention(q, k, v, positions), expected)
+
+
 @settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 9), max_size=6), scale=st.sampled_from([1.0, 40.0, 1e4]))
 def test_partial_results_merge_to_the_whole(cuts: list[int], scale: float) -> None:

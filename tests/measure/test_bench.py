@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from kvlearn.cli import app
 from kvlearn.measure import Quartiles, Roofline, bench, results
 from kvlearn.measure.bench import BENCHMARKS, Row, full, run_benchmark
+from kvlearn.measure.steps import next_token
 
 FAST = [
     Row("quick", 2.0, "x", bar=1, spread=Quartiles(2.0, 1.5, 2.5, 3), details={"length": 7}),
@@ -111,6 +112,6 @@ def test_a_step_can_be_repeated_without_the_cache_growing() -> None:
     layer = full.FullAttention(d_model=16, n_heads=2)
     cache = layer.new_cache(batch=1, max_len=5)
     layer(torch.randn(1, 4, 16), cache)
-    step = full.next_token(layer, torch.randn(1, 1, 16), cache)
+    step = next_token(layer, torch.randn(1, 1, 16), cache)
     assert torch.equal(step(), step())
     assert cache.length == 5

@@ -25,7 +25,7 @@ class RoutedAttention(KVAttention):
     Cache: 2 · B · G · max_len · D numbers, as for ``gqa``; the route itself is H · G weights. It is the same
     for all tokens, so that a token's keys are written once, whoever will read them. G need not divide H.
     Routing between fixed pools is the article's wording; the nearest published method is Chen et al., "DHA"
-    (2024), section 4. Straight-through choice: routing.py.
+    (2024). Straight-through choice: routing.py.
     """
 
     def __init__(

@@ -16,4 +16,4 @@ def one_hot_choice(logits: Float[Tensor, "... G"], noisy: bool) -> Float[Tensor,
         logits = logits - torch.empty_like(logits).exponential_().log()  # -log of an Exp(1) is a Gumbel
     soft = logits.softmax(-1)
     hard = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # what is in brackets is 0 exactly: half precision keeps its 1

@@ -1,14 +1,15 @@
 """Full attention, one layer in fp32: what its cache saves, and how close it comes to the roofline."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from kvlearn.attention import Cache, FullAttention, Mechanism
+from kvlearn.attention import FullAttention
 from kvlearn.measure.bench import Row
 from kvlearn.measure.roofline import measure_roofline, read_stream, square_product
+from kvlearn.measure.steps import last_token, next_token
 from kvlearn.measure.timing import compare
 from kvlearn.measure.work import attention_layer_work
 
@@ -66,11 +67,7 @@ def cached_or_recomputed(layer: FullAttention, device: torch.device) -> Iterator
 def decode_on_the_roofline(layer: FullAttention, device: torch.device) -> Iterator[Row]:
     """One step at the end of a long cache, by turns with a stream that only reads: who moves more bytes/s?"""
     batch = 4 if device.type == "cpu" else 64
-    cache = layer.new_cache(batch=batch, max_len=LONG)
-    for buffer in cache.tensors():
-        buffer.normal_()
-    cache.length = LONG - 1
-    step = next_token(layer, torch.randn(batch, 1, D_MODEL, device=device), cache)
+    step = last_token(layer, batch, LONG)
     stream, streamed = read_stream(device)
     by_turns = compare({"decode": step, "stream": stream})
     work = attention_layer_work(D_MODEL, N_HEADS, N_HEADS, HEAD_DIM, new=1, cached=LONG - 1, batch=batch)
@@ -109,14 +106,3 @@ def prefill_on_the_roofline(layer: FullAttention, device: torch.device) -> Itera
     yield row("intensity", "FLOPs a byte", work.intensity, "FLOP/B")
     yield row("flops", "FLOPs a second", work.flops / time.median, "FLOP/s")
     yield row("share", "share of matmul peak", share.median, "x", spread=share, bar=0.5)
-
-
-def next_token(layer: Mechanism, x: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
-    """A step that can be repeated: the cache is put back to where it stood before ``x``."""
-    length = cache.length
-
-    def step() -> torch.Tensor:
-        cache.length = length
-        return layer(x, cache)
-
-    return step

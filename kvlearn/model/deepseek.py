@@ -1,0 +1,114 @@
+"""DeepSeek-V2 and V3 of transformers as decoders with MLA, as far as their layers are dense.
+
+Their RoPE pairs neighbours (2i, 2i + 1), ours the halves (i, i + Dr/2): the rows that it turns, the last Dr
+of every query head and of the compressed token, change places when weights are loaded (``half_split``), and
+back again with ``interleave``. Everything else is loaded as it is.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvlearn import expect
+from kvlearn.model.config import ModelConfig, Spec
+from kvlearn.model.families import FAMILIES, LLAMA, Family, rope
+
+DEEPSEEK = {
+    **LLAMA,
+    **{
+        f"model.layers.{{}}.self_attn.{theirs}.weight": f"blocks.{{}}.mixer.{ours}.weight"
+        for theirs, ours in {
+            "q_a_proj": "q_down",
+            "q_a_layernorm": "q_norm",
+            "q_b_proj": "q_up",
+            "kv_a_proj_with_mqa": "kv_down",
+            "kv_a_layernorm": "kv_norm",
+            "kv_b_proj": "kv_up",
+        }.items()
+    },
+}
+
+
+def deepseek(theirs: Any) -> ModelConfig:
+    """The shape of a dense DeepSeek-V2 or V3, from its configuration in transformers."""
+    dense = theirs.first_k_dense_replace
+    if dense < theirs.num_hidden_layers:
+        raise ValueError(
+            f"model_or_path: expected dense layers only, first_k_dense_replace ≥ num_hidden_layers = "
+            f"{theirs.num_hidden_layers}, got {dense}: a mixture of experts is not supported"
+        )
+    if theirs.attention_bias or getattr(theirs, "mlp_bias", False) or theirs.hidden_act != "silu":
+        raise ValueError("model_or_path: expected a DeepSeek without biases and with SiLU")
+    parameters, sharper = yarn_scale(theirs.rope_parameters)
+    scale = (theirs.qk_nope_head_dim + theirs.qk_rope_head_dim) ** -0.5 * sharper
+    mla = Spec(
+        "mla",
+        v_head_dim=theirs.v_head_dim,
+        rank=theirs.kv_lora_rank,
+        q_rank=theirs.q_lora_rank,
+        rope_dim=theirs.qk_rope_head_dim,
+        scale=scale,
+    )
+    return ModelConfig(
+        vocab_size=theirs.vocab_size,
+        d_model=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        head_dim=theirs.qk_nope_head_dim,
+        d_ff=theirs.intermediate_size,
+        layers=(mla,),
+        rope=rope(parameters),
+        norm_eps=theirs.rms_norm_eps,
+        tied=theirs.tie_word_embeddings,
+    )
+
+
+def yarn_scale(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """``rope_parameters`` without DeepSeek's two mscales, and what the scores' scale is multiplied by.
+
+    With m(a) = 0.1 · a · ln(factor) + 1, queries and keys are multiplied by m(mscale) / m(mscale_all_dim) as
+    they turn, if both are given, and all scores by m(mscale_all_dim)².
+    """
+    left = dict(parameters)
+    if left.get("rope_type") != "yarn":
+        return left, 1.0
+    turned, every = left.pop("mscale", None), left.pop("mscale_all_dim", None)
+    stretch = 0.1 * math.log(max(left["factor"], 1.0))
+    if turned and every and left.get("attention_factor") is None:
+        left["attention_factor"] = (turned * stretch + 1) / (every * stretch + 1)
+    return left, (every * stretch + 1) ** 2 if every else 1.0
+
+
+def adapt(name: str, tensor: Tensor, theirs: Any) -> Tensor:
+    """A tensor of theirs with the rows that RoPE turns in our order."""
+    if not getattr(theirs, "rope_interleave", True):  # V2 has no such switch: always interleaved
+        return tensor
+    part = name.removesuffix(".weight").rpartition(".")[2]
+    if part in ("q_proj", "q_b_proj"):
+        return half_split(tensor, theirs.qk_rope_head_dim, theirs.num_attention_heads)
+    return half_split(tensor, theirs.qk_rope_head_dim) if part == "kv_a_proj_with_mqa" else tensor
+
+
+def half_split(weight: Float[Tensor, "N M"], rope_dim: int, n_heads: int = 1) -> Float[Tensor, "N M"]:
+    """Of every head's rows the last ``rope_dim`` from the order 0, 1, 2, 3, … to 0, 2, 4, … 1, 3, 5, …"""
+    return _reorder(weight, rope_dim, n_heads, (-1, 2))
+
+
+def interleave(weight: Float[Tensor, "N M"], rope_dim: int, n_heads: int = 1) -> Float[Tensor, "N M"]:
+    """The inverse of ``half_split``."""
+    return _reorder(weight, rope_dim, n_heads, (2, -1))
+
+
+def _reorder(weight: Tensor, rope_dim: int, n_heads: int, pairs: tuple[int, int]) -> Tensor:
+    rows = len(weight) // expect.divides("n_heads", n_heads, "rows", len(weight))
+    expect.at_most("rope_dim", expect.positive("rope_dim", rope_dim), rows, "rows of a head")
+    still, turned = weight.unflatten(0, (n_heads, -1)).split((rows - rope_dim, rope_dim), dim=1)
+    turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat((still, turned), dim=1).flatten(0, 1)
+
+
+FAMILIES["deepseek_v2"] = FAMILIES["deepseek_v3"] = Family(DEEPSEEK, deepseek, adapt)

@@ -1,0 +1,74 @@
+"""The tables that ``kvlearn study`` prints."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from kvlearn.study.routing import compare
+
+STORED, READ = "bytes_stored_per_token", "bytes_read_per_token"
+
+
+def conversion_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line a run: loss on the corpus before and after, how far above the control on each text, the cost."""
+    texts = list(rows[0]["losses"])
+    columns = [f"{texts[0]} before", "after", *(f"above full: {text}" for text in texts)]
+    table = _table(
+        "Converted, then trained on: loss in nats a byte on held-out text, ± one standard error over windows",
+        ["run", *columns, "stored", "read", "seconds"],
+    )
+    for name in dict.fromkeys(row["run"] for row in rows):
+        curve = [row for row in rows if row["run"] == name]
+        first, last = curve[0], curve[-1]
+        table.add_row(
+            name,
+            *(f"{row['losses'][texts[0]]['loss']:.3f}" for row in (first, last)),
+            *(
+                _with_error(last["losses"][text]["excess"], last["losses"][text]["excess_error"])
+                for text in texts
+            ),
+            f"{last[STORED]} B",
+            f"{last[READ]} B",
+            f"{sum(row['seconds'] for row in curve):.0f}",
+        )
+    return table
+
+
+def routing_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line a kind: its loss, and how far that is above grouped attention's, with errors over the seeds."""
+    n_seeds = len({row["seed"] for row in rows})
+    table = _table(
+        f"Trained from nothing: loss in nats a byte on held-out text, ± standard error over {n_seeds} seeds",
+        ["run", "loss", "above gqa", "stored", "read", "seconds a run"],
+    )
+    for kind, numbers in compare(rows).items():
+        runs = [row for row in rows if row["run"] == kind]
+        table.add_row(
+            kind,
+            _with_error(*numbers["loss"]),
+            _with_error(*numbers["above_gqa"]),
+            f"{runs[0][STORED]} B",
+            f"{runs[0][READ]} B",
+            f"{sum(row['seconds'] for row in runs) / len(runs):.0f}",
+        )
+    return table
+
+
+def show(table: Table, console: Console) -> None:
+    """Print ``table`` whole: a log's lines may be longer than a terminal's."""
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    caption = "stored and read: bytes of cache a token, all layers, 16-bit numbers"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "run" else "right")
+    return table
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
