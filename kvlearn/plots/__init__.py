@@ -10,7 +10,7 @@ from kvlearn.plots.full_attention import (
 )
 from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
 from kvlearn.plots.layers import across_layers
-from kvlearn.plots.losses import conversion_curves, loss_over_rank
+from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.picture import COLOURS, Picture
 from kvlearn.plots.shared import pools, stored_and_read
@@ -38,4 +38,5 @@ __all__ = [
     "squeeze",
     "step_times",
     "stored_and_read",
+    "uptraining",
 ]

@@ -45,6 +45,37 @@ def conversion_curves(
     return Picture(figure, f"{alt}.", {"curves": {text: dict(named) for text, named in curves.items()}})
 
 
+def uptraining(
+    rows: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    *,
+    control: str = "full",
+    texts: Sequence[str] = ("sympy", "prose"),
+    family: str = "shared",
+) -> Picture:
+    """``conversion_curves`` of recorded runs: ``rows`` as ``kvlearn study convert`` keeps them.
+
+    ``names`` says which runs to draw, and how to call them. The run ``control`` is drawn too, and gives the
+    loss of the model before it was trained on.
+    """
+    labels = {**names, control: f"{control}, trained on"}
+    for name in labels:
+        expect.one_of("names", name, {row["run"] for row in rows})
+    curves = {
+        text: {
+            label: [
+                (row["tokens"], row["losses"][text]["loss"], row["losses"][text]["error"])
+                for row in rows
+                if row["run"] == run
+            ]
+            for run, label in labels.items()
+        }
+        for text in texts
+    }
+    base = {text: min(named[labels[control]])[1] for text, named in curves.items()}
+    return conversion_curves(curves, control=labels[control], base=base, family=family)
+
+
 def loss_over_rank(
     curves: Mapping[str, Points],
     *,

@@ -199,8 +199,10 @@ def test_a_latent_no_wider_than_a_head_is_always_absorbed() -> None:
 
 
 def test_without_a_past_nothing_is_gained_by_absorbing() -> None:
+    """And where nothing is lost either, R = D, the plain road is taken."""
     for new in (1, 10, 10_000):
         assert not absorbed_wins(8, 64, 128, 32, new=new)
+        assert not absorbed_wins(8, 64, 64, 32, new=new)
 
 
 @pytest.mark.usefixtures("doors")
@@ -242,6 +244,9 @@ def test_a_layer_takes_the_road_with_fewer_flops(name: str, monkeypatch: pytest.
         layer(tokens(3))
         layer(tokens(3), cache)
     assert taken == ["absorbed", "absorbed", "naive", "naive"]
+    taken.clear()
+    tiny(name, rank=4)(tokens(3))  # training takes the naive road though the absorbed one has fewer
+    assert taken == ["naive"]
 
 
 def test_rotated_keys_cannot_be_absorbed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +342,12 @@ def test_the_default_keeps_an_eighth_of_what_full_attention_keeps() -> None:
     assert 8 * without_positions.cache_bytes(100) == full.cache_bytes(100)
     assert 8 * without_positions.read_bytes(100) == full.read_bytes(100)
     assert MultiHeadCompression(64, 8).cache_bytes(10, batch=3, dtype=torch.float16) == 3 * 10 * (16 + 4) * 2
+
+
+@pytest.mark.parametrize(("head_dim", "rope_dim"), [(1, 2), (2, 2), (6, 2), (8, 4), (10, 4), (64, 32)])
+def test_positions_take_half_a_head_made_even(head_dim: int, rope_dim: int) -> None:
+    assert MultiHeadCompression(8, 2, head_dim=head_dim).rope_dim == rope_dim
+    assert MultiHeadCompression(8, 2, head_dim=head_dim, rope=None).rope_dim == 0
 
 
 def test_the_papers_sizes_are_mlas_defaults() -> None:

@@ -144,6 +144,15 @@ def test_a_step_or_a_chunk_copies_no_keys_and_values(n_tokens: int, apart: bool,
     assert 0 < seen.largest < k.numel(), seen.by
 
 
+@pytest.mark.usefixtures("threads")
+def test_a_step_of_rows_that_stand_together_needs_no_mask() -> None:
+    H, G, S, D = 6, 2, 500, 16
+    q, k, v = draw(2, H, 1, D), draw(2, G, S, D, seed=1), draw(2, G, S, D, seed=2)
+    with Allocated(q, k, v) as seen:
+        causal_attention(q, k, v, torch.tensor([[S - 1]]))
+    assert seen.largest == q.numel(), seen.by  # the output
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_whole_pass_makes_no_heads_of_its_pools(batch: int) -> None:
     H, G, S, D = 12, 3, 200, 32
@@ -565,3 +574,17 @@ def test_a_source_for_another_number_of_pools_is_refused_by_name(name: str) -> N
     )
     with pytest.raises(ValueError, match=rf"source.k: expected shape \(2, {reader.n_kv_heads}, tokens, 8\)"):
         reader(x, source=other.kv(x))
+
+
+@pytest.mark.parametrize("name", SHARERS)
+@pytest.mark.usefixtures("doors")
+def test_keys_and_values_for_others_are_made_behind_the_same_door(name: str) -> None:
+    """``kv`` is called by itself for a layer that others read."""
+    layer = sharp(REGISTRY[name].tiny())
+    x = draw(2, 4, 24)
+    with pytest.raises(TypeError, match="cache: expected KVCache, got NoCache"):
+        layer.kv(x, NoCache(2, 9, "cpu"))
+    with pytest.raises(ValueError, match="x: expected the cache's batch of 3, got 2"):
+        layer.kv(x, layer.new_cache(3, 9))
+    with pytest.raises(ValueError, match="x: expected shape"):
+        layer.kv(x[..., 1:])

@@ -1,5 +1,7 @@
 """Figures are drawn from data, and the data are right."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,21 @@ def kernel_traces() -> dict[str, Trace]:
         with trace(k=k, v=v) as traces[name]:
             STAGES[name].decode(q, k, v, 128)
     return traces
+
+
+def recorded(*runs: str) -> list[dict[str, Any]]:
+    """Rows as ``kvlearn study convert`` keeps them: the loss falls by 0.5 from a start of 2, 3 …"""
+    return [
+        {
+            "run": run,
+            "tokens": tokens,
+            "losses": {
+                text: {"loss": 2 + i - tokens / 2000, "error": 0.1} for text in ("sympy", "networkx", "prose")
+            },
+        }
+        for i, run in enumerate(runs)
+        for tokens in (0, 1000)
+    ]
 
 
 PICTURES = {
@@ -63,6 +80,7 @@ PICTURES = {
         control="control",
         base={"Python": 1.2, "prose": 2.5},
     ),
+    "uptraining": lambda: plots.uptraining(recorded("full", "pool"), {"pool": "mean"}),
     "squeeze": plots.squeeze,
     "roads": lambda: plots.roads(
         [1, 64],
@@ -177,3 +195,18 @@ def test_the_program_that_merges_in_v5_is_marked_where_its_workspace_is_traced()
 def test_the_roofline_shows_what_was_achieved() -> None:
     achieved = PICTURES["on_the_roofline"]().data["achieved"]
     assert achieved == {"prefill": pytest.approx(1e9 / 0.002), "decode": pytest.approx(1e6 / 0.002)}
+
+
+def test_recorded_uptraining_is_drawn_as_recorded() -> None:
+    curves = plots.uptraining(recorded("full", "pool"), {"pool": "mean"}, texts=["prose"]).data["curves"]
+    assert curves == {
+        "prose": {
+            "mean": [(0, 3.0, 0.1), (1000, 2.5, 0.1)],
+            "full, trained on": [(0, 2.0, 0.1), (1000, 1.5, 0.1)],
+        }
+    }
+
+
+def test_runs_that_were_not_recorded_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"names: expected one of .*'pool'.*; got 'pond'"):
+        plots.uptraining(recorded("full", "pool"), {"pond": "mean"})

@@ -148,7 +148,8 @@ def test_so_does_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     program = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_conversion as t\n"
-        "t.torch.set_num_threads(1); t.torch.manual_seed(0); t.uptrain(t.Decoder(t.SMALL), share=3.0, checkpoint=sys.argv[1])\n"
+        "t.torch.set_num_threads(1); t.torch.manual_seed(0)\n"
+        "t.uptrain(t.Decoder(t.SMALL), share=3.0, checkpoint=sys.argv[1])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(path), str(Path(__file__).parent)])
     deadline = time.monotonic() + 60
