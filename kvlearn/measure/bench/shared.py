@@ -81,7 +81,7 @@ def conversion_rows(device: torch.device) -> Iterator[Row]:
         "gqa 4x, mean": partial(pooled, n_heads // 4),
         "mhc 8x, activations": partial(squeezed, width // 8),
     }
-    by_turns = compare(conversions, rounds=5)
+    by_turns = compare(conversions, rounds=3)
     for name in conversions:
         found = {
             "what": "conversion",
