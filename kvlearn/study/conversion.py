@@ -8,6 +8,7 @@ Source: Ainslie et al., "GQA" (2023), sections 2.1 and 3.3: 5% of the original t
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,11 +44,12 @@ RUNS: dict[str, tuple[Layers, str]] = {
 
 
 class Conversion(NamedTuple):
-    """The converted and trained model; its loss from before the first step to the last; what it took."""
+    """The converted and trained model; its loss from before the first step to the last; how it was made."""
 
     model: Decoder
     curve: list[Point]
     seconds: float  # of the conversion alone
+    training: TrainConfig
 
 
 def convert_and_uptrain(
@@ -100,7 +102,7 @@ def convert_and_uptrain(
         checkpoint=checkpoint,
         progress=progress,
     )
-    return Conversion(model, curve, seconds)
+    return Conversion(model, curve, seconds, config)
 
 
 def study_conversions(
@@ -131,6 +133,7 @@ def study_conversions(
                 "layers": [repr(spec) for spec in result.model.config.specs],
                 "init": init,
                 "seed": seed,
+                "training": asdict(result.training),
                 "parameters": result.model.n_parameters,
                 "bytes_stored_per_token": memory["stored"],
                 "bytes_read_per_token": memory["read"],

@@ -249,6 +249,12 @@ def test_a_layer_takes_the_road_with_fewer_flops(name: str, monkeypatch: pytest.
     assert taken == ["naive"]
 
 
+def test_the_width_of_values_counts_in_the_choice() -> None:
+    """D + Dv = 2R: always absorbed; with values as narrow as keys, up to 16 new tokens."""
+    assert tiny("mla", rank=16, v_head_dim=24).absorbs(100, 40)
+    assert not tiny("mla", rank=16).absorbs(100, 40)
+
+
 def test_rotated_keys_cannot_be_absorbed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, taken = tiny("mhc", rope_dim=0), spied(monkeypatch)
     assert not layer.absorbable
@@ -415,17 +421,17 @@ def test_each_head_reaches_every_other_in_the_transformer() -> None:
             assert (compressor(changed) - compressor(heads)).abs().max() > 1e-3
 
 
-def test_heads_are_told_apart_by_their_embedding() -> None:
-    """Two heads that hold the same vector come out of the layer differently."""
+@pytest.mark.parametrize("silent", ["mix_proj", "narrow_proj"])
+def test_heads_are_told_apart_by_their_embedding(silent: str) -> None:
+    """In the MLP, and in the attention: with the other silent, what the layer says of a head depends on which
+    it is."""
     compressor = tiny("mhc_transformer").compressor
-    same = torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).expand(6, 8)
+    heads = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        compressor.latent_proj.weight.zero_()
-        compressor.latent_proj.weight[:8, :8] = torch.eye(8)
-        compressor.latent_proj.weight[:8, -8:] = -torch.eye(8)
-        assert compressor(same)[:8].abs().max() > 1e-2
+        getattr(compressor, silent).weight.zero_()
+        told = compressor(heads)
         compressor.which.zero_()
-        assert compressor(same)[:8].abs().max() < 1e-6
+        assert (compressor(heads) - told).abs().max() > 1e-2
 
 
 # The decode hook

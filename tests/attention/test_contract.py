@@ -66,7 +66,7 @@ def mostly_close(layer: Mechanism, got: Tensor, expected: Tensor, tolerance: flo
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """To ``tolerance``; of the largest number, where that is above 1: sums round by the size of their terms."""
+    """To ``tolerance``; of the largest number, where that is above 1: sums round as their terms are large."""
     atol = tolerance * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(got.float(), expected.float(), atol=atol, rtol=tolerance)
 

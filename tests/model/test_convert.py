@@ -11,7 +11,7 @@ from torch import Tensor
 from kvlearn.attention import LinearScaling, RopeConfig, YarnScaling
 from kvlearn.model import Decoder, ModelConfig, Spec, convert, load, save
 from kvlearn.model.convert import second_moments
-from kvlearn.model.low_rank import as_pairs, best_latent, from_pairs
+from kvlearn.model.low_rank import as_pairs, best_latent, from_pairs, shared_rotary_key
 from kvlearn.study import base_model, corpus, windows
 
 SMALL = ModelConfig(vocab_size=32, d_model=24, n_layers=3, n_heads=4, head_dim=8, d_ff=32)
@@ -198,6 +198,20 @@ def test_heads_whose_fast_keys_are_proportional_lose_nothing_by_sharing_one(
         assert largest_change(converted, model) < 1e-3
         frequencies = converted.mixers[0].rope.omega
         torch.testing.assert_close(frequencies, model.mixers[0].rope.omega[: rope_dim // 2])
+
+
+def test_what_sharing_leaves_of_a_pair_loses_its_rotation_but_the_fastest_is_dropped() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(4, 8, 10, dtype=torch.float64), torch.randn(4, 8, 10, dtype=torch.float64)
+    shared = shared_rotary_key(q, k, torch.eye(10, dtype=torch.float64), rope_dim=4)
+    left, pairs, key = as_pairs(shared.rest), as_pairs(k), as_pairs(shared.key)
+    assert left[:, 0].abs().max() == 0
+    assert torch.equal(left[:, 2:], pairs[:, 2:])  # the slow ones, whole
+    proportional = (pairs - left)[:, 1]
+    factors = proportional / key[1]
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors))
+    # The best approximation of rank one leaves what the other singular values hold.
+    torch.testing.assert_close(left[:, 1].norm(), torch.linalg.svdvals(pairs[:, 1])[1:].norm())
 
 
 def test_second_moments_are_those_of_each_layers_input() -> None:

@@ -122,11 +122,11 @@ def test_any_cutting_gives_the_logits_of_one_pass(name: str) -> None:
 
 
 @every_stack
-@pytest.mark.parametrize("chunk", [None, 1, 4])
-def test_generation_with_the_cache_is_generation_without(name: str, chunk: int | None) -> None:
+def test_generation_with_the_cache_is_generation_without(name: str) -> None:
     model = decoder(config(name))
-    expected = model.generate(prompt(), 15, use_cache=False)
-    assert torch.equal(model.generate(prompt(), 15, chunk=chunk), expected)
+    expected = model.generate(prompt(), 10, use_cache=False)
+    for chunk in (None, 1, 4):
+        assert torch.equal(model.generate(prompt(), 10, chunk=chunk), expected)
 
 
 @every_stack

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,25 @@ def test_routing_is_compared_seed_by_seed() -> None:
     numbers = compare(rows)
     assert numbers["gqa"]["loss"] == pytest.approx((2.0, 3**-0.5))
     assert numbers["routed"]["above_gqa"] == pytest.approx((0.1, 0.0))
+
+
+def test_the_command_prints_the_table_and_records_the_rows(
+    base: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny() -> Iterator[list[dict[str, Any]]]:
+        return study_conversions(base, {"full": (["full"], "first")}, folder=tmp_path, **SETTINGS)
+
+    monkeypatch.setattr("kvlearn.study.study_conversions", tiny)
+    monkeypatch.setattr("kvlearn.measure.provenance.collect_provenance", lambda: PROVENANCE)
+    monkeypatch.setattr("kvlearn.measure.results.results_folders", lambda: [tmp_path])
+    told = CliRunner().invoke(app, ["study", "convert"])
+    assert told.exit_code == 0
+    assert "192 B" in told.output
+    assert not list(tmp_path.glob("*.json"))
+    assert "recorded in" in CliRunner().invoke(app, ["study", "convert", "--record"]).output
+    recorded = results.read(tmp_path / "convert-some-machine.json")
+    assert recorded.command == "kvlearn study convert --record"
+    assert recorded.rows[0]["training"]["lr"] == SETTINGS["lr"]
 
 
 def test_only_studies_with_rows_can_be_recorded() -> None:
