@@ -408,6 +408,24 @@ def test_the_transformer_is_not_linear_and_contains_the_linear_map() -> None:
     torch.testing.assert_close(layer.compress(x).latent, x @ linear.T, atol=1e-5, rtol=1e-4)
 
 
+def test_the_compressor_is_its_equation() -> None:
+    """A pre-norm transformer layer, a head at a time."""
+    c, heads = tiny("mhc_transformer").compressor.double(), torch.randn(6, 8, dtype=torch.float64)
+    with torch.no_grad():
+        projected = [
+            c.qkv_proj(c.attention_norm(h + e)).chunk(3) for h, e in zip(heads, c.which, strict=True)
+        ]
+        mixed = []
+        for n, head in enumerate(heads):
+            scores = torch.stack([projected[n][0] @ k for _, k, _ in projected]) / 8**0.5
+            mixed.append(head + c.mix_proj(scores.softmax(0) @ torch.stack([v for *_, v in projected])))
+        out = [
+            h + c.narrow_proj(nn.functional.gelu(c.widen_proj(c.mlp_norm(h + e))))
+            for h, e in zip(mixed, c.which, strict=True)
+        ]
+        torch.testing.assert_close(c(heads), c.latent_proj(torch.cat(out)))
+
+
 def test_each_head_reaches_every_other_in_the_transformer() -> None:
     """Through attention alone: the output of one head's place follows a change in another's."""
     compressor = tiny("mhc_transformer").compressor

@@ -15,6 +15,9 @@ from kvlearn.attention.rope import RopeConfig
 from kvlearn.attention.shared.routing import one_hot_choice
 
 
+MARGIN = 0.1  # by which a route leads at first: a training of some hundred steps can overturn it
+
+
 @register("routed")
 class RoutedAttention(KVAttention):
     """Grouped attention whose assignment of query heads to pools is learned: head h reads argmax_g logits_hg.
@@ -40,7 +43,7 @@ class RoutedAttention(KVAttention):
     ) -> None:
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
         expect.at_most("n_kv_heads", n_kv_heads, n_heads, "n_heads: each pool needs a reader")
-        self.route_logits = nn.Parameter(torch.eye(n_kv_heads)[super().pools])  # neighbours, to begin with
+        self.route_logits = nn.Parameter(MARGIN * torch.eye(n_kv_heads)[super().pools])  # neighbours
 
     @property
     def pools(self) -> list[int]:
@@ -48,7 +51,7 @@ class RoutedAttention(KVAttention):
         return self.route_logits.argmax(-1).tolist()
 
     def route(self, pools: list[int]) -> None:
-        """Let head h read pool ``pools[h]``, by the margin of 1 that a new layer has too.
+        """Let head h read pool ``pools[h]``, by the margin that a new layer has too.
 
         Raises ValueError for another number of heads, or a pool that does not exist.
         """
@@ -58,18 +61,16 @@ class RoutedAttention(KVAttention):
             expect.at_least(f"pools[{h}]", pool, 0)
             expect.at_most(f"pools[{h}]", pool, self.n_kv_heads - 1, f"n_kv_heads={self.n_kv_heads}, from 0")
         with torch.no_grad():
-            self.route_logits.copy_(torch.eye(self.n_kv_heads)[pools])
+            self.route_logits.copy_(MARGIN * torch.eye(self.n_kv_heads)[pools])
 
     def choice(self) -> Float[Tensor, "H G"]:
-        """1 where a head reads a pool; drawn at random while training."""
-        return one_hot_choice(self.route_logits, noisy=self.training)
+        """1 where a head reads a pool."""
+        return one_hot_choice(self.route_logits)
 
     def attend(
         self, attention: Attend, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
     ) -> Float[Tensor, "B H T D"]:
-        if (
-            torch.is_grad_enabled()
-        ):  # the choice must be part of the graph, at the price of H heads of K and V
+        if torch.is_grad_enabled():  # the choice joins the graph, at the price of H heads of K and V
             choice = self.choice().to(q.dtype)
             k, v = (torch.einsum("hg, bgsd -> bhsd", choice, pool.to(q.dtype)) for pool in (k, v))
             return attention(q, k, v, positions)

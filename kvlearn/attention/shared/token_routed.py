@@ -45,9 +45,9 @@ class TokenRoutedAttention(KVAttention):
         self.router = nn.Linear(d_model, n_heads * n_kv_heads, bias=False)
 
     def choice(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H G T 1"]:
-        """1 where a head of a token reads a pool; drawn at random while training."""
+        """1 where a head of a token reads a pool."""
         logits = self.router(x).unflatten(-1, (self.n_heads, self.n_kv_heads))
-        return one_hot_choice(logits, noisy=self.training).movedim(1, 3)[..., None]
+        return one_hot_choice(logits).movedim(1, 3)[..., None]
 
     def attend(
         self, attention: Attend, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor

@@ -135,7 +135,7 @@ def strictly_less(config: Config, budget_gib: float, batch: int, max_len: int) -
     caches are often round numbers, so this case is not rare."""
     numbers, most = allowed(config, budget_gib, batch, max_len)
     if numbers == STEP:
-        return reranked(config, STEP)
+        raise ValueError("budget_gib: too small for rank 64")
     return reranked(config, int(min(-(-numbers // STEP) - 1, most // STEP)) * STEP)
 
 

@@ -76,14 +76,14 @@ def same_but_for_scale(t: Trial, decoupled_scores: Answer, inputs: Inputs) -> No
     t.close(got, want, tolerance=1e-3)
 
 
-@EXERCISE.requirement(1, "the content alone, whatever its scale")
+@EXERCISE.requirement(1, "the content alone, whatever its scale", rounds=2)
 def content(t: Trial, decoupled_scores: Answer) -> None:
     """some multiple of q · k, of shape (B, H, T, S), where the rotary query is zero"""
     q, q_rope, k, k_rope, positions = draw(t, "later")
     same_but_for_scale(t, decoupled_scores, (q, 0 * q_rope, k, k_rope, positions))
 
 
-@EXERCISE.requirement(1, "the position alone, whatever its scale")
+@EXERCISE.requirement(1, "the position alone, whatever its scale", rounds=2)
 def position(t: Trial, decoupled_scores: Answer) -> None:
     """some multiple of rotated q_rope · rotated k_rope, the same key for all heads, where q is zero"""
     q, q_rope, k, k_rope, positions = draw(t)

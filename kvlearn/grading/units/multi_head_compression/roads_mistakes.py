@@ -152,7 +152,7 @@ def longer(H: int, D: int, R: int, Dr: int, S: int, T: int) -> Answer:
     return {
         "naive": naive(T),
         "absorbed": absorbed(T),
-        "largest_T": next((n for n in range(20_000) if absorbed(n + 1) >= naive(n + 1)), None),
+        "largest_T": next((n for n in range(2_000) if absorbed(n + 1) >= naive(n + 1)), None),
     }
 
 

@@ -92,7 +92,7 @@ def hard(t: Trial, latent_step: Answer) -> None:
     t.unchanged()
 
 
-@EXERCISE.requirement(2, "never the keys or values of every head")
+@EXERCISE.requirement(2, "never the keys or values of every head", rounds=1)
 def small(t: Trial, latent_step: Answer) -> None:
     """right, and no tensor on the way that holds D numbers for each token, or the latents once for each
     head"""
