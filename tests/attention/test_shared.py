@@ -358,17 +358,6 @@ def test_training_computes_what_inference_computes(kind: type[Mechanism]) -> Non
     assert torch.equal(layer.train()(x), expected)
 
 
-@torch.no_grad()
-def test_a_token_draws_its_pools_by_their_probability() -> None:
-    layer, n = TokenRoutedAttention(24, 4, n_kv_heads=3).train(), 4000
-    layer.router.weight.mul_(4)
-    token = draw(1, 1, 24)
-    torch.manual_seed(0)
-    drawn = layer.choice(token.expand(1, n, -1))[0, ..., 0].mean(-1)  # (H, G)
-    probabilities = layer.router(token).reshape(4, 3).softmax(-1)
-    assert ((drawn - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / n).sqrt()).all()
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_route_learns_from_every_pool(training: bool) -> None:
     """Straight-through: also the pools that were not chosen get their share of the gradient."""

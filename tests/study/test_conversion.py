@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,25 @@ def test_one_call_converts_and_trains_on_a_share_of_the_tokens(base: Decoder) ->
 
 
 def test_the_curve_begins_with_the_converted_model_and_ends_with_the_returned_one(base: Decoder) -> None:
-    result = uptrain(base, ["full"])
+    random_state = torch.get_rng_state()
+    result = uptrain(base)
     again = train_and_measure(
         result.model, text(), TrainConfig(1, 4, 20), held_out=HELD_OUT, at=[], n_windows=6, progress=False
     )
     assert again[0].windows == result.curve[-1].windows
-    untouched = uptrain(base, ["full"], share=0.01)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    untouched = uptrain(base, share=0.01)
     assert untouched.curve[0].windows == result.curve[0].windows
+
+
+def test_what_is_measured_on_the_way_is_the_model_as_it_will_be_used() -> None:
+    """These tokens choose their pools at random, but only while they train."""
+    torch.manual_seed(0)
+    model = Decoder(replace(SMALL, layers=(Spec("token_routed", n_kv_heads=2),)))
+    measuring: dict[str, Any] = {"held_out": HELD_OUT, "n_windows": 6, "progress": False}
+    curve = train_and_measure(model, text(), TrainConfig(3, 4, 20), at=[], **measuring)
+    again = train_and_measure(model, text(), TrainConfig(1, 4, 20), at=[], **measuring)
+    assert again[0].windows == curve[-1].windows
 
 
 def test_another_seed_sees_other_batches_than_the_base_model_did(
@@ -261,7 +274,20 @@ def test_paragraphs_are_the_running_text_of_docstrings() -> None:
         "A graph is a set of nodes and a set of edges that join two nodes each, and",
         "may carry whatever else one wants to say about them.",
     ]
-    docstring = ["Short.", "", *running, "", "Parameters", "----------", "x : int", "", ">>> f()"]
+    listed = [f"    {line}" for line in running]
+    docstring = [
+        "Short.",
+        "",
+        *running,
+        "",
+        *listed,
+        "",
+        "Parameters",
+        "----------",
+        "x : int",
+        "",
+        ">>> f()",
+    ]
     source = ["def f():", '    """', *(f"    {line}" for line in docstring), '    """']
     assert paragraphs("\n".join(source)) == ["\n".join(running)]
 

@@ -14,7 +14,6 @@ from kvlearn.attention.kv_attention import Attend, KVAttention
 from kvlearn.attention.rope import RopeConfig
 from kvlearn.attention.shared.routing import one_hot_choice
 
-
 MARGIN = 0.1  # by which a route leads at first: a training of some hundred steps can overturn it
 
 
