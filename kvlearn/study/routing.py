@@ -21,7 +21,7 @@ from kvlearn.study.text import corpus
 from kvlearn.study.training import TrainConfig
 
 MODEL = ModelConfig(d_model=96, n_layers=2, n_heads=8)
-TRAINING = TrainConfig(steps=300, batch=16, length=128, lr=3e-3, warmup=30)
+TRAINING = TrainConfig(steps=300, batch=32, length=128, lr=3e-3, warmup=30)
 KINDS: dict[str, Spec] = {
     "full": Spec("full"),
     "gqa": Spec("gqa", n_kv_heads=2),
