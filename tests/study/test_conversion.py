@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +103,31 @@ def test_the_curve_begins_with_the_converted_model_and_ends_with_the_returned_on
     assert untouched.curve[0].windows == result.curve[0].windows
 
 
-def test_what_is_measured_on_the_way_is_the_model_as_it_will_be_used() -> None:
-    """These tokens choose their pools at random, but only while they train."""
+def test_the_model_is_measured_in_evaluation_mode_and_trained_in_training_mode() -> None:
     torch.manual_seed(0)
-    model = Decoder(replace(SMALL, layers=(Spec("token_routed", n_kv_heads=2),)))
-    measuring: dict[str, Any] = {"held_out": HELD_OUT, "n_windows": 6, "progress": False}
-    curve = train_and_measure(model, text(), TrainConfig(3, 4, 20), at=[], **measuring)
-    again = train_and_measure(model, text(), TrainConfig(1, 4, 20), at=[], **measuring)
-    assert again[0].windows == curve[-1].windows
+    model, seen = Decoder(SMALL), list[tuple[str, bool]]()
+    model.norm.register_forward_hook(lambda *_: seen.append(("forward", model.training)))
+
+    def at_step(_: int) -> None:
+        seen.append(("measured", model.training))
+
+    train(model, text(), TrainConfig(2, 4, 20), at_step=at_step, progress=False)
+    assert seen == [("forward", True), ("measured", False)] * 2
+    assert not model.training
+
+
+def test_what_a_layer_draws_in_training_follows_from_seed_and_step() -> None:
+    """So that a run that goes on draws what it would have drawn; and nobody else's draws change."""
+    histories = []
+    for before in (1, 2):
+        torch.manual_seed(0)
+        model = Decoder(SMALL)
+        model.norm.register_forward_hook(lambda _, __, out: out + torch.randn_like(out))
+        torch.manual_seed(before)
+        random_state = torch.get_rng_state()
+        histories.append(train(model, text(), TrainConfig(3, 4, 20), progress=False))
+        assert torch.equal(torch.get_rng_state(), random_state)
+    assert histories[0] == histories[1]
 
 
 def test_another_seed_sees_other_batches_than_the_base_model_did(
@@ -133,7 +149,6 @@ def test_another_seed_sees_other_batches_than_the_base_model_did(
 def test_an_interrupted_run_goes_on_to_the_same_curve(
     base: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a mechanism that draws at random while it is trained."""
     whole = uptrain(base)
     module, done = sys.modules["kvlearn.study.training"], list[int]()
     real = module._step
@@ -148,7 +163,6 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(
     with pytest.raises(KeyboardInterrupt):
         uptrain(base, checkpoint=tmp_path / "run.pt")
     monkeypatch.setattr(module, "_step", real)
-    torch.rand(7)  # what else drew in between must not matter
     resumed = uptrain(base, checkpoint=tmp_path / "run.pt")
     assert [point.windows for point in resumed.curve] == [point.windows for point in whole.curve]
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
