@@ -146,6 +146,14 @@ def test_the_same_weights_give_deepseeks_logits(kind: str, rope: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=3e-5, rtol=1e-4)
 
 
+def test_a_deepseek_may_share_its_embedding_with_its_output() -> None:
+    theirs = deepseek(tie_word_embeddings=True)
+    ours = kvlearn.from_transformers(theirs)
+    assert ours.config.tied
+    with torch.no_grad():
+        torch.testing.assert_close(ours(prompt()), theirs(prompt()).logits, atol=3e-5, rtol=1e-4)
+
+
 @every_kind
 @either_query
 def test_greedy_generation_is_deepseeks(kind: str, q_rank: int | None) -> None:
