@@ -16,6 +16,9 @@ from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfi
 from kvlearn.attention.shared.gqa import GroupedQueryAttention
 from kvlearn.attention.shared.routed import RoutedAttention
 from kvlearn.attention.shared.token_routed import TokenRoutedAttention
+from kvlearn.attention.sliding.ring import RingCache
+from kvlearn.attention.sliding.window import WindowAttention
+from kvlearn.attention.slots import SlotCache
 
 __all__ = [
     "KV",
@@ -36,10 +39,13 @@ __all__ = [
     "MultiHeadCompressionTransformer",
     "MultiHeadLatentAttention",
     "NoCache",
+    "RingCache",
     "Rope",
     "RopeConfig",
     "RoutedAttention",
+    "SlotCache",
     "TokenRoutedAttention",
+    "WindowAttention",
     "YarnScaling",
     "register",
 ]

@@ -1,7 +1,8 @@
 """What a layer keeps of the past: the base of every cache, and the cache of keys and values."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -86,15 +87,28 @@ class Cache(ABC):
             t.zero_()
 
 
-class KV(NamedTuple):
-    """Keys and values a layer attends to, and where its new tokens stand. Slot s holds position s.
+@dataclass(frozen=True)
+class KV:
+    """Keys and values a layer attends to, and where its new tokens stand: ``k, v, positions = kv``.
 
-    A layer hands these to another that reads them in place of its own (cross-layer sharing).
+    Slot s holds the key at position ``key_positions[..., s]``, -1 where it is empty; with None it holds
+    position s. A layer hands these to another that reads them in place of its own (cross-layer sharing).
     """
 
     k: Float[Tensor, "B G S D"]
     v: Float[Tensor, "B G S D"]
     positions: Int[Tensor, "#B T"]
+    key_positions: Int[Tensor, "#B S"] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.k, self.v, self.positions))
+
+    @property
+    def places(self) -> Int[Tensor, "#B S"]:
+        """``key_positions``, written out where they are the slots' numbers."""
+        if self.key_positions is not None:
+            return self.key_positions
+        return torch.arange(self.k.shape[2], device=self.k.device)[None]
 
 
 class KVCache(Cache):

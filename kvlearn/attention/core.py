@@ -67,15 +67,29 @@ def causal_attention(
 
     Where all rows stand at the same positions, those must be the last T of S. Two cases then need no mask:
     one new token, which sees everything, and a sequence from its start, for which SDPA builds none itself.
+    """
+    S = k.shape[2]
+    together = len(positions) == 1
+    mask = None if together and q.shape[2] in (1, S) else visible(positions, S)
+    return grouped_attention(q, k, v, mask, scale, is_causal=mask is None and q.shape[2] > 1)
 
-    G divides H, and H/G neighbouring query heads read one KV head. Keys and values are not copied for them: a
-    step turns the heads of a pool into the rows of one matrix of queries, so that each key is fetched once;
-    a longer pass makes a batch of the pools and shows each to all its heads.
+
+def grouped_attention(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S Dv"],
+    mask: Bool[Tensor, "#B 1 #T S"] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "B H T Dv"]:
+    """PyTorch's SDPA of H query heads over G KV heads: H/G neighbouring query heads read one KV head.
+
+    Keys and values are not copied for them: a step turns the heads of a pool into the rows of one matrix of
+    queries, so that each key is fetched once; a longer pass makes a batch of the pools and shows each to all
+    its heads. G must divide H.
     """
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    together = len(positions) == 1
-    mask = None if together and T in (1, S) else visible(positions, S)
     parts = _parts(B * G, H // G, q.device) if T == 1 else H // G
     if parts == 1:
         q = q.reshape(B, G, -1, D)
@@ -83,7 +97,6 @@ def causal_attention(
         q = q.reshape(B * G, parts, -1, D)
         k, v = (x.reshape(B * G, 1, S, -1).expand(-1, parts, -1, -1) for x in (k, v))
         mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, 0)
-    is_causal = mask is None and T > 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     return out.reshape(B, H, T, -1)
 
@@ -129,6 +142,21 @@ def attend_partial(
     return Partial(weights @ v, lse)
 
 
+def grouped_partial(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S Dv"],
+    mask: Bool[Tensor, "#B 1 #T S"] | None = None,
+    scale: float | None = None,
+) -> Partial:
+    """``attend_partial`` of H query heads over G KV heads: the heads of a pool are the rows of one matrix."""
+    B, H, T, _ = q.shape
+    n = H // k.shape[1]
+    rows = None if mask is None else mask.expand(-1, -1, T, -1).repeat(1, 1, n, 1)
+    out, lse = attend_partial(q.reshape(B, -1, n * T, q.shape[3]), k, v, rows, scale)
+    return Partial(out.reshape(B, H, T, -1), lse.reshape(B, H, T))
+
+
 def merge(a: Partial, b: Partial) -> Partial:
     """Two partial results over disjoint keys, as one: each output weighs exp(its lse - the common lse).
 
@@ -158,6 +186,17 @@ def blockwise_attention(
     blocks = (slice(start, start + block) for start in range(0, k.shape[2], block))
     parts = (attend_partial(q, k[:, :, b], v[:, :, b], mask[..., b], scale) for b in blocks)
     return merge_all(parts).out.to(q.dtype)
+
+
+def with_sinks(part: Partial, sink_logits: Float[Tensor, "H"]) -> Float[Tensor, "B H T Dv"]:
+    """The output where each head's softmax has one more logit, which nothing of value belongs to.
+
+        softmax over [scores, s], without the last weight:   out · e^lse / (e^lse + e^s) = out · σ(lse - s)
+
+    A head that finds nothing can so put its weight nowhere. Source: OpenAI, "gpt-oss" (2025), section 2.2;
+    Miller, "Attention Is Off By One" (2023), is the case s = 0.
+    """
+    return part.out * torch.sigmoid(part.lse - upcast(sink_logits)[:, None])[..., None]
 
 
 def upcast(x: Tensor) -> Tensor:

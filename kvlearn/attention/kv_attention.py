@@ -6,7 +6,7 @@ H query heads read G KV heads. What the mechanisms differ in is G, and which KV 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvlearn import expect
@@ -17,8 +17,8 @@ from kvlearn.attention.rope import Rope, RopeConfig
 
 # One token a row over its cache: q (B, H, D), keys and values (B, G, S, D), lengths (B,) int32 -> (B, H, D).
 DecodeStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Queries at positions over keys and values, as causal_attention: q, k, v, positions -> (B, H, T, D).
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Queries (B, H, T, D) over keys and values, to the heads' outputs (B, H, T, D).
+Attend = Callable[[Tensor, KV], Tensor]
 
 
 class KVAttention(Mechanism):
@@ -32,6 +32,7 @@ class KVAttention(Mechanism):
     """
 
     decode: DecodeStep | None = None
+    cache_kind: type[Cache] = KVCache
 
     def __init__(
         self,
@@ -60,44 +61,41 @@ class KVAttention(Mechanism):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        self.check(x, cache, NoCache if self.reader else KVCache)
+        self.check(x, cache, NoCache if self.reader else self.cache_kind)
         own = source is None and not self.reader
-        k, v, positions = self.kv(x, cache) if own else self.check_source(source, x)
-        q = self.rotate(split_heads(self.q_proj(x), self.n_heads), positions)
+        kv = self.kv(x, cache) if own else self.check_source(source, x)
+        q = self.rotate(split_heads(self.q_proj(x), self.n_heads), kv.positions)
         one_token = self.decode is not None and cache is not None and x.shape[1] == 1
-        heads = self.attend(self.step if one_token else self.pass_over, x, q, k, v, positions)
+        heads = self.attend(self.step if one_token else self.pass_over, x, q, kv)
         return self.o_proj(merge_heads(heads))
 
-    def attend(
-        self, attention: Attend, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
-    ) -> Float[Tensor, "B H T D"]:
+    def attend(self, attention: Attend, x: Tensor, q: Tensor, kv: KV) -> Float[Tensor, "B H T D"]:
         """Every query head over the KV head it reads. (``x`` is for those who choose it by the token.)"""
-        return attention(q, k, v, positions)
+        return attention(q, kv)
 
-    def pass_over(
-        self, q: Float[Tensor, "B H T D"], k: Tensor, v: Tensor, positions: Tensor
-    ) -> Float[Tensor, "B H T D"]:
+    def pass_over(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
         """Any number of tokens, by PyTorch."""
-        return causal_attention(q, k.to(q.dtype), v.to(q.dtype), positions)
+        return causal_attention(q, kv.k.to(q.dtype), kv.v.to(q.dtype), kv.positions)
 
-    def step(
-        self, q: Float[Tensor, "B H 1 D"], k: Tensor, v: Tensor, positions: Tensor
-    ) -> Float[Tensor, "B H 1 D"]:
+    def step(self, q: Float[Tensor, "B H 1 D"], kv: KV) -> Float[Tensor, "B H 1 D"]:
         """One token, by ``decode``."""
         assert self.decode is not None
-        lengths = (positions[:, 0] + 1).expand(len(q)).to(torch.int32)
-        return self.decode(q[:, :, 0], k, v, lengths).unsqueeze(2)
+        return self.decode(q[:, :, 0], kv.k, kv.v, self.step_lengths(q, kv)).unsqueeze(2)
+
+    def step_lengths(self, q: Tensor, kv: KV) -> Int[Tensor, "B"]:
+        """How many slots of each row hold something; they are its first ones."""
+        return (kv.positions[:, 0] + 1).clamp_max(kv.k.shape[2]).expand(len(q)).to(torch.int32)
 
     def kv(self, x: Float[Tensor, "B T M"], cache: Cache | None = None) -> KV:
         if self.reader:
             raise TypeError("source: this layer is a reader; it has no keys and values of its own")
-        self.check(x, cache, KVCache)
+        self.check(x, cache, self.cache_kind)
         positions = (
             torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.positions(x.shape[1])
         )
         k = self.rotate(split_heads(self.k_proj(x), self.n_kv_heads), positions)
         v = split_heads(self.v_proj(x), self.n_kv_heads)
-        return cache.append(k, v) if isinstance(cache, KVCache) else KV(k, v, positions)
+        return KV(k, v, positions) if cache is None else cache.append(k, v)  # type: ignore[attr-defined]
 
     def check_source(self, source: KV | None, x: Tensor) -> KV:
         """The door for another layer's keys and values."""
@@ -105,6 +103,8 @@ class KVAttention(Mechanism):
         expect.tensor("source.k", kv.k, (len(x), self.n_kv_heads, "tokens", self.head_dim), device=x.device)
         expect.tensor("source.v", kv.v, tuple(kv.k.shape), device=x.device)
         expect.tensor("source.positions", kv.positions, ("1 or batch", x.shape[1]))
+        if kv.key_positions is not None:
+            expect.tensor("source.key_positions", kv.key_positions, ("1 or batch", kv.k.shape[2]))
         return kv
 
     def rotate(self, heads: Float[Tensor, "B H T D"], positions: Tensor) -> Float[Tensor, "B H T D"]:
@@ -117,9 +117,18 @@ class KVAttention(Mechanism):
         heads = torch.empty_like(q)
         for h, g in enumerate(self.pools):
             for t in range(x.shape[1]):
-                scores = torch.einsum("bd, bsd -> bs", q[:, h, t], k[:, g, : t + 1]) / self.head_dim**0.5
-                heads[:, h, t] = torch.einsum("bs, bsd -> bd", scores.softmax(-1), v[:, g, : t + 1])
+                seen = self.seen(t)
+                scores = torch.einsum("bd, bsd -> bs", q[:, h, t], k[:, g, seen]) / self.head_dim**0.5
+                heads[:, h, t] = torch.einsum("bs, bsd -> bd", self.weigh(scores, h), v[:, g, seen])
         return self.o_proj(merge_heads(heads).to(x.dtype))
+
+    def seen(self, t: int) -> list[int]:
+        """The positions that the token at position t attends to."""
+        return list(range(t + 1))
+
+    def weigh(self, scores: Float[Tensor, "B S"], h: int) -> Float[Tensor, "B S"]:
+        """The weights that head h gives by its scores."""
+        return scores.softmax(-1)
 
     def new_cache(
         self,
@@ -127,25 +136,35 @@ class KVAttention(Mechanism):
         max_len: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> KVCache | NoCache:
+    ) -> Cache:
         dtype, at = self.dtype_and_device(dtype, device)
         if self.reader:
             return NoCache(batch, max_len, at)
         return KVCache(batch, self.n_kv_heads, max_len, self.head_dim, dtype, at)
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """2 · B · G · max_len · D · bytes a number; of a reader, 0."""
-        return 0 if self.reader else self.kv_bytes(max_len, batch, dtype)
+        """2 · B · G · D · the tokens kept of ``max_len`` · bytes a number; of a reader, 0."""
+        kept = self.tokens_kept(expect.positive("max_len", max_len))
+        return 0 if self.reader else self.kv_bytes(kept, batch, dtype)
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """Everything stored so far, each KV head once for all who share it; of a reader, its owner's again.
+        """What the last of ``length`` tokens sees, each KV head once for all who share it; of a reader, its
+        owner's again.
 
         (PyTorch's attention wants one dtype: a cache in another than the weights' is converted at every step,
         which saves memory and costs time. A kernel can read it as it is.)
         """
-        return self.kv_bytes(length, batch, dtype)
+        return self.kv_bytes(self.tokens_read(expect.positive("length", length)), batch, dtype)
 
-    def kv_bytes(self, length: int, batch: int, dtype: torch.dtype | None) -> int:
-        """2 · B · G · length · D · bytes a number."""
+    def tokens_kept(self, max_len: int) -> int:
+        """How many tokens a cache for ``max_len`` has room for."""
+        return max_len
+
+    def tokens_read(self, length: int) -> int:
+        """How many tokens a step reads, at the last of ``length``."""
+        return length
+
+    def kv_bytes(self, tokens: int, batch: int, dtype: torch.dtype | None) -> int:
+        """2 · B · G · tokens · D · bytes a number."""
         numbers = 2 * expect.positive("batch", batch) * self.n_kv_heads * self.head_dim
-        return numbers * expect.positive("length", length) * self.dtype_and_device(dtype)[0].itemsize
+        return numbers * tokens * self.dtype_and_device(dtype)[0].itemsize

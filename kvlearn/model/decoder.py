@@ -40,7 +40,7 @@ class Block(nn.Module):
         super().__init__()
         assert config.d_ff is not None
         self.number, self.owner = number, config.owners[number]
-        self.is_read = self.owner == number and config.owners.count(number) > 1
+        self.is_read = config.owners.count(number) > 1
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)

@@ -4,6 +4,7 @@ Weights are drawn anew with a large spread, norms and other vectors too: at the 
 is nearly uniform, and a wrong mask or a wrong position would hide within the tolerance.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -342,9 +343,9 @@ def test_keys_and_values_that_do_not_fit_are_refused_by_name(name: str) -> None:
     source = layer.kv(tokens(layer))
     wrong = {
         "expected KV": 5,
-        "source.k": source._replace(k=source.k[:1]),
-        "source.v": source._replace(v=source.v[..., :-1]),
-        "source.positions": source._replace(positions=source.positions[:, :-1]),
+        "source.k": replace(source, k=source.k[:1]),
+        "source.v": replace(source, v=source.v[..., :-1]),
+        "source.positions": replace(source, positions=source.positions[:, :-1]),
     }
     for names, other in wrong.items():
         with pytest.raises((TypeError, ValueError), match=names):

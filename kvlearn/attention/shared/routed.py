@@ -1,5 +1,6 @@
 """Learned routing: which pool a query head reads is trained, then fixed; the pools may differ in size."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from kvlearn import expect
 from kvlearn.attention.base import Mechanism, register
+from kvlearn.attention.cache import KV
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.kv_attention import Attend, KVAttention
@@ -66,18 +68,17 @@ class RoutedAttention(KVAttention):
         """1 where a head reads a pool."""
         return one_hot_choice(self.route_logits)
 
-    def attend(
-        self, attention: Attend, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
-    ) -> Float[Tensor, "B H T D"]:
+    def attend(self, attention: Attend, x: Tensor, q: Tensor, kv: KV) -> Float[Tensor, "B H T D"]:
         if torch.is_grad_enabled():  # the choice joins the graph, at the price of H heads of K and V
             choice = self.choice().to(q.dtype)
-            k, v = (torch.einsum("hg, bgsd -> bhsd", choice, pool.to(q.dtype)) for pool in (k, v))
-            return attention(q, k, v, positions)
+            k, v = (torch.einsum("hg, bgsd -> bhsd", choice, pool.to(q.dtype)) for pool in (kv.k, kv.v))
+            return attention(q, replace(kv, k=k, v=v))
         route, heads = torch.tensor(self.pools, device=q.device), torch.empty_like(q)
         for g in range(self.n_kv_heads):
             readers = (route == g).nonzero()[:, 0]
             if len(readers):
-                heads[:, readers] = attention(q[:, readers], k[:, g : g + 1], v[:, g : g + 1], positions)
+                pool = replace(kv, k=kv.k[:, g : g + 1], v=kv.v[:, g : g + 1])
+                heads[:, readers] = attention(q[:, readers], pool)
         return heads
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kvlearn import expect
 from kvlearn.attention.base import Mechanism, register
+from kvlearn.attention.cache import KV
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.kv_attention import Attend, KVAttention
@@ -49,10 +50,8 @@ class TokenRoutedAttention(KVAttention):
         logits = self.router(x).unflatten(-1, (self.n_heads, self.n_kv_heads))
         return one_hot_choice(logits).movedim(1, 3)[..., None]
 
-    def attend(
-        self, attention: Attend, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
-    ) -> Float[Tensor, "B H T D"]:
-        everywhere = attention(q.repeat(1, self.n_kv_heads, 1, 1), k, v, positions)  # all heads in every pool
+    def attend(self, attention: Attend, x: Tensor, q: Tensor, kv: KV) -> Float[Tensor, "B H T D"]:
+        everywhere = attention(q.repeat(1, self.n_kv_heads, 1, 1), kv)  # all heads in every pool
         by_head = everywhere.unflatten(1, (self.n_kv_heads, self.n_heads)).transpose(1, 2)  # (B, H, G, T, D)
         return (by_head * self.choice(x)).sum(2)
 
