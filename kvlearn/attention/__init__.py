@@ -19,6 +19,10 @@ from kvlearn.attention.shared.token_routed import TokenRoutedAttention
 from kvlearn.attention.sliding.ring import RingCache
 from kvlearn.attention.sliding.window import WindowAttention
 from kvlearn.attention.slots import SlotCache
+from kvlearn.attention.sparse.fixed import SparseAttention
+from kvlearn.attention.sparse.pattern import Pattern
+from kvlearn.attention.sparse.plan import PatternCache
+from kvlearn.attention.sparse.sentences import parse
 
 __all__ = [
     "KV",
@@ -39,13 +43,17 @@ __all__ = [
     "MultiHeadCompressionTransformer",
     "MultiHeadLatentAttention",
     "NoCache",
+    "Pattern",
+    "PatternCache",
     "RingCache",
     "Rope",
     "RopeConfig",
     "RoutedAttention",
     "SlotCache",
+    "SparseAttention",
     "TokenRoutedAttention",
     "WindowAttention",
     "YarnScaling",
+    "parse",
     "register",
 ]

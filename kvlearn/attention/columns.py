@@ -34,7 +34,7 @@ def attend_columns(
     sight: Sight,
     block: int,
     attend: AttendMasked = grouped_attention,
-) -> Float[Tensor, "B H T D"]:
+) -> Float[Tensor, "B H T _"]:
     """Each query over the keys it sees, ``block`` queries at a time: O(T · columns of a block) time.
 
     Keys lie in the order of their positions, empty slots first; for a single query in any order. A query that
