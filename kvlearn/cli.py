@@ -23,22 +23,23 @@ STUDIES = {
     "speed": "tokens/s of training",
     "convert": "the base model with other mechanisms, before and after 5% more training",
     "routing": "whether learning which pool a head reads pays, from nothing",
+    "sight": "the base model with windows and sparse patterns, before and after 5% more training",
 }
-RECORDED = ("convert", "routing")
+RECORDED = ("convert", "routing", "sight")
 
 
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
     record: Annotated[
-        bool, typer.Option("--record", help=f"keep the rows of {' or '.join(RECORDED)}")
+        bool, typer.Option("--record", help=f"keep the rows of {', '.join(RECORDED)}")
     ] = False,
 ) -> None:
     """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/)."""
     if name not in STUDIES:
         raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
     if record and name not in RECORDED:
-        raise typer.BadParameter(f"only {' and '.join(RECORDED)} have rows to keep", param_hint="--record")
+        raise typer.BadParameter(f"only {', '.join(RECORDED)} have rows to keep", param_hint="--record")
     if name in RECORDED:
         _compare(name, record)
         return
@@ -59,14 +60,16 @@ def _compare(name: str, record: bool) -> None:
 
     from kvlearn.measure import results
     from kvlearn.measure.provenance import collect_provenance
-    from kvlearn.study import report, study_conversions, study_routing
+    from kvlearn.study import RUNS, SIGHTS, report, study_conversions, study_routing
 
-    if name == "convert":
-        rows = [row for run in study_conversions() for row in run]
-        table = report.conversion_table(rows)
-    else:
+    if name == "routing":
         rows = list(study_routing())
         table = report.routing_table(rows)
+    else:
+        runs = {"convert": RUNS, "sight": SIGHTS}[name]
+        conversions = study_conversions(runs=runs, folder=Path("runs") / name)
+        rows = [row for run in conversions for row in run]
+        table = report.conversion_table(rows)
     report.show(table, Console())
     if record:
         path = results.save(name, f"kvlearn study {name} --record", rows, collect_provenance())

@@ -105,7 +105,8 @@ class SlotCache(Cache):
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
         super().trim(lengths)
         ends = self.positions(1)  # of every row, or of all
-        self.held = torch.where(self.held < ends, self.held, -1)
+        held = self.held[:1] if self.lengths is None else self.held  # rows of one length hold the same
+        self.held = torch.where(held < ends, held, -1)
 
     def reset(self) -> None:
         super().reset()

@@ -5,7 +5,7 @@ from inspect import signature
 from typing import Any, Literal
 
 from kvlearn import expect
-from kvlearn.attention import REGISTRY, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.attention import REGISTRY, LinearScaling, Llama3Scaling, Pattern, RopeConfig, YarnScaling
 
 SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
 
@@ -134,7 +134,9 @@ def _same_kind(a: Spec, b: Spec) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A RopeConfig as a dictionary that says which scaling it has; anything else as it is."""
+    """A Pattern as its sentence, a RopeConfig as a dictionary that says which scaling it has; or as it is."""
+    if isinstance(value, Pattern):
+        return str(value)
     if not isinstance(value, RopeConfig):
         return value
     kind = next((name for name, scaling in SCALINGS.items() if isinstance(value.scaling, scaling)), None)

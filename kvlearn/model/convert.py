@@ -62,7 +62,7 @@ def convert(
         "activations"  the latent that keeps most of the layer's keys and values over ``tokens``
         "weights"      the latent that keeps most of the weights
         "random"       new weights, drawn from ``seed``, as an untrained model has them
-    A layer that stays full and is read by no other is copied.
+    A layer that keeps all heads, full or with fewer tokens in sight, and is read by no other is copied.
 
     Exact where nothing has to be lost: as many pools as heads, or full rank with ``rope_dim=0``. With
     ``rope_dim`` > 0 the layer's ``rope`` follows from it: its frequencies are the model's fastest.
@@ -188,11 +188,14 @@ SHARED: dict[str, Init] = {
     "random": _shared(None),
 }
 LATENT: dict[str, Init] = {"activations": _latent, "weights": _latent, "random": _latent_at_random}
+SIGHTS = ("full", "window", "sparse")  # they differ in who sees whom, and have all heads unless told
 # What a mechanism can be made by.
 INITS: dict[str, dict[str, Init]] = {
     "full": SHARED,
     "gqa": SHARED,
     "routed": SHARED,
+    "window": SHARED,
+    "sparse": SHARED,
     "mhc": LATENT,
     "mhc_transformer": LATENT,
 }
@@ -201,7 +204,8 @@ INITS: dict[str, dict[str, Init]] = {
 def _init_of(init: str, spec: Spec, is_read: bool) -> Init:
     inits = INITS[expect.one_of("layers", spec.name, INITS)]
     expect.one_of("init", init, {**SHARED, **LATENT})
-    if spec.name == "full" and not is_read:
+    keeps_heads = inits is SHARED and spec.name in SIGHTS and "n_kv_heads" not in spec.options
+    if keeps_heads and not is_read:
         return SHARED["first"]  # nothing to choose: a copy
     return inits[expect.one_of(f"init for {spec.name!r}", init, inits)]
 

@@ -75,9 +75,35 @@ def from_transformers(model_or_path: Any) -> Decoder:
 
 def llama(theirs: Any) -> ModelConfig:
     """The shape of a Llama, from its configuration in transformers."""
-    grouped = theirs.num_key_value_heads != theirs.num_attention_heads
     if theirs.attention_bias or theirs.mlp_bias or theirs.hidden_act != "silu":
         raise ValueError("model_or_path: expected a Llama without biases and with SiLU")
+    return like_llama(theirs, _over_all(theirs))
+
+
+def mistral(theirs: Any) -> ModelConfig:
+    """The shape of a Mistral: a Llama in which a token sees the last ``sliding_window``, itself among them.
+
+    None, as from version 0.2 on, makes it a Llama.
+    """
+    if theirs.hidden_act != "silu":
+        raise ValueError(f"model_or_path: expected a Mistral with SiLU, got {theirs.hidden_act!r}")
+    if getattr(theirs, "layer_types", None) is not None:
+        raise ValueError("model_or_path: expected a Mistral with layers of one kind, got layer_types")
+    if theirs.sliding_window is None:
+        return like_llama(theirs, _over_all(theirs))
+    return like_llama(
+        theirs, Spec("window", window=theirs.sliding_window, n_kv_heads=theirs.num_key_value_heads)
+    )
+
+
+def _over_all(theirs: Any) -> Spec:
+    """Attention to all tokens before, with KV heads shared or not."""
+    grouped = theirs.num_key_value_heads != theirs.num_attention_heads
+    return Spec("gqa", n_kv_heads=theirs.num_key_value_heads) if grouped else Spec("full")
+
+
+def like_llama(theirs: Any, mixer: Spec) -> ModelConfig:
+    """The shape of a model that is a Llama but for its ``mixer``."""
     return ModelConfig(
         vocab_size=theirs.vocab_size,
         d_model=theirs.hidden_size,
@@ -85,7 +111,7 @@ def llama(theirs: Any) -> ModelConfig:
         n_heads=theirs.num_attention_heads,
         head_dim=theirs.head_dim,
         d_ff=theirs.intermediate_size,
-        layers=(Spec("gqa", n_kv_heads=theirs.num_key_value_heads) if grouped else Spec("full"),),
+        layers=(mixer,),
         rope=rope(theirs.rope_parameters),
         norm_eps=theirs.rms_norm_eps,
         tied=theirs.tie_word_embeddings,
@@ -117,4 +143,4 @@ def rope(parameters: Mapping[str, Any]) -> RopeConfig:
 
 
 # By transformers' model_type. Other modules of this folder add theirs.
-FAMILIES = {"llama": Family(LLAMA, llama)}
+FAMILIES = {"llama": Family(LLAMA, llama), "mistral": Family(LLAMA, mistral)}

@@ -12,8 +12,10 @@ from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
 from kvlearn.plots.layers import across_layers
 from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
 from kvlearn.plots.memory import bytes_per_token, cache_growth
+from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
 from kvlearn.plots.shared import pools, stored_and_read
+from kvlearn.plots.sliding import cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
 
 __all__ = [
@@ -25,14 +27,20 @@ __all__ = [
     "bytes_per_token",
     "cache_growth",
     "cache_saves",
+    "cone",
     "conversion_curves",
+    "gallery",
+    "influence",
+    "lifetimes",
     "loss_by_position",
     "loss_curve",
     "loss_over_rank",
     "on_the_roofline",
     "pools",
+    "ring",
     "roads",
     "rope_on_latent",
+    "selections",
     "spectrum",
     "splits",
     "squeeze",

@@ -152,19 +152,32 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
         axes.text(chunk * 1.03, 0.15, "second chunk", fontsize=9)
         at = np.arange(width / 2, length - length % width, width)
         styles = zip(curves.items(), cycle("oXsD"), cycle(("-", "--", ":")), strict=False)
+        ends = {}
         for (name, losses), marker, line in reversed(list(styles)):  # the first drawn last, on top
             means = losses[: len(at) * width].reshape(len(at), width).mean(1)
             colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
             axes.plot(at, means, line, marker=marker, color=colour, label=name)
-            axes.text(at[-1] + width / 2, means[-1], name, color=colour, va="center", fontsize=9)
+            ends[name] = means[-1]
+        axes.set_ylim(0)
+        for name, y in zip(ends, spread(list(ends.values()), 0.06 * axes.get_ylim()[1]), strict=True):
+            colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
+            axes.text(at[-1] + width / 2, y, name, color=colour, va="center", fontsize=9)
         axes.set_xlim(0, length * 1.28)
         axes.set_xticks(range(0, length + 1, chunk))
         axes.set_xlabel("position in the context")
         axes.set_ylabel("loss, nats a byte")
-        axes.set_ylim(0)
     listed = "; ".join(f"{name} {losses.mean():.2f}" for name, losses in curves.items())
+    first = "; ".join(f"{name} {losses[:chunk].mean():.2f}" for name, losses in curves.items())
     alt = (
-        f"Loss over the position in the context, in chunks of {chunk}. The curves agree in the first chunk "
-        f"and part at the second. Means in nats a byte: {listed}."
+        f"Loss over the position in the context, in chunks of {chunk}. Means in nats a byte: {listed}. "
+        f"In the first chunk alone: {first}."
     )
     return Picture(figure, alt, {"curves": dict(curves)})
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places, moved up as little as it takes to stand ``gap`` apart: for labels at the ends of curves."""
+    moved, below = list(places), -np.inf
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        moved[i] = below = max(places[i], below + gap)
+    return moved

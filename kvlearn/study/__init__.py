@@ -1,7 +1,7 @@
 """What a mechanism costs in quality: the corpus, the training loop, the evaluation, the base model."""
 
 from kvlearn.study.base import base_model, train_base
-from kvlearn.study.conversion import Conversion, convert_and_uptrain, study_conversions
+from kvlearn.study.conversion import RUNS, SIGHTS, Conversion, convert_and_uptrain, study_conversions
 from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.evaluation import Evaluation, evaluate
 from kvlearn.study.other_text import other_texts
@@ -11,6 +11,8 @@ from kvlearn.study.text import Corpus, corpus, windows
 from kvlearn.study.training import Step, TrainConfig, train
 
 __all__ = [
+    "RUNS",
+    "SIGHTS",
     "SPEED_BAR",
     "Conversion",
     "Corpus",

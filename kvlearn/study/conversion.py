@@ -43,6 +43,24 @@ RUNS: dict[str, tuple[Layers, str]] = {
 }
 
 
+# The base model with fewer tokens in sight, of the 512 that it is trained and measured on.
+SIGHTS: dict[str, tuple[Layers, str]] = {
+    "full": (["full"], "first"),
+    "window-32": ([Spec("window", window=32)], "first"),
+    "window-128": ([Spec("window", window=128)], "first"),
+    "window-32-sinks": ([Spec("window", window=32, n_sinks=4)], "first"),
+    "window-32-sink-logits": ([Spec("window", window=32, sink_logits=True)], "first"),
+    "3-window-32-1-full": ([*3 * [Spec("window", window=32)], "full"], "first"),
+    "longformer": ([Spec("sparse", pattern="local(32) | global(4)")], "first"),
+    "fixed": ([Spec("sparse", pattern="fixed(16, summary=2)")], "first"),
+    "strided": ([Spec("sparse", pattern="local(16) | strided(16)")], "first"),
+    "bigbird": (
+        [Spec("sparse", pattern="local(32, block=16) | global(4) | random(2, block=16, skip_last=1)")],
+        "first",
+    ),
+}
+
+
 class Conversion(NamedTuple):
     """The converted and trained model; its loss from before the first step to the last; how it was made."""
 
@@ -127,6 +145,7 @@ def study_conversions(
         )
         control = control or result.curve
         memory = result.model.table(1, dtype=torch.bfloat16)[-1]
+        at_length = result.model.table(result.training.length, dtype=torch.bfloat16)[-1]
         yield [
             {
                 "run": name,
@@ -137,6 +156,8 @@ def study_conversions(
                 "parameters": result.model.n_parameters,
                 "bytes_stored_per_token": memory["stored"],
                 "bytes_read_per_token": memory["read"],
+                "bytes_stored_at_length": at_length["stored"],
+                "bytes_read_at_length": at_length["read"],
                 "conversion_seconds": result.seconds,
                 **describe(point, beside),
             }

@@ -1,0 +1,160 @@
+"""Pictures of chapter 04: the ring buffer frame by frame, and what a token can have heard of."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from kvlearn import expect
+from kvlearn.attention import RingCache
+from kvlearn.plots.picture import COLOURS, Picture, drawing
+
+SLIDING, SINKS, FULL = COLOURS["sliding"], COLOURS["shared"], COLOURS["full"]
+
+
+def ring(window: int, *, n_sinks: int = 0, n_tokens: int = 10) -> Picture:
+    """The slots of a ring buffer after each token: which position every slot holds, and which was written.
+
+    What is drawn is what a ``RingCache`` holds, asked after each append.
+    """
+    frames = _frames(window, n_sinks, n_tokens)
+    n_slots = len(frames[0])
+    with drawing(size=(0.62 * n_slots + 3.6, 0.36 * n_tokens + 1.1)) as (figure, axes):
+        for t, held in enumerate(frames):
+            written, before = held.index(t), frames[t - 1][held.index(t)] if t else -1
+            for slot, position in enumerate(held):
+                colour = SINKS if slot < n_sinks else SLIDING
+                fill = (
+                    {"fc": "none"}
+                    if position < 0
+                    else {"fc": colour, "alpha": 1.0 if slot == written else 0.4}
+                )
+                axes.add_patch(Rectangle((slot, t), 0.94, 0.84, ec="none", **fill))
+                axes.add_patch(Rectangle((slot, t), 0.94, 0.84, fc="none", ec="#8a8a8a", lw=0.8))
+                if position >= 0:
+                    new = {"weight": "bold", "color": "black"} if slot == written else {}
+                    axes.text(slot + 0.47, t + 0.44, position, ha="center", va="center", fontsize=9, **new)
+            axes.text(-0.2, t + 0.44, f"token {t}", ha="right", va="center", fontsize=9)
+            if before >= 0:
+                axes.text(n_slots + 0.2, t + 0.44, f"in the place of {before}", va="center", fontsize=9)
+        axes.set(xlim=(-1.9, n_slots + 3.2), ylim=(n_tokens, -0.9), xticks=[], yticks=[])
+        for slot in range(n_slots):
+            axes.text(slot + 0.47, -0.15, f"{slot}", ha="center", va="bottom", fontsize=8)
+        axes.text(-0.2, -0.15, "slot", ha="right", va="bottom", fontsize=8)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    kept = f", of which the first {n_sinks} keep the first tokens" if n_sinks else ""
+    alt = (
+        f"A ring buffer of {n_slots} slots{kept}, after each of {n_tokens} tokens. From token "
+        f"{window + n_sinks} on each takes the place of the oldest. At the end the slots hold positions "
+        f"{', '.join(map(str, frames[-1]))}."
+    )
+    return Picture(figure, alt, {"frames": frames})
+
+
+def _frames(window: int, n_sinks: int, n_tokens: int) -> list[list[int]]:
+    """Which position every slot holds, after each token."""
+    cache = RingCache(1, 1, n_tokens, 1, window, n_sinks, torch.float32, torch.device("cpu"))
+    token, frames = torch.zeros(1, 1, 1, 1), []
+    for _ in range(expect.positive("n_tokens", n_tokens)):
+        cache.append(token, token)
+        frames.append(cache.held[0].tolist())
+    return frames
+
+
+def cone(windows: Sequence[int | None], *, n_tokens: int = 24, n_sinks: int = 0) -> Picture:
+    """All that the last token can have heard of, layer by layer: the first layer at the bottom.
+
+    ``windows`` holds the window of each layer, None for one that sees everything. A node is what a layer
+    knows of a token; it is coloured where what the last token says can depend on it.
+    """
+    seen = _heard(windows, n_tokens, n_sinks)
+    n_layers = len(windows)
+    with drawing(size=(8.2, 0.62 * n_layers + 1.3)) as (figure, axes):
+        for layer, window in enumerate(windows, start=1):
+            colour = FULL if window is None else SLIDING
+            for query in seen[layer]:
+                for key in _sees(query, window, n_sinks):
+                    axes.plot([key, query], [layer - 1, layer], color=colour, lw=0.8, alpha=0.35, zorder=1)
+        for level in range(n_layers + 1):
+            above = windows[min(level, n_layers - 1)]
+            colour = FULL if above is None else SLIDING
+            for token in range(n_tokens):
+                heard = token in seen[level]
+                style = {"color": colour} if heard else {"mfc": "none", "mec": "#8a8a8a", "alpha": 0.6}
+                axes.plot(token, level, "o", ms=6, zorder=2, **style)
+            count = f"{len(seen[level])} token{'s' if len(seen[level]) > 1 else ''}"
+            axes.text(n_tokens - 0.2, level, count, va="center", fontsize=9)
+        labels = ["full" if w is None else f"window {w}" for w in windows]
+        axes.set_yticks(range(n_layers + 1), ["tokens", *(f"layer {i}: {w}" for i, w in enumerate(labels))])
+        axes.set(xlim=(-0.8, n_tokens + 2.6), ylim=(-0.5, n_layers + 0.5), xticks=range(0, n_tokens, 4))
+        axes.set_xlabel("position")
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    reach = [len(level) for level in seen]
+    alt = (
+        f"What the last of {n_tokens} tokens can have heard of, through layers with windows "
+        f"{', '.join('all' if w is None else str(w) for w in windows)}: at the top 1 token, and down the "
+        f"layers {', '.join(map(str, reversed(reach[:-1])))}."
+    )
+    return Picture(figure, alt, {"seen": seen, "reach": reach})
+
+
+def _sees(query: int, window: int | None, n_sinks: int) -> list[int]:
+    start = 0 if window is None else max(query - window + 1, 0)
+    return [*range(min(n_sinks, start)), *range(start, query + 1)]
+
+
+def _heard(windows: Sequence[int | None], n_tokens: int, n_sinks: int) -> list[list[int]]:
+    """Level by level from the input up: the positions that the last token's output can depend on."""
+    expect.positive("len(windows)", len(windows))
+    levels = [[expect.positive("n_tokens", n_tokens) - 1]]
+    for window in reversed(windows):
+        levels.append(sorted({key for query in levels[-1] for key in _sees(query, window, n_sinks)}))
+    return levels[::-1]
+
+
+def influence(
+    curves: Mapping[str, np.ndarray],
+    reaches: Mapping[str, int],
+    *,
+    quantity: str = "change of the prediction",
+) -> Picture:
+    """How much a token's prediction changes when a token so far back is another one, and the reach on paper.
+
+    ``curves``: by model, the change at distance 0, 1, 2 …; ``reaches``: by model, the largest distance that
+    its windows let through.
+    """
+    families = dict(zip(curves, cycle((FULL, SLIDING, COLOURS["hybrid"], COLOURS["sparse"])), strict=False))
+    with drawing() as (figure, axes):
+        for (name, values), marker in zip(curves.items(), cycle("osD^"), strict=False):
+            _plot_influence(axes, name, values, families[name], marker)
+            if name in reaches:
+                axes.axvline(reaches[name], color=families[name], lw=1.2, ls="--")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_yscale("log")
+        axes.set_xlabel("distance, tokens")
+        axes.set_ylabel(quantity)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend()
+    listed = "; ".join(
+        f"{name}: {values[1]:.2g} at distance 1, {_half(values)} holds half of the sum"
+        + (f", on paper {reaches[name]} at most" if name in reaches else "")
+        for name, values in curves.items()
+    )
+    alt = f"How much a prediction changes with a token so far back. {listed}."
+    return Picture(figure, alt, {"curves": dict(curves), "reaches": dict(reaches)})
+
+
+def _plot_influence(axes: Axes, name: str, values: np.ndarray, colour: str, marker: str) -> None:
+    shown = np.where(values > 0, values, np.nan)
+    axes.plot(np.arange(len(values)), shown, color=colour, marker=marker, ms=3, lw=1.2, label=name)
+
+
+def _half(values: np.ndarray) -> str:
+    """The distance up to which half of all influence lies."""
+    return f"distance up to {int(np.searchsorted(values.cumsum(), values.sum() / 2))}"
