@@ -24,8 +24,9 @@ STUDIES = {
     "convert": "the base model with other mechanisms, before and after 5% more training",
     "routing": "whether learning which pool a head reads pays, from nothing",
     "sight": "the base model with windows and sparse patterns, before and after 5% more training",
+    "sinks": "what a window loses with the first token, where heads have made it their sink",
 }
-RECORDED = ("convert", "routing", "sight")
+RECORDED = ("convert", "routing", "sight", "sinks")
 
 
 @app.command()
@@ -60,11 +61,14 @@ def _compare(name: str, record: bool) -> None:
 
     from kvlearn.measure import results
     from kvlearn.measure.provenance import collect_provenance
-    from kvlearn.study import RUNS, SIGHTS, report, study_conversions, study_routing
+    from kvlearn.study import RUNS, SIGHTS, report, study_conversions, study_routing, study_sinks
 
     if name == "routing":
         rows = list(study_routing())
         table = report.routing_table(rows)
+    elif name == "sinks":
+        rows = list(study_sinks())
+        table = report.sinks_table(rows)
     else:
         runs = {"convert": RUNS, "sight": SIGHTS}[name]
         conversions = study_conversions(runs=runs, folder=Path("runs") / name)

@@ -15,7 +15,7 @@ from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
 from kvlearn.plots.shared import pools, stored_and_read
-from kvlearn.plots.sliding import cone, influence, ring
+from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "access_pattern",
     "achieved_bandwidth",
     "across_layers",
+    "beyond_the_window",
     "bytes_per_token",
     "cache_growth",
     "cache_saves",

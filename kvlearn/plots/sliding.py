@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from kvlearn import expect
@@ -119,42 +119,70 @@ def _heard(windows: Sequence[int | None], n_tokens: int, n_sinks: int) -> list[l
 
 
 def influence(
-    curves: Mapping[str, np.ndarray],
-    reaches: Mapping[str, int],
-    *,
-    quantity: str = "change of the prediction",
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, reaches: Mapping[str, int] | None = None
 ) -> Picture:
-    """How much a token's prediction changes when a token so far back is another one, and the reach on paper.
+    """How much a prediction changes when a token so far back is another one, and the reach on paper.
 
-    ``curves``: by model, the change at distance 0, 1, 2 …; ``reaches``: by model, the largest distance that
+    ``curves``: by model, distances and the change at each; ``reaches``: by model, the largest distance that
     its windows let through.
     """
-    families = dict(zip(curves, cycle((FULL, SLIDING, COLOURS["hybrid"], COLOURS["sparse"])), strict=False))
+    reaches = reaches or {}
+    colours = dict(zip(curves, cycle((FULL, SLIDING, COLOURS["hybrid"], COLOURS["sparse"])), strict=False))
     with drawing() as (figure, axes):
-        for (name, values), marker in zip(curves.items(), cycle("osD^"), strict=False):
-            _plot_influence(axes, name, values, families[name], marker)
+        for (name, (distances, changes)), marker in zip(curves.items(), cycle("osD^"), strict=False):
+            shown = [change if change > 0 else np.nan for change in changes]
+            axes.plot(distances, shown, marker=marker, ms=5, color=colours[name], label=name)
             if name in reaches:
-                axes.axvline(reaches[name], color=families[name], lw=1.2, ls="--")
+                axes.axvline(reaches[name], color=colours[name], lw=1.2, ls="--")
+                text = f"the most that can\nreach: {reaches[name]} "
+                axes.text(
+                    reaches[name], 0.97, text, transform=axes.get_xaxis_transform(), ha="right", va="top"
+                )
         axes.set_xscale("symlog", linthresh=1)
         axes.set_yscale("log")
         axes.set_xlabel("distance, tokens")
-        axes.set_ylabel(quantity)
+        axes.set_ylabel("change of the prediction, nats")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.legend()
+        axes.legend(loc="lower left")
     listed = "; ".join(
-        f"{name}: {values[1]:.2g} at distance 1, {_half(values)} holds half of the sum"
-        + (f", on paper {reaches[name]} at most" if name in reaches else "")
-        for name, values in curves.items()
+        f"{name} from {max(changes):.2g} nats down to {changes[-1]:.2g} at distance {distances[-1]}"
+        + (f", the reach on paper being {reaches[name]}" if name in reaches else "")
+        for name, (distances, changes) in curves.items()
     )
-    alt = f"How much a prediction changes with a token so far back. {listed}."
+    alt = f"How much a prediction changes with a token so far back: {listed}."
     return Picture(figure, alt, {"curves": dict(curves), "reaches": dict(reaches)})
 
 
-def _plot_influence(axes: Axes, name: str, values: np.ndarray, colour: str, marker: str) -> None:
-    shown = np.where(values > 0, values, np.nan)
-    axes.plot(np.arange(len(values)), shown, color=colour, marker=marker, ms=3, lw=1.2, label=name)
+STYLES = {"full": (FULL, "-"), "window": (COLOURS["mistake"], "--")}  # others: the sliding colour, dotted …
 
 
-def _half(values: np.ndarray) -> str:
-    """The distance up to which half of all influence lies."""
-    return f"distance up to {int(np.searchsorted(values.cumsum(), values.sum() / 2))}"
+def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: int = 16) -> Picture:
+    """Loss over the position, a panel a model and a line a variant: rows of ``kvlearn study sinks``.
+
+    Each point is the mean over ``width`` positions.
+    """
+    models = list(dict.fromkeys(row["run"] for row in rows))
+    expect.positive("len(rows)", len(rows))
+    data: dict[str, Any] = {model: {} for model in models}
+    with drawing(1, len(models), size=(4.2 * len(models), 3.6), sharey=True, squeeze=False) as (figure, axes):
+        for panel, model in zip(axes[0], models, strict=True):
+            others = cycle((("-.", "s"), (":", "^")))
+            for row in (row for row in rows if row["run"] == model):
+                losses = np.array(row["by_position"])
+                means = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
+                colour, line = STYLES.get(row["variant"], (SLIDING, None))
+                line, marker = (line, "o") if line else next(others)
+                at = (np.arange(len(means)) + 0.5) * width
+                panel.plot(at, means, line, marker=marker, ms=4, color=colour, label=row["variant"])
+                data[model][row["variant"]] = means
+            panel.axvline(window, color="#8a8a8a", lw=1, ls=":")
+            panel.set_title(f"{model}\n{row['first_token_weight']:.1%} on the first token")
+            panel.set_xlabel("position")
+        axes[0, 0].set_ylabel("loss, nats a byte")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    listed = "; ".join(
+        f"{model}: " + ", ".join(f"{variant} {means[-1]:.2f}" for variant, means in variants.items())
+        for model, variants in data.items()
+    )
+    alt = f"Loss over the position with windows of {window}. At the end, in nats a byte, {listed}."
+    return Picture(figure, alt, data)

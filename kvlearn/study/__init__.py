@@ -6,6 +6,7 @@ from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.evaluation import Evaluation, evaluate
 from kvlearn.study.other_text import other_texts
 from kvlearn.study.routing import study_routing
+from kvlearn.study.sinks import study_sinks
 from kvlearn.study.speed import SPEED_BAR, training_speed
 from kvlearn.study.text import Corpus, corpus, windows
 from kvlearn.study.training import Step, TrainConfig, train
@@ -27,6 +28,7 @@ __all__ = [
     "other_texts",
     "study_conversions",
     "study_routing",
+    "study_sinks",
     "train",
     "train_and_measure",
     "train_base",

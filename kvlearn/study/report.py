@@ -57,6 +57,24 @@ def routing_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def sinks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line a model and variant: its loss, and that of the positions far behind the first window."""
+    table = _table(
+        "A window on a model with and without a sink: loss in nats a byte, ± one standard error over windows",
+        ["run", "weight on the first token", "variant", "loss", "last quarter"],
+    )
+    for row in rows:
+        quarter = row["by_position"][-len(row["by_position"]) // 4 :]
+        table.add_row(
+            row["run"],
+            f"{row['first_token_weight']:.1%}",
+            row["variant"],
+            _with_error(row["loss"], row["error"]),
+            f"{sum(quarter) / len(quarter):.3f}",
+        )
+    return table
+
+
 def show(table: Table, console: Console) -> None:
     """Print ``table`` whole: a log's lines may be longer than a terminal's."""
     console.print(table, soft_wrap=not console.is_terminal)

@@ -83,7 +83,7 @@ def train(
     the checkpoint; ValueError where the checkpoint belongs to another run.
     """
     expect.positive("every", every)
-    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
     history: list[Step] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = _resume(Path(checkpoint), model, optimizer, _identity(model, text, config, origin))
@@ -131,7 +131,7 @@ def _step(
     return line
 
 
-def _groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; gains and other vectors do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
