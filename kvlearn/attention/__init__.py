@@ -19,7 +19,10 @@ from kvlearn.attention.shared.token_routed import TokenRoutedAttention
 from kvlearn.attention.sliding.ring import RingCache
 from kvlearn.attention.sliding.window import WindowAttention
 from kvlearn.attention.slots import SlotCache
+from kvlearn.attention.sparse.dsa import DeepSeekSparseAttention
 from kvlearn.attention.sparse.fixed import SparseAttention
+from kvlearn.attention.sparse.moba import BlockCache, MixtureOfBlockAttention
+from kvlearn.attention.sparse.nsa import NativeSparseAttention
 from kvlearn.attention.sparse.pattern import Pattern
 from kvlearn.attention.sparse.plan import PatternCache
 from kvlearn.attention.sparse.sentences import parse
@@ -27,8 +30,10 @@ from kvlearn.attention.sparse.sentences import parse
 __all__ = [
     "KV",
     "REGISTRY",
+    "BlockCache",
     "Cache",
     "DecodeStep",
+    "DeepSeekSparseAttention",
     "FullAttention",
     "GroupedQueryAttention",
     "KVAttention",
@@ -39,9 +44,11 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "Mechanism",
+    "MixtureOfBlockAttention",
     "MultiHeadCompression",
     "MultiHeadCompressionTransformer",
     "MultiHeadLatentAttention",
+    "NativeSparseAttention",
     "NoCache",
     "Pattern",
     "PatternCache",

@@ -95,7 +95,7 @@ def grouped_attention(
         q = q.reshape(B, G, -1, D)
     else:
         q = q.reshape(B * G, parts, -1, D)
-        k, v = (x.reshape(B * G, 1, S, -1).expand(-1, parts, -1, -1) for x in (k, v))
+        k, v = (x.reshape(B * G, 1, S, x.shape[3]).expand(-1, parts, -1, -1) for x in (k, v))
         mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(G, 0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
     return out.reshape(B, H, T, -1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: in
         stored = {n: total["stored"] for n, total in table.items()}
         rows.append(
             {
-                "mechanism": ", then ".join(map(_label, config.layers)),
+                "mechanism": ", then ".join(_runs(config.layers)),
                 "elements a token": f"{stored[1] // 2:,}",
                 "KiB a token": f"{stored[1] / KIB:,.0f}",
                 "stored at 4K, GiB": f"{stored[4096] / GIB:.2f}",
@@ -83,6 +84,12 @@ def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: in
             }
         )
     return Table(rows, "One user, 16-bit; GiB are powers of two.")
+
+
+def _runs(layers: Sequence[str | Spec]) -> list[str]:
+    """A pattern of layers, neighbours that are alike told once: "5 × window (window=512)", "full"."""
+    runs = [(_label(spec), len(list(alike))) for spec, alike in groupby(layers)]
+    return [f"{n} × {label}" if n > 1 else label for label, n in runs]
 
 
 def _label(spec: str | Spec) -> str:

@@ -1,8 +1,8 @@
-"""DeepSeek-V2 and V3 of transformers as decoders with MLA, as far as their layers are dense.
+"""DeepSeek-V2, V3 and V3.2 of transformers as decoders with MLA or DSA, as far as their layers are dense.
 
 Their RoPE pairs neighbours (2i, 2i + 1), ours the halves (i, i + Dr/2): the rows that it turns, the last Dr
 of every query head and of the compressed token, change places when weights are loaded (``half_split``), and
-back again with ``interleave``. Everything else is loaded as it is.
+back again with ``interleave``. Everything else is loaded as it is, V3.2's indexer too: it pairs halves.
 """
 
 import math
@@ -30,11 +30,21 @@ DEEPSEEK = {
             "kv_b_proj": "kv_up",
         }.items()
     },
+    **{
+        f"model.layers.{{}}.self_attn.indexer.{theirs}": f"blocks.{{}}.mixer.indexer.{ours}"
+        for theirs, ours in {
+            "wq_b.weight": "q_proj.weight",
+            "wk.weight": "k_proj.weight",
+            "k_norm.weight": "k_norm.weight",
+            "k_norm.bias": "k_norm.bias",
+            "weights_proj.weight": "weight_proj.weight",
+        }.items()
+    },
 }
 
 
 def deepseek(theirs: Any) -> ModelConfig:
-    """The shape of a dense DeepSeek-V2 or V3, from its configuration in transformers."""
+    """The shape of a dense DeepSeek-V2, V3 or V3.2, from its configuration in transformers."""
     dense = theirs.first_k_dense_replace
     if dense < theirs.num_hidden_layers:
         raise ValueError(
@@ -45,14 +55,17 @@ def deepseek(theirs: Any) -> ModelConfig:
         raise ValueError("model_or_path: expected a DeepSeek without biases and with SiLU")
     parameters, sharper = yarn_scale(theirs.rope_parameters)
     scale = (theirs.qk_nope_head_dim + theirs.qk_rope_head_dim) ** -0.5 * sharper
-    mla = Spec(
-        "mla",
-        v_head_dim=theirs.v_head_dim,
-        rank=theirs.kv_lora_rank,
-        q_rank=theirs.q_lora_rank,
-        rope_dim=theirs.qk_rope_head_dim,
-        scale=scale,
-    )
+    options = {
+        "v_head_dim": theirs.v_head_dim,
+        "rank": theirs.kv_lora_rank,
+        "q_rank": theirs.q_lora_rank,
+        "rope_dim": theirs.qk_rope_head_dim,
+        "scale": scale,
+    }
+    mixer = Spec("mla", **options)
+    if theirs.model_type == "deepseek_v32":
+        index = {"index_heads": theirs.index_n_heads, "index_dim": theirs.index_head_dim}
+        mixer = Spec("dsa", **options, **index, top_k=theirs.index_topk)
     return ModelConfig(
         vocab_size=theirs.vocab_size,
         d_model=theirs.hidden_size,
@@ -60,7 +73,7 @@ def deepseek(theirs: Any) -> ModelConfig:
         n_heads=theirs.num_attention_heads,
         head_dim=theirs.qk_nope_head_dim,
         d_ff=theirs.intermediate_size,
-        layers=(mla,),
+        layers=(mixer,),
         rope=rope(parameters),
         norm_eps=theirs.rms_norm_eps,
         tied=theirs.tie_word_embeddings,
@@ -111,4 +124,6 @@ def _reorder(weight: Tensor, rope_dim: int, n_heads: int, pairs: tuple[int, int]
     return torch.cat((still, turned), dim=1).flatten(0, 1)
 
 
-FAMILIES["deepseek_v2"] = FAMILIES["deepseek_v3"] = Family(DEEPSEEK, deepseek, adapt)
+FAMILIES.update(
+    dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32"), Family(DEEPSEEK, deepseek, adapt))
+)

@@ -86,16 +86,19 @@ def _grid(panel: Axes, levels: torch.Tensor, colour: str) -> None:
     panel.spines[:].set_visible(False)
 
 
-def lifetimes(patterns: Mapping[str, Pattern | str], *, n_tokens: int = 96) -> Picture:
+def lifetimes(patterns: Mapping[str, Pattern | str], *, n_tokens: int = 96, columns: int = 3) -> Picture:
     """How long each token is needed: a line a token, from when it is written to its last reader.
 
     A column holds what the cache must hold at that moment; beneath, the most there ever is.
     """
     parsed = {name: parse(pattern) for name, pattern in patterns.items()}
     data: dict[str, Any] = {}
-    expect.positive("len(patterns)", len(patterns))
-    with drawing(1, len(patterns), size=(2.6 * len(patterns), 3.1), squeeze=False) as (figure, axes):
-        for panel, (name, pattern) in zip(axes[0], parsed.items(), strict=True):
+    columns = min(columns, expect.positive("len(patterns)", len(patterns)))
+    rows = -(-len(patterns) // columns)
+    with drawing(rows, columns, size=(2.75 * columns, 3.4 * rows), squeeze=False) as (figure, axes):
+        for panel in axes.flat[len(patterns) :]:
+            panel.set_visible(False)
+        for panel, (name, pattern) in zip(axes.flat, parsed.items(), strict=False):
             last, live = pattern.last_readers(n_tokens), live_tokens(pattern, n_tokens)
             born = torch.arange(n_tokens)
             panel.hlines(born, born, torch.maximum(last, born) + 1, color=SPARSE, lw=150 / n_tokens)
@@ -107,7 +110,8 @@ def lifetimes(patterns: Mapping[str, Pattern | str], *, n_tokens: int = 96) -> P
             panel.set_xticks([0, n_tokens])
             panel.set_yticks([])
             data[name] = {"last_readers": last, "live": live, "slots": n_slots(pattern, n_tokens)}
-        axes[0, 0].set_ylabel("token")
+        for panel in axes[:, 0]:
+            panel.set_ylabel("token")
     listed = "; ".join(f"{name}: at most {found['slots']}" for name, found in data.items())
     alt = (
         f"For each of {n_tokens} tokens the time from its writing to its last reader. Kept at once: {listed}."
@@ -120,7 +124,7 @@ def selections(chosen: Mapping[str, np.ndarray | torch.Tensor], *, title: str = 
     grids = {name: torch.as_tensor(grid) for name, grid in chosen.items()}
     expect.positive("len(chosen)", len(grids))
     figure: Figure
-    with drawing(1, len(grids), size=(2.75 * len(grids), 3.1), squeeze=False) as (figure, axes):
+    with drawing(1, len(grids), size=(2.75 * len(grids), 3.6), squeeze=False) as (figure, axes):
         for panel, (name, grid) in zip(axes[0], grids.items(), strict=True):
             _grid(panel, 2 * grid.int(), SPARSE)
             panel.set_title(name)

@@ -138,11 +138,10 @@ def influence(
                 axes.text(
                     reaches[name], 0.97, text, transform=axes.get_xaxis_transform(), ha="right", va="top"
                 )
-        axes.set_xscale("symlog", linthresh=1)
         axes.set_yscale("log")
+        axes.set_xlim(0)
         axes.set_xlabel("distance, tokens")
         axes.set_ylabel("change of the prediction, nats")
-        axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(loc="lower left")
     listed = "; ".join(
         f"{name} from {max(changes):.2g} nats down to {changes[-1]:.2g} at distance {distances[-1]}"

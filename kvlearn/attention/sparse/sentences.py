@@ -11,6 +11,7 @@ import ast
 from dataclasses import fields
 from functools import reduce
 from operator import or_
+from typing import Any
 
 from kvlearn import expect
 from kvlearn.attention.sparse.pattern import Pattern
@@ -34,15 +35,25 @@ def parse(sentence: str | Pattern) -> Pattern:
 def _word(text: str) -> Pattern:
     name, _, options = text.strip().partition("(")
     kind = WORDS[expect.one_of("pattern", name, WORDS)]
+    known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
+    not_understood = f"pattern: {text.strip()!r} is not understood; {name} takes {known}"
     try:
-        call = ast.parse(f"word({options}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        given = [ast.literal_eval(value) for value in call.args]
-        named = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
+        given, named = _options(options)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(not_understood) from error
+    try:
         return kind(*given, **named)
-    except (SyntaxError, AssertionError, TypeError) as error:
-        known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
-        raise ValueError(f"pattern: {text.strip()!r} is not understood; {name} takes {known}") from error
+    except TypeError as error:
+        raise ValueError(f"{not_understood}: {error}") from error
+
+
+def _options(text: str) -> tuple[list[Any], dict[str, Any]]:
+    """What stands behind a word's opening bracket, up to the closing one: literals, and named literals."""
+    call = ast.parse(f"word({text}", mode="eval").body
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        raise ValueError("expected one pair of brackets")
+    given = [ast.literal_eval(value) for value in call.args]
+    return given, {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
 
 
 def sparse_transformer(stride: int) -> Pattern:

@@ -102,6 +102,7 @@ class Global(Pattern):
 
     def __post_init__(self) -> None:
         expect.at_least("global: first", self.first, 0)
+        object.__setattr__(self, "at", tuple(self.at))  # a list would have no hash
         for position in self.at:
             expect.at_least("global: at", position, 0)
         if not self.first and not self.at:
@@ -111,8 +112,9 @@ class Global(Pattern):
         return self._is_global(queries) | self._is_global(keys)
 
     def columns(self, first: int, last: int) -> Int[Tensor, "n"]:
-        j = torch.arange(last + 1)
-        return j if bool(self._is_global(j[first:]).any()) else self.positions(last + 1)
+        everyone = self.positions(last + 1)
+        asks = len(everyone) and int(everyone[-1]) >= first  # one of the queries, for all before it
+        return torch.arange(int(everyone[-1]) + 1) if asks else everyone
 
     def last_readers(self, n_tokens: int) -> Int[Tensor, "n_tokens"]:
         everyone = self.positions(n_tokens)
