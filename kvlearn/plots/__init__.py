@@ -14,6 +14,7 @@ from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
+from kvlearn.plots.scaling import scaling
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
@@ -41,6 +42,7 @@ __all__ = [
     "ring",
     "roads",
     "rope_on_latent",
+    "scaling",
     "selections",
     "spectrum",
     "splits",

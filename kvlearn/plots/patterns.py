@@ -137,5 +137,5 @@ def selections(chosen: Mapping[str, np.ndarray | torch.Tensor], *, title: str = 
         f"{int(grid[-1].sum())} by the last"
         for name, grid in grids.items()
     )
-    alt = f"{title or 'Keys that each query selected by content'}: {listed}."
+    alt = f"Keys that each query selected by content. {title or 'By panel'}: {listed}."
     return Picture(figure, alt, dict(grids))

@@ -24,7 +24,8 @@ def scaling(
     ``rows`` as ``kvlearn bench window`` records them: of ``part`` ("prefill", "train"), all designs or those
     in ``names``. Error bars are quartiles over the rounds; the legend gives the exponents that were fitted.
     """
-    expect.one_of("part", part, sorted({what.split("_")[0] for row in rows if (what := row["what"])}))
+    end = "_time_exponent"
+    expect.one_of("part", part, [w.removesuffix(end) for row in rows if (w := row["what"]).endswith(end)])
     found = [row for row in rows if row["what"].startswith(f"{part}_")]
     known = list(dict.fromkeys(row["name"] for row in found if row["what"] == f"{part}_time"))
     wanted = known if names is None else [expect.one_of("names", name, known) for name in names]

@@ -43,6 +43,15 @@ def recorded(*runs: str) -> list[dict[str, Any]]:
     ]
 
 
+def sink_rows() -> list[dict[str, Any]]:
+    """Rows as ``kvlearn study sinks`` keeps them."""
+    return [
+        {"run": run, "variant": variant, "first_token_weight": 0.5, "by_position": 32 * [loss]}
+        for run in ("as trained", "sink planted")
+        for loss, variant in enumerate(("full", "window", "window, 1 sink kept"), start=1)
+    ]
+
+
 PICTURES = {
     "cache_growth": lambda: plots.cache_growth(MODELS["Llama 3.1 8B"]),
     "bytes_per_token": lambda: plots.bytes_per_token(list(MODELS.values())),
@@ -97,6 +106,13 @@ PICTURES = {
     "rope_on_latent": lambda: plots.rope_on_latent(
         {"decoupled RoPE": np.ones(8), "RoPE on the latent": np.cos(np.arange(8.0))}
     ),
+    "ring": lambda: plots.ring(3, n_sinks=1, n_tokens=6),
+    "cone": lambda: plots.cone([3, None], n_tokens=8),
+    "influence": lambda: plots.influence({"full": ([1, 2], [1.0, 0.1])}, reaches={"full": 4}),
+    "beyond_the_window": lambda: plots.beyond_the_window(sink_rows(), window=16),
+    "gallery": lambda: plots.gallery({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12, block=4),
+    "lifetimes": lambda: plots.lifetimes({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12),
+    "selections": lambda: plots.selections({"head 0": np.tri(8, dtype=bool)}, title="Chosen"),
 }
 
 
