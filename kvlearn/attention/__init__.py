@@ -19,8 +19,10 @@ from kvlearn.attention.shared.token_routed import TokenRoutedAttention
 from kvlearn.attention.sliding.ring import RingCache
 from kvlearn.attention.sliding.window import WindowAttention
 from kvlearn.attention.slots import SlotCache
+from kvlearn.attention.sparse.csa import CompressedSparseAttention
 from kvlearn.attention.sparse.dsa import DeepSeekSparseAttention
 from kvlearn.attention.sparse.fixed import SparseAttention
+from kvlearn.attention.sparse.hca import HeavilyCompressedAttention
 from kvlearn.attention.sparse.moba import BlockCache, MixtureOfBlockAttention
 from kvlearn.attention.sparse.nsa import NativeSparseAttention
 from kvlearn.attention.sparse.pattern import Pattern
@@ -32,10 +34,12 @@ __all__ = [
     "REGISTRY",
     "BlockCache",
     "Cache",
+    "CompressedSparseAttention",
     "DecodeStep",
     "DeepSeekSparseAttention",
     "FullAttention",
     "GroupedQueryAttention",
+    "HeavilyCompressedAttention",
     "KVAttention",
     "KVCache",
     "LatentAttention",
