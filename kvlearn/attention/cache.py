@@ -111,7 +111,15 @@ class KV:
         return torch.arange(self.k.shape[2], device=self.k.device)[None]
 
 
-class KVCache(Cache):
+class TokenCache(Cache):
+    """A cache of keys and values, token by token."""
+
+    @abstractmethod
+    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
+        """Write new keys and values; return all that the new tokens may attend to, themselves among it."""
+
+
+class KVCache(TokenCache):
     """Keys and values of all tokens so far, in memory that is allocated once; slot s holds position s."""
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvlearn import expect
 from kvlearn.attention.base import Mechanism
-from kvlearn.attention.cache import KV, Cache, KVCache, NoCache
+from kvlearn.attention.cache import KV, Cache, KVCache, NoCache, TokenCache
 from kvlearn.attention.core import causal_attention, merge_heads, split_heads, upcast
 from kvlearn.attention.rope import Rope, RopeConfig
 
@@ -32,7 +32,7 @@ class KVAttention(Mechanism):
     """
 
     decode: DecodeStep | None = None
-    cache_kind: type[Cache] = KVCache
+    cache_kind: type[TokenCache] = KVCache
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class KVAttention(Mechanism):
         )
         k = self.rotate(split_heads(self.k_proj(x), self.n_kv_heads), positions)
         v = split_heads(self.v_proj(x), self.n_kv_heads)
-        return KV(k, v, positions) if cache is None else cache.append(k, v)  # type: ignore[attr-defined]
+        return cache.append(k, v) if isinstance(cache, TokenCache) else KV(k, v, positions)
 
     def check_source(self, source: KV | None, x: Tensor) -> KV:
         """The door for another layer's keys and values."""

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvlearn import expect
-from kvlearn.attention.cache import KV, Cache
+from kvlearn.attention.cache import KV, TokenCache
 
 
-class SlotCache(Cache):
+class SlotCache(TokenCache):
     """Keys and values in ``n_slots`` slots; with ``shared`` the values are the keys, and stored once.
 
     ``held`` says which position each slot holds, -1 for none: book-keeping, 8 bytes a slot, not counted.
