@@ -93,9 +93,12 @@ class SlotCache(TokenCache):
         slots = self.slots(positions)
         if len(slots) > len(self.held):
             self.held = self.held.repeat(len(slots), 1)
-        token = torch.arange(k.shape[2], device=self.device).expand_as(slots)
-        last = torch.zeros_like(self.held).scatter_reduce(1, slots, token, "amax").gather(1, slots)
-        row, token = (token == last).nonzero(as_tuple=True)
+        if k.shape[2] == 1:
+            row, token = torch.arange(len(slots), device=self.device), torch.zeros_like(slots[:, 0])
+        else:
+            token = torch.arange(k.shape[2], device=self.device).expand_as(slots)
+            last = torch.zeros_like(self.held).scatter_reduce(1, slots, token, "amax").gather(1, slots)
+            row, token = (token == last).nonzero(as_tuple=True)
         slot = slots[row, token]
         self.held[row, slot] = positions[row, token]
         rows = row if len(slots) > 1 else slice(None)

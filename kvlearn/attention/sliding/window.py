@@ -80,6 +80,9 @@ class WindowAttention(KVAttention):
         self.sink_logits = nn.Parameter(torch.zeros(self.n_heads)) if sink_logits else None
 
     def pass_over(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
+        together, held = len(kv.positions) == 1, kv.k.shape[2]
+        if q.shape[2] == 1 and together and held <= self.window + self.n_sinks:
+            return self.attend_masked(q, kv.k, kv.v, None)  # a ring holds just what its newest token sees
         return attend_columns(q, kv, self.sight, BLOCK, self.attend_masked)
 
     def attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
