@@ -1,0 +1,313 @@
+"""Unit 04 takes right answers of every style, and tells a learner what is missing or of the wrong kind."""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from answers import right
+from torch import Tensor
+
+from kvlearn.attention import core
+from kvlearn.grading import Score, check, find_exercise, judge
+from kvlearn.grading.units.sliding_window import bytes as size
+from kvlearn.grading.units.sliding_window.field import least_layers, reachable
+from kvlearn.measure.cache_size import cache_bytes, read_bytes
+from kvlearn.measure.models import MODELS
+
+EXERCISES = ("04.1", "04.2", "04.3", "04.4", "04.5", "04.6", "04.7")
+
+
+def row(score: Score, name: str) -> Any:
+    return next(row for row in score.rows if row.name.startswith(name))
+
+
+def earned(score: Score) -> list[float]:
+    return [row.earned for row in score.rows]
+
+
+def full_marks(exercise: str, *answers: Any) -> bool:
+    scores = [judge(find_exercise(exercise), answers, seed) for seed in (1, 20, 300)]
+    assert all(score.status == "passed" for score in scores), scores[0].to_text()
+    return True
+
+
+def ours(exercise: str) -> tuple[Any, ...]:
+    return right(find_exercise(exercise))
+
+
+def test_a_mask_of_any_style_is_right() -> None:
+    def by_triangles(T: int, S: int, W: int) -> Tensor:
+        return torch.ones(T, S, dtype=torch.bool).tril(S - T).triu(S - T - W + 1)
+
+    def cropped(T: int, S: int, W: int) -> Tensor:
+        at = torch.arange(S)
+        return ((at[:, None] >= at) & (at[:, None] - W < at))[-T:]
+
+    assert full_marks("04.1", by_triangles)
+    assert full_marks("04.1", cropped)
+
+
+def test_a_mask_of_ones_and_zeros_loses_the_point_for_its_form_alone() -> None:
+    (mask,) = ours("04.1")
+    assert earned(check("04.1", lambda *sizes: mask(*sizes).long())) == [0, 1, 1, 1, 1]
+
+
+def one_at_a_time(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    for i, token in enumerate(new.unbind(2)):
+        ring[:, :, (start + i) % ring.shape[2]] = token
+    return ring
+
+
+def by_roll(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    """The ring turned until the next slot comes first, shifted, and turned back."""
+    W, at = ring.shape[2], start % ring.shape[2]
+    T = new.shape[2]
+    in_order = torch.cat((ring.roll(-at, 2), new), 2)[:, :, -W:]
+    return in_order.roll((start + T) % W, 2)
+
+
+@pytest.mark.parametrize("write_ring", [one_at_a_time, by_roll])
+def test_a_ring_may_be_written_in_any_way(write_ring: Callable[..., Tensor]) -> None:
+    assert full_marks("04.2", write_ring, ours("04.2")[1])
+
+
+def test_positions_of_any_type_count() -> None:
+    write_ring, held = ours("04.2")
+    for cast in (lambda x: x.tolist(), lambda x: tuple(x.tolist()), lambda x: x.int()):
+        assert full_marks("04.2", write_ring, lambda n, W, cast=cast: cast(held(n, W)))
+    assert full_marks("04.2", write_ring, lambda n, W: list(held(n, W).numpy()))
+    score = check("04.2", write_ring, lambda n, W: held(n, W).float())
+    assert earned(score) == [1, 1, 1, 1, 0, 0]
+    assert "whole numbers, one a slot" in row(score, "held_positions").expected
+
+
+def token_by_token(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Any:
+    """Prefill by decoding: one is written, one attends."""
+    W, outs = ring_k.shape[2], []
+    for i in range(q.shape[2]):
+        ring_k[:, :, (start + i) % W], ring_v[:, :, (start + i) % W] = k[:, :, i], v[:, :, i]
+        n = min(start + i + 1, W)
+        outs.append(F.scaled_dot_product_attention(q[:, :, [i]], ring_k[:, :, :n], ring_v[:, :, :n]))
+    return torch.cat(outs, 2), ring_k, ring_v
+
+
+def in_storage_order(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Any:
+    """The slots as they lie, the mask made from what each holds."""
+    write_ring, held = ours("04.2")
+    W, T = ring_k.shape[2], q.shape[2]
+    at = torch.cat((held(start, W), torch.arange(start, start + T)))
+    queries = at[W:, None]
+    see = (at >= 0) & (at <= queries) & (at > queries - W)
+    keys, values = torch.cat((ring_k, k), 2), torch.cat((ring_v, v), 2)
+    scores = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~see, -torch.inf)
+    return [scores.softmax(-1) @ values, write_ring(ring_k, k, start), write_ring(ring_v, v, start)]
+
+
+@pytest.mark.parametrize("window_prefill", [token_by_token, in_storage_order])
+def test_a_prefill_of_any_style_is_right(window_prefill: Callable[..., Any]) -> None:
+    assert full_marks("04.3", window_prefill)
+
+
+def test_a_chunk_written_before_it_attends_is_told_so() -> None:
+    """What comes of it is the same as trimming, by another road."""
+
+    def written_first(
+        q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        write_ring, held = ours("04.2")
+        W, T = ring_k.shape[2], q.shape[2]
+        ring_k, ring_v = write_ring(ring_k, k, start), write_ring(ring_v, v, start)
+        at, queries = held(start + T, W), torch.arange(start, start + T)[:, None]
+        see = (at >= 0) & (at <= queries) & (at > queries - W)
+        return F.scaled_dot_product_attention(q, ring_k, ring_v, attn_mask=see), ring_k, ring_v
+
+    score = check("04.3", written_first)
+    assert [mistake.name for mistake in score.mistakes] == ["trimmed to W keys before attending"]
+    assert earned(score) == [1, 0, 0, 0, 1]
+
+
+def by_maximum(scores: Tensor, sink_logits: Tensor) -> Tensor:
+    sinks = sink_logits[:, None, None]
+    largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
+    exp = (scores - largest).exp()
+    return exp / (exp.sum(-1, keepdim=True) + (sinks - largest).exp())
+
+
+def by_sigmoid(scores: Tensor, sink_logits: Tensor) -> Tensor:
+    """The ordinary softmax, times the share that the sink leaves."""
+    left = (scores.logsumexp(-1) - sink_logits[:, None]).sigmoid()
+    return scores.softmax(-1).nan_to_num() * left[..., None]
+
+
+def by_logaddexp(scores: Tensor, sink_logits: Tensor) -> Tensor:
+    return (scores - torch.logaddexp(scores.logsumexp(-1), sink_logits[:, None])[..., None]).exp()
+
+
+@pytest.mark.parametrize("sink_softmax", [by_maximum, by_sigmoid, by_logaddexp])
+def test_a_sink_in_any_stable_form_is_right(sink_softmax: Callable[..., Tensor]) -> None:
+    def seen(position: int, window: int, n_sinks: int) -> Tensor:
+        at = torch.arange(position + 1)
+        return at[(at < n_sinks) | (at > position - window)]
+
+    assert full_marks("04.4", seen, sink_softmax)
+
+
+def test_two_mistakes_in_one_exercise_are_both_named() -> None:
+    score = check(
+        "04.4",
+        lambda p, W, n: [i for i in range(p + 1) if i < n or p - i < W - n],
+        lambda scores, sinks: (
+            scores.exp() / (scores.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+        ),
+    )
+    names = {mistake.name for mistake in score.mistakes}
+    assert names == {"the sinks counted inside the window", "no maximum subtracted"}
+    assert 0 < float(score) < score.max_score
+
+
+def test_changed_scores_lose_the_point_for_that() -> None:
+    def in_place(scores: Tensor, sink_logits: Tensor) -> Tensor:
+        out = by_maximum(scores.clone(), sink_logits)
+        scores -= 1
+        return out
+
+    score = check("04.4", ours("04.4")[0], in_place)
+    assert earned(score) == [1, 1, 1, 0, 1, 1]
+    assert "an input changed in place" in row(score, "sink_softmax: a logit").came
+
+
+def test_a_reach_of_any_style_is_right() -> None:
+    def as_range(position: int, windows: list[int | None], n_sinks: int = 0) -> Any:
+        got = reachable(position, windows, n_sinks)
+        return range(got[0], got[-1] + 1) if not n_sinks else np.array(got).tolist()
+
+    assert full_marks(
+        "04.5", as_range, lambda d, W: 0 if d == 0 else math.ceil(d / (W - 1)) if W > 1 else None
+    )
+    assert full_marks("04.5", lambda *a: torch.tensor(reachable(*a)), least_layers)
+
+
+def test_a_reach_given_as_its_first_position_is_told_what_was_asked_for() -> None:
+    score = check("04.5", lambda *a, **k: reachable(*a, **k)[0], least_layers)
+    assert earned(score) == [0, 0, 0, 0, 1, 0]
+    assert "a list of positions, ascending" in score.message
+    assert score.mistakes == ()
+
+
+def test_the_reach_of_mistral_is_less_than_the_product_that_its_paper_rounds_to() -> None:
+    """Jiang et al. (2023), section 2: "approximately 131K tokens" for 32 layers of 4096."""
+    reach, layers_needed = ours("04.5")
+    assert len(reach(200_000, 32 * [4096])) == 32 * 4095 + 1 == 131_041
+    assert layers_needed(131_071, 4096) == 33
+
+
+def test_the_models_of_the_exercise_are_those_of_the_library() -> None:
+    of_library = {"Mistral 7B v0.1": size.MISTRAL, "Gemma 3 27B": size.GEMMA_3, "gpt-oss-120b": size.GPT_OSS}
+    for name, config in of_library.items():
+        model = MODELS[name]
+        heads = (config["num_attention_heads"], config["num_key_value_heads"])
+        head_dim = config.get("head_dim", config["hidden_size"] // heads[0])
+        assert (*heads, head_dim) == (model.n_heads, model.n_kv_heads, model.head_dim)
+        for n in (100, 5000, 100_000):
+            sizes = ours("04.6")[0](config, n, n // 2, 3)
+            assert sizes["stored"] == cache_bytes(model, n, batch=3)
+            assert sizes["read"] == read_bytes(model, n // 2, batch=3)
+
+
+def test_mistrals_window_saves_half_at_8k_and_nothing_at_4k() -> None:
+    (window_bytes,) = ours("04.6")
+    at_8k, at_4k = (window_bytes(size.MISTRAL, n, n, 1) for n in (8192, 4096))
+    assert (at_8k["saving"], at_4k["saving"]) == (0.5, 0)
+    assert at_8k["stored_gib"] == at_4k["stored_gib"] == 0.5
+
+
+def test_numbers_of_any_type_count() -> None:
+    (window_bytes,) = ours("04.6")
+    casts = {"stored": np.int64, "read": torch.tensor, "stored_gib": np.float64, "saving": Fraction}
+    assert full_marks("04.6", lambda *a: {k: casts[k](v) for k, v in window_bytes(*a).items()})
+    score = check("04.6", lambda *a: {k: v for k, v in window_bytes(*a).items() if k != "read"})
+    assert earned(score) == [1, 1, 0, 0, 1, 1, 0]
+    assert "a dict with the key 'read'" in row(score, "local and global layers, read").expected
+
+
+def row_by_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    lengths: Tensor,
+    slopes: Tensor | None = None,
+) -> Any:
+    """Each row brought into the order of time."""
+    W, outs = ring_k.shape[2], []
+    for b, n in enumerate(lengths.tolist()):
+        ring_k[b, :, n % W], ring_v[b, :, n % W] = k[b], v[b]
+        at = torch.arange(max(0, n + 1 - W), n + 1)
+        bias = None if slopes is None else -slopes[:, None, None] * (n - at)
+        keys, values = ring_k[b, :, at % W], ring_v[b, :, at % W]
+        outs.append(F.scaled_dot_product_attention(q[b, :, None], keys, values, attn_mask=bias)[:, 0])
+    return torch.stack(outs), ring_k, ring_v
+
+
+def by_scatter(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    lengths: Tensor,
+    slopes: Tensor | None = None,
+) -> Any:
+    """All rows at once, by a mask to add."""
+    W = ring_k.shape[2]
+    slot = (lengths % W)[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[2])
+    ring_k = ring_k.scatter(2, slot, k[:, :, None])
+    ring_v = ring_v.scatter(2, slot, v[:, :, None])
+    age = (lengths[:, None] - torch.arange(W)) % W
+    bias = torch.zeros(len(q), 1, 1, W).masked_fill((age > lengths[:, None])[:, None, None], -torch.inf)
+    if slopes is not None:
+        bias = bias - (slopes[None, :, None] * age[:, None])[:, :, None]
+    return (
+        F.scaled_dot_product_attention(q[:, :, None], ring_k, ring_v, attn_mask=bias)[:, :, 0],
+        ring_k,
+        ring_v,
+    )
+
+
+@pytest.mark.parametrize("ring_step", [row_by_row, by_scatter])
+def test_a_step_of_any_style_is_right(ring_step: Callable[..., Any]) -> None:
+    assert full_marks("04.7", ring_step)
+
+
+@pytest.mark.parametrize(("exercise", "answer"), [("04.3", token_by_token), ("04.7", row_by_row)])
+def test_an_output_without_its_rings_is_told_what_is_missing(
+    exercise: str, answer: Callable[..., Any]
+) -> None:
+    score = check(exercise, lambda *a: answer(*a)[0])
+    assert float(score) == 0
+    assert "three tensors, (out, ring_k, ring_v)" in score.message
+    assert score.mistakes == ()
+
+
+def test_an_answer_that_returns_nothing_is_not_called_a_known_mistake() -> None:
+    for exercise in EXERCISES:
+        score = check(exercise, *[lambda *a, **k: None] * len(find_exercise(exercise).answers))
+        assert float(score) == 0
+        assert score.mistakes == ()
+
+
+def test_kvlearns_own_attention_earns_nothing() -> None:
+    def by_core(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Any:
+        out, *rings = token_by_token(q, k, v, ring_k, ring_v, start)
+        core.causal_mask(1, 2)
+        return out, *rings
+
+    score = check("04.3", by_core)
+    assert float(score) == 0
+    assert "calls kvlearn.attention.core.causal_mask" in score.message
