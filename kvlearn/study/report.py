@@ -81,7 +81,9 @@ def show(table: Table, console: Console) -> None:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    caption = "stored and read: bytes of cache a token, all layers, 16-bit numbers"
+    caption = (
+        "stored and read: bytes of cache a token, all layers, 16-bit numbers" if "read" in columns else None
+    )
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE)
     for column in columns:
         table.add_column(column, justify="left" if column == "run" else "right")
