@@ -86,7 +86,7 @@ def _draw(panel: Axes, points: Sequence[tuple[float, float, float, float]], **st
 
 
 def _axes(panel: Axes, quantity: str, lines: Sequence[Sequence[tuple[float, ...]]]) -> None:
-    """Powers of two along the lengths, of ten along time and of two along bytes."""
+    """Lengths and bytes in powers of two, time in powers of ten."""
     lengths = sorted({n for points in lines for n, *_ in points})
     panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [f"{n / 1024:g}K" if n >= 1024 else f"{n:g}" for n in lengths])
@@ -101,7 +101,9 @@ def _axes(panel: Axes, quantity: str, lines: Sequence[Sequence[tuple[float, ...]
 
 
 def _label(name: str, line: Mapping[str, Any]) -> str:
-    return f"{name}: {_powers(line)}"
+    """A line of the legend."""
+    time, memory = (f"$N^{{{line[f'{quantity}_exponent']:.2f}}}$" for quantity in QUANTITIES)
+    return f"{name}: time {time}, memory {memory}"
 
 
 def _powers(line: Mapping[str, Any]) -> str:

@@ -1,0 +1,143 @@
+"""How time and memory of attention grow with the length: measured from 1K to 16K tokens, and the exponents.
+
+Every design at every length takes its turn in every round, so that whatever slows the machine meets all of
+them alike. An exponent is the slope of log(time) over log(N), fitted round by round; memory is counted
+exactly and fitted once. Below four windows much of a text is still in sight: those lengths are shown and not
+fitted.
+"""
+
+from collections.abc import Callable, Iterator
+from math import log
+from statistics import linear_regression
+
+import torch
+from torch import Tensor
+
+from kvlearn.attention import KV
+from kvlearn.measure.bench import Row
+from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
+from kvlearn.measure.timing import Comparison, Quartiles, compare
+from kvlearn.measure.window_bench import designs
+from kvlearn.measure.window_bench.designs import DESIGNS, Design, details
+from kvlearn.measure.window_bench.reference import attend, some_queries
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+ROUNDS = 5
+SPEEDUP = 5.0  # a window against full attention, at the longest
+TRAINED = ("window",)
+Core = Callable[[], Tensor]
+
+
+def prefill_rows(device: torch.device) -> Iterator[Row]:
+    """Attention of a whole text, without projections."""
+    calls: dict[str, dict[int, Core]] = {name: {} for name in DESIGNS}
+    for n in LENGTHS:
+        given = draw(n, device)
+        for name, design in DESIGNS.items():
+            calls[name][n] = checked_core(name, design, *given)
+    by_turns = compare(by_label(calls), rounds=ROUNDS)
+    yield from growth_rows("prefill", calls, by_turns, device)
+    longest = LENGTHS[-1]
+    for name in list(DESIGNS)[1:]:
+        found = details("prefill_speedup", name, longest)
+        bar = SPEEDUP if name == "window" else None
+        yield ratio_row(by_turns, "prefill", label("full", longest), label(name, longest), found, bar=bar)
+
+
+def train_rows(device: torch.device) -> Iterator[Row]:
+    """The same forward and backward, to the gradients of queries, keys and values."""
+    calls: dict[str, dict[int, Core]] = {name: {} for name in TRAINED}
+    for n in LENGTHS:
+        given = draw(n, device)
+        for name in TRAINED:
+            calls[name][n] = checked_train_step(name, DESIGNS[name], *given)
+    by_turns = compare(by_label(calls), rounds=ROUNDS)
+    yield from growth_rows("train", calls, by_turns, device)
+
+
+def draw(n: int, device: torch.device) -> Tensor:
+    """Queries, keys and values of ``n`` tokens, in one tensor."""
+    head_dim = designs.D_MODEL // designs.N_HEADS
+    return torch.randn(3, 1, designs.N_HEADS, n, head_dim, device=device)
+
+
+def checked_core(name: str, design: Design, q: Tensor, k: Tensor, v: Tensor) -> Core:
+    """A design's attention, once it has given what the equation gives."""
+    n = q.shape[2]
+    layer = designs.new_layer(design, n, q.device)
+    kv = KV(k, v, torch.arange(n, device=q.device)[None])
+
+    def core() -> Tensor:
+        return layer.pass_over(q, kv)
+
+    at = some_queries(n)
+    agree({name: lambda: core()[:, :, at]}, attend(q, k, v, design, at))
+    return core
+
+
+def checked_train_step(name: str, design: Design, q: Tensor, k: Tensor, v: Tensor) -> Core:
+    """Forward and backward of a design, once some of its queries have sent back the right gradients."""
+    n = q.shape[2]
+    layer = designs.new_layer(design, n, q.device)
+    positions = torch.arange(n, device=q.device)[None]
+    upstream = torch.randn_like(v)
+
+    def step(upstream: Tensor = upstream) -> Tensor:
+        with torch.enable_grad():
+            q_, k_, v_ = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = layer.pass_over(q_, KV(k_, v_, positions))
+            return torch.stack(torch.autograd.grad(out, leaves, upstream))
+
+    at = some_queries(n)
+    here = torch.zeros_like(upstream)
+    here[:, :, at] = upstream[:, :, at]
+    with torch.enable_grad():
+        q_, k_, v_ = leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        out = attend(q_, k_, v_, design, at)
+        expected = torch.autograd.grad(out, leaves, upstream[:, :, at].double())
+    agree({name: lambda: step(here)}, torch.stack(expected))
+    return step
+
+
+def label(name: str, n: int) -> str:
+    return f"{name}, {n} tokens"
+
+
+def by_label(calls: dict[str, dict[int, Core]]) -> dict[str, Core]:
+    return {label(name, n): call for name, of in calls.items() for n, call in of.items()}
+
+
+def growth_rows(
+    part: str, calls: dict[str, dict[int, Core]], by_turns: Comparison, device: torch.device
+) -> Iterator[Row]:
+    """Time and extra memory at every length, and how both of them grow."""
+    for name, of in calls.items():
+        design, peaks = DESIGNS[name], {n: peak_memory(call, device) for n, call in of.items()}
+        for n in of:
+            yield time_row(by_turns, part, label(name, n), details(f"{part}_time", name, n))
+        for n, peak in peaks.items():
+            found = details(f"{part}_memory", name, n)
+            yield Row(f"{part}, extra memory: {label(name, n)}", peak, "B", details=found)
+        rounds = [
+            exponent({n: by_turns.rounds[label(name, n)][turn] for n in of})
+            for turn in range(len(by_turns.rounds[label(name, LENGTHS[0])]))
+        ]
+        spread, fitted = Quartiles.of(rounds), {"fitted": [n for n in of if is_fitted(n)]}
+        found = details(f"{part}_time_exponent", name, LENGTHS[-1], **fitted)
+        title = f"{part}, {name}: time as a power of N"
+        yield Row(title, spread.median, "power", design.time, "<=", spread, found)
+        found = details(f"{part}_memory_exponent", name, LENGTHS[-1], **fitted)
+        title = f"{part}, {name}: extra memory as a power of N"
+        yield Row(title, exponent(peaks), "power", design.memory, "<=", details=found)
+
+
+def exponent(amounts: dict[int, float] | dict[int, int]) -> float:
+    """p of the power of N that fits best, by least squares of logarithms over the longer lengths."""
+    points = [(log(n), log(amount)) for n, amount in amounts.items() if is_fitted(n)]
+    return linear_regression(*zip(*points, strict=True)).slope
+
+
+def is_fitted(n: int) -> bool:
+    """From four windows on."""
+    return n >= 4 * designs.WINDOW
