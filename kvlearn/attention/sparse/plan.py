@@ -19,9 +19,9 @@ from kvlearn.attention.sparse.pattern import Pattern
 
 def live_tokens(pattern: Pattern, n_tokens: int) -> Int[Tensor, "n_tokens"]:
     """How many tokens must be held while the token at position t attends: |{j ≤ t : last(j) ≥ t}|."""
-    born = torch.ones(n_tokens, dtype=torch.int64)
-    done = torch.bincount(pattern.last_readers(n_tokens) + 1, minlength=n_tokens + 1)[:n_tokens]
-    return (born - done).cumsum(0)
+    last = pattern.last_readers(n_tokens)
+    done = torch.bincount(last[last >= 0] + 1, minlength=n_tokens + 1)[:n_tokens]
+    return ((last >= 0).long() - done).cumsum(0)
 
 
 @lru_cache(maxsize=64)
