@@ -13,6 +13,8 @@ SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScalin
 class Spec:
     """A mechanism by its name in the registry, with options of its own: ``Spec("window", window=512)``.
 
+    A ``Pattern`` among them is kept as its sentence.
+
     With ``reads`` the layer has no keys and values but those of an earlier layer of the same kind: the one
     that many layers before (-1 is the layer before), or the "last" that has its own.
     """
@@ -28,7 +30,8 @@ class Spec:
             expect.one_of("layers: reads", reads, ["last"])
         for option in options:
             expect.one_of(f"layers: option of {name!r}", option, [k for k in known if k != "reader"])
-        self.reads, self.options = reads, options
+        self.reads = reads
+        self.options = {k: str(v) if isinstance(v, Pattern) else v for k, v in options.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The options, ``reads`` among them where it is set."""
@@ -134,9 +137,7 @@ def _same_kind(a: Spec, b: Spec) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A Pattern as its sentence, a RopeConfig as a dictionary that says which scaling it has; or as it is."""
-    if isinstance(value, Pattern):
-        return str(value)
+    """A RopeConfig as a dictionary that says which scaling it has; anything else as it is."""
     if not isinstance(value, RopeConfig):
         return value
     kind = next((name for name, scaling in SCALINGS.items() if isinstance(value.scaling, scaling)), None)
