@@ -31,7 +31,9 @@ class Spec:
         for option in options:
             expect.one_of(f"layers: option of {name!r}", option, [k for k in known if k != "reader"])
         self.reads = reads
-        self.options = {k: str(v) if isinstance(v, Pattern) else v for k, v in options.items()}
+        self.options: dict[str, Any] = {
+            k: str(v) if isinstance(v, Pattern) else v for k, v in options.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The options, ``reads`` among them where it is set."""
