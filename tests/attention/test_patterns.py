@@ -764,3 +764,8 @@ def test_a_reader_sees_what_its_owners_plan_holds(kernel: bool) -> None:
     pieces = zip(x.split(split, 1), theirs.split(split, 1), strict=True)
     close(torch.cat([reader(a, own, source=owner.kv(b, cache)) for a, b in pieces], 1), expected)
     assert own.nbytes == 0
+
+
+def test_a_pattern_draws_itself() -> None:
+    assert parse("local(2) | global(1)").draw(5) == "#\n##\n###\n#·##\n#··##"
+    assert parse("strided(2)").draw(4) == "#\n·#\n#·#\n·#·#"

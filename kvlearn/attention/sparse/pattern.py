@@ -42,6 +42,11 @@ class Pattern(ABC):
         positions = torch.arange(expect.positive("n_tokens", n_tokens))
         return allowed(self, positions, positions)
 
+    def draw(self, n_tokens: int) -> str:
+        """The mask as text, a row a query: ``#`` is seen, ``·`` is past and not seen."""
+        rows = self.mask(n_tokens).tolist()
+        return "\n".join("".join("·#"[seen] for seen in row[: i + 1]) for i, row in enumerate(rows))
+
     def __or__(self, other: "Pattern") -> "Pattern":
         return Union((*words(self), *words(expect.instance("pattern", other, Pattern))))
 
