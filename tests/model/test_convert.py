@@ -53,6 +53,9 @@ NOTHING_LOST = [
     ([Spec("gqa", n_kv_heads=4)], "mean"),
     ([Spec("gqa", n_kv_heads=4)], "first"),
     ([Spec("routed", n_kv_heads=4)], "mean"),
+    ([Spec("window", window=1000)], "random"),  # no shorter than the text: all heads are copied
+    ([Spec("window", window=1000, n_kv_heads=4)], "mean"),
+    ([Spec("sparse", pattern="strided(1)")], "first"),
     ([FULL_RANK], "activations"),
     ([FULL_RANK], "weights"),
     ([Spec("mhc_transformer", rank=64, rope_dim=0)], "activations"),
@@ -84,6 +87,8 @@ def test_a_conversion_that_loses_something_changes_what_the_model_says() -> None
         ([Spec("gqa", n_kv_heads=2)], "mean"),
         ([Spec("mhc", rank=8, rope_dim=0)], "activations"),
         (["full", Spec("full", reads=-1), "full"], "first"),
+        ([Spec("window", window=2)], "first"),
+        ([Spec("sparse", pattern="local(2) | global(1)")], "first"),
     ):
         assert largest_change(convert(model, layers, init=init, tokens=tokens()), model) > 0.1
 
@@ -92,7 +97,7 @@ def test_averaging_weights_averages_the_rotated_keys_and_the_values_that_are_cac
     model, x = trained(), torch.randn(2, 9, 24)
     pooled = convert(model, [Spec("gqa", n_kv_heads=2)], init="mean")
     for own, full in zip(pooled.mixers, model.mixers, strict=True):
-        for mean, heads in zip(own.kv(x)[:2], full.kv(x)[:2], strict=True):
+        for mean, heads in zip([*own.kv(x)][:2], [*full.kv(x)][:2], strict=True):
             torch.testing.assert_close(mean, heads.unflatten(1, (2, 2)).mean(2), atol=1e-5, rtol=1e-5)
 
 

@@ -30,7 +30,7 @@ from kvlearn.study import (
     train,
     train_and_measure,
 )
-from kvlearn.study.conversion import RUNS
+from kvlearn.study.conversion import RUNS, SIGHTS
 from kvlearn.study.other_text import paragraphs
 from kvlearn.study.routing import compare
 
@@ -222,9 +222,13 @@ def test_a_difference_of_two_models_is_surer_than_the_loss_of_either() -> None:
 def test_a_study_has_a_row_a_point_beside_the_control(
     base: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = {"full": (["full"], "first"), "pooled": ([Spec("gqa", n_kv_heads=1)], "random")}
+    runs = {
+        "full": (["full"], "first"),
+        "pooled": ([Spec("gqa", n_kv_heads=1)], "random"),
+        "near": ([Spec("window", window=5)], "first"),
+    }
     rows = [row for run in study_conversions(base, runs, folder=tmp_path, **SETTINGS) for row in run]
-    control, pooled = ([row for row in rows if row["run"] == name] for name in runs)
+    control, pooled, near = ([row for row in rows if row["run"] == name] for name in runs)
     assert [row["step"] for row in control] == [row["step"] for row in pooled]
     for row, beside in zip(pooled, control, strict=True):
         assert beside["losses"]["code"]["excess"] == 0
@@ -232,6 +236,10 @@ def test_a_study_has_a_row_a_point_beside_the_control(
         assert row["losses"]["code"]["excess"] == pytest.approx(difference)
     assert pooled[0]["losses"]["code"]["excess"] > 0
     assert [row["bytes_stored_per_token"] for row in (control[0], pooled[0])] == [192, 48]
+    for row in (control[0], pooled[0], near[0]):
+        tokens = 5 if row is near[0] else row["training"]["length"]
+        assert row["bytes_stored_at_length"] == tokens * row["bytes_stored_per_token"]
+        assert row["bytes_read_at_length"] == tokens * row["bytes_read_per_token"]
     assert results.read(results.save("convert", "x", rows, PROVENANCE, tmp_path)).rows == rows
 
     console = Console(record=True, width=160)
@@ -351,9 +359,11 @@ def test_routing_is_compared_seed_by_seed() -> None:
 def test_the_command_prints_the_table_and_records_the_rows(
     base: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tiny() -> Iterator[list[dict[str, Any]]]:
+    def tiny(runs: Any, folder: Path) -> Iterator[list[dict[str, Any]]]:
+        asked.append((runs, folder.name))
         return study_conversions(base, {"full": (["full"], "first")}, folder=tmp_path, **SETTINGS)
 
+    asked: list[tuple[Any, str]] = []
     monkeypatch.setattr("kvlearn.study.study_conversions", tiny)
     monkeypatch.setattr("kvlearn.measure.provenance.collect_provenance", lambda: PROVENANCE)
     monkeypatch.setattr("kvlearn.measure.results.results_folders", lambda: [tmp_path])
@@ -365,6 +375,8 @@ def test_the_command_prints_the_table_and_records_the_rows(
     recorded = results.read(tmp_path / "convert-some-machine.json")
     assert recorded.command == "kvlearn study convert --record"
     assert recorded.rows[0]["training"]["lr"] == SETTINGS["lr"]
+    CliRunner().invoke(app, ["study", "sight"])
+    assert asked == [(RUNS, "convert"), (RUNS, "convert"), (SIGHTS, "sight")]
 
 
 def test_only_studies_with_rows_can_be_recorded() -> None:
