@@ -138,8 +138,11 @@ class KVAttention(Mechanism):
         device: torch.device | str | None = None,
     ) -> Cache:
         dtype, at = self.dtype_and_device(dtype, device)
-        if self.reader:
-            return NoCache(batch, max_len, at)
+        sizes = expect.positive("batch", batch), expect.positive("max_len", max_len)
+        return NoCache(*sizes, at) if self.reader else self.own_cache(*sizes, dtype, at)
+
+    def own_cache(self, batch: int, max_len: int, dtype: torch.dtype, at: torch.device) -> TokenCache:
+        """The empty cache of a layer that has keys and values of its own."""
         return KVCache(batch, self.n_kv_heads, max_len, self.head_dim, dtype, at)
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:

@@ -251,6 +251,13 @@ def test_a_cache_may_have_another_dtype_than_the_weights(name: str) -> None:
 
 
 @every_mechanism
+def test_a_cache_may_be_wider_than_the_weights(name: str) -> None:
+    layer = tiny(name)
+    x = tokens(layer)
+    close(in_chunks(layer, x, [5, 6], layer.new_cache(BATCH, TIME, dtype=torch.float64)), layer(x))
+
+
+@every_mechanism
 def test_the_limit_is_full_attention(name: str) -> None:
     pair = REGISTRY[name].tiny_at_limit()
     if pair is None:

@@ -766,6 +766,15 @@ def test_a_reader_sees_what_its_owners_plan_holds(kernel: bool) -> None:
     assert own.nbytes == 0
 
 
-def test_a_pattern_draws_itself() -> None:
-    assert parse("local(2) | global(1)").draw(5) == "#\n##\n###\n#·##\n#··##"
-    assert parse("strided(2)").draw(4) == "#\n·#\n#·#\n·#·#"
+def test_a_pattern_prints_itself_as_a_picture() -> None:
+    assert parse("local(2) | global(1)").picture(5) == "#\n##\n###\n#·##\n#··##"
+    assert parse("strided(2)").picture(4) == "#\n·#\n#·#\n·#·#"
+    assert parse("random(1, block=2)").picture(4) == "·\n··\n##·\n##··"
+
+
+def test_a_cache_of_another_pattern_is_refused_and_left_alone() -> None:
+    layer = SparseAttention(24, 3, pattern="local(8)")
+    other = SparseAttention(24, 3, pattern="local(4)").new_cache(1, 32)
+    with pytest.raises(ValueError, match=r"cache: expected shapes for local\(8\), got those for local\(4\)"):
+        layer(torch.randn(1, 6, 24), other)
+    assert other.length == 0

@@ -662,3 +662,25 @@ def test_the_reach_of_layers_adds_up() -> None:
     (grad,) = torch.autograd.grad(hidden[0, 25].sum(), x)
     heard = grad[0].abs().amax(-1).nonzero()[:, 0].tolist()
     assert heard == list(range(25 - 6 * 3, 26))
+
+
+@pytest.mark.parametrize("other", [{"window": 4}, {"window": 8, "n_sinks": 1}], ids=str)
+def test_a_ring_of_another_window_is_refused_and_left_alone(other: dict[str, int]) -> None:
+    layer, ring = WindowAttention(24, 3, window=8), WindowAttention(24, 3, **other).new_cache(1, 32)
+    with pytest.raises(ValueError, match="cache: expected shapes for window=8 and n_sinks=0"):
+        layer(draw(1, 6, 24), ring)
+    assert ring.length == 0
+
+
+def test_a_step_over_a_source_longer_than_the_window_does_not_reach_the_kernel() -> None:
+    owner, reader = FullAttention(24, 3), WindowAttention(24, 3, window=4, reader=True)
+    x, held, none = draw(1, 12, 24), owner.new_cache(1, 12), reader.new_cache(1, 12)
+    owner.kv(x[:, :11], held)
+    kv = owner.kv(x[:, 11:], held)
+    expected = reader(x[:, 11:], none, kv)
+
+    def kernel(*_: Tensor) -> Tensor:
+        raise AssertionError("it would read all 12")
+
+    reader.decode = kernel
+    close(reader(x[:, 11:], none, kv), expected)

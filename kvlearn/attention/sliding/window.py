@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvlearn import expect
 from kvlearn.attention.base import Mechanism, register
-from kvlearn.attention.cache import KV, Cache, NoCache
+from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.columns import attend_columns
 from kvlearn.attention.core import grouped_attention, grouped_partial, upcast, with_sinks
 from kvlearn.attention.full import FullAttention
@@ -45,12 +45,15 @@ class WindowAttention(KVAttention):
 
         head_t = softmax(q_t K_Sᵀ / √D) V_S,   S = {s ≤ t : t - s < W or s < n_sinks}
 
-    Time O(T · W) and memory O(T), in training too. Cache: 2 · B · G · min(max_len, n_sinks + W) · D numbers:
-    it stops growing, and every step reads all of it. A window longer than the text is full attention.
+    Time O(T · W), memory O(T). In training memory is O(T · W) too: every block keeps its mask, and with
+    ``sink_logits`` its weights, for the gradient. A window longer than the text is full attention.
 
-    ``n_sinks`` kept tokens keep their own positions. ``sink_logits`` gives each head a learned logit that
-    takes weight and has no value (core.py: ``with_sinks``). Raises ValueError for a window below 1, sinks
-    below 0, and more kept tokens than the window is long.
+    Cache: 2 · B · G · min(max_len, n_sinks + W) · D numbers. It stops growing; every step reads all of it.
+
+    ``n_sinks`` kept tokens keep their own positions. (StreamingLLM counts places in the cache instead, so no
+    distance is longer than the trained ones.) ``sink_logits`` gives each head a learned logit that takes
+    weight and has no value (core.py: ``with_sinks``). Raises ValueError for a window below 1, sinks below 0,
+    more kept tokens than the window is long, and a cache for another window or other sinks.
     Sources: Jiang et al., "Mistral 7B" (2023), section 2; Xiao et al., "Efficient Streaming Language Models
     with Attention Sinks" (2023), section 3.2; OpenAI, "gpt-oss" (2025), section 2.2.
     """
@@ -75,9 +78,19 @@ class WindowAttention(KVAttention):
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
         self.window = expect.positive("window", window)
         self.n_sinks = expect.at_least("n_sinks", n_sinks, 0)
-        expect.at_most("n_sinks", n_sinks, window, f"window={window}: the rest of the text has no more room")
-        self.sight = Window(window, n_sinks)
+        expect.at_most(
+            "n_sinks", n_sinks, window, f"window={window}: tokens that stay, beside a window that turns"
+        )
+        self.sight = Window(self.window, self.n_sinks)
         self.sink_logits = nn.Parameter(torch.zeros(self.n_heads)) if sink_logits else None
+
+    def check(self, x: Tensor, cache: Cache | None, kind: type[Cache]) -> None:
+        super().check(x, cache, kind)
+        if isinstance(cache, RingCache) and (cache.window, cache.n_sinks) != (self.window, self.n_sinks):
+            raise ValueError(
+                f"cache: expected shapes for window={self.window} and n_sinks={self.n_sinks}, "
+                f"got those for window={cache.window} and n_sinks={cache.n_sinks}"
+            )
 
     def pass_over(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
         together, held = len(kv.positions) == 1, kv.k.shape[2]
@@ -87,12 +100,15 @@ class WindowAttention(KVAttention):
 
     def attend_masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """A block of queries over the columns that it sees."""
+        k, v = k.to(q.dtype), v.to(q.dtype)
         if self.sink_logits is None:
-            return grouped_attention(q, k.to(q.dtype), v.to(q.dtype), mask)
+            return grouped_attention(q, k, v, mask)
         return with_sinks(grouped_partial(q, k, v, mask), self.sink_logits).to(q.dtype)
 
     def step(self, q: Float[Tensor, "B H 1 D"], kv: KV) -> Float[Tensor, "B H 1 D"]:
         """One token, by ``decode``: keys are rotated already, so the order of the ring does not matter."""
+        if kv.k.shape[2] > self.window + self.n_sinks:  # no ring's: another layer's source, which holds more
+            return self.pass_over(q, kv)
         if self.sink_logits is None:
             return super().step(q, kv)
         lengths = self.step_lengths(q, kv)
@@ -107,18 +123,9 @@ class WindowAttention(KVAttention):
         sink = upcast(self.sink_logits[h]).expand(len(scores), 1)
         return torch.cat((scores, sink), dim=-1).softmax(-1)[:, :-1]
 
-    def new_cache(
-        self,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Cache:
-        dtype, at = self.dtype_and_device(dtype, device)
-        if self.reader:
-            return NoCache(batch, max_len, at)
-        ring = (expect.positive("max_len", max_len), self.head_dim, self.window, self.n_sinks)
-        return RingCache(expect.positive("batch", batch), self.n_kv_heads, *ring, dtype, at)
+    def own_cache(self, batch: int, max_len: int, dtype: torch.dtype, at: torch.device) -> RingCache:
+        sizes = (max_len, self.head_dim, self.window, self.n_sinks)
+        return RingCache(batch, self.n_kv_heads, *sizes, dtype, at)
 
     def tokens_kept(self, max_len: int) -> int:
         return ring_slots(max_len, self.window, self.n_sinks)

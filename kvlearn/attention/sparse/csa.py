@@ -1,7 +1,6 @@
 """Compressed sparse attention (CSA): compress the sequence, then let every token choose among the entries."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from kvlearn.attention.sparse.compressor import Compressor
 from kvlearn.attention.sparse.entry_indexer import EntryIndexer
 from kvlearn.attention.sparse.hca import HeavilyCompressedAttention
 from kvlearn.attention.sparse.indexer import Request
+from kvlearn.attention.sparse.indexer_loss import choice_loss
 
 
 @register("csa")
@@ -87,7 +87,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         assert request is not None
         entries, keys = memories
         visible = self.visible(keys.shape[1], positions)
-        chosen = self.indexer.select(request, keys.to(request.q.dtype), visible)
+        chosen = self.indexer.best(request, keys, visible)
         if positions.shape[1] == 1:  # it sees all of these entries, so all that it has chosen
             at = chosen.mT.expand(-1, -1, entries.shape[2])
             return entries.gather(1, at).unsqueeze(1), None
@@ -99,7 +99,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         positions = torch.arange(x.shape[1], device=x.device)[None]
         keys = self.indexer.compressor(x)
         visible = self.visible(keys.shape[1], positions)
-        chosen = self.indexer.select(self.request(self.latent(x), x, positions), keys, visible)
+        chosen = self.indexer.best(self.request(self.latent(x), x, positions), keys, visible)
         return self.mask(chosen, visible)
 
     def mask(self, chosen: Int[Tensor, "B T K"], visible: Bool[Tensor, "1 T E"]) -> Bool[Tensor, "B T E"]:
@@ -108,13 +108,10 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         ).scatter(-1, chosen, True)
 
     def indexer_loss(self, x: Float[Tensor, "B T M"], dense: bool = False) -> Float[Tensor, ""]:
-        """What trains the indexer, and it alone: how far its scores are from what attention reads.
+        """What trains the indexer, and it alone: ``choice_loss`` over the chosen entries.
 
-            mean over t of  KL(p_t ‖ softmax(I_t)),   p_t = the mean of the heads' weights
-
-        over the chosen entries, or with ``dense`` over all whole blocks; tokens before the first of them do
-        not count. It is the loss of ``dsa`` ("DeepSeek-V3.2", 2025, equations 3 and 4), of entries in place
-        of tokens. Holds (H, T, E) numbers. Raises ValueError for a sequence without a whole block.
+        With ``dense`` it goes over all whole blocks. Tokens before the first of them do not count. Holds
+        (H, T, E) numbers. Raises ValueError for a sequence without a whole block.
         """
         expect.at_least("x.shape[1] (time)", x.shape[1], self.rate)
         positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -123,11 +120,8 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
             entries = upcast(self.compressor(x))[:, None]
             seen = self.visible(entries.shape[2], positions) if dense else self.selection(x)
             read = upcast(self.queries(a, positions)) @ entries.mT * self.head_dim**-0.5
-            target = read.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)[:, from_first]
         scores = self.indexer.scores(self.request(a, x, positions), self.indexer.compressor(x.detach()))
-        # The lowest finite number, not -inf: a weight of 0 times that is 0, and not NaN.
-        guess = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)[:, from_first]
-        return F.kl_div(guess, target, reduction="sum") / target.shape[:2].numel()
+        return choice_loss(scores[:, from_first], read[:, :, from_first], seen[:, from_first])
 
     @torch.no_grad()
     def naive_choice(self, x: Float[Tensor, "1 T M"], t: int) -> list[int]:

@@ -1,7 +1,6 @@
 """DeepSeek sparse attention (DSA): latent attention to the few tokens that an indexer picks."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from kvlearn.attention.compressed.mla import MultiHeadLatentAttention
 from kvlearn.attention.core import causal_mask, merge_heads, upcast, visible
 from kvlearn.attention.rope import RopeConfig
 from kvlearn.attention.sparse.indexer import IndexedLatentCache, LightningIndexer, Request
+from kvlearn.attention.sparse.indexer_loss import choice_loss
 
 
 @register("dsa")
@@ -154,12 +154,10 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         return mask & causal_mask(T, T, x.device)
 
     def indexer_loss(self, x: Float[Tensor, "B T M"], dense: bool = False) -> Float[Tensor, ""]:
-        """What trains the indexer, and it alone: how far its scores are from what attention reads.
+        """What trains the indexer, and it alone: ``choice_loss`` over the selected tokens.
 
-            mean over t of  KL(p_t ‖ softmax(I_t)),   p_t = the mean of the heads' weights
-
-        over the selected tokens, or with ``dense`` over the whole past, as for an indexer that selects
-        nothing useful yet. Holds (H, T, T) numbers. Source: "DeepSeek-V3.2" (2025), equations 3 (dense), 4.
+        With ``dense`` it goes over the whole past, as for an indexer that selects nothing useful yet. Holds
+        (H, T, T) numbers.
         """
         positions = torch.arange(x.shape[1], device=x.device)[None]
         with torch.no_grad():
@@ -167,11 +165,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             q, new = self.rotated(x, positions)
             latents = upcast(torch.cat(new, dim=-1))[:, None]
             read = upcast(fold_up(q, self.up, self.rope_dim)) @ latents.mT * self.scale
-            target = read.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)
-        scores = self.indexer.scores(*self.index(x, positions))
-        # The lowest finite number, not -inf: a weight of 0 times that is 0, and not NaN.
-        guess = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)
-        return F.kl_div(guess, target, reduction="sum") / target.shape[:2].numel()
+        return choice_loss(self.indexer.scores(*self.index(x, positions)), read, seen)
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         positions = torch.arange(x.shape[1], device=x.device)[None]

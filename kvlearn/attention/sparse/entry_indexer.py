@@ -1,16 +1,15 @@
 """The lightning indexer over entries: which blocks of the past are worth reading."""
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvlearn import expect
-from kvlearn.attention.core import split_heads, upcast
+from kvlearn.attention.core import split_heads
 from kvlearn.attention.sparse.compressor import Compressor
-from kvlearn.attention.sparse.indexer import Request
+from kvlearn.attention.sparse.indexer import Indexer, Request
 
 
-class EntryIndexer(nn.Module):
+class EntryIndexer(Indexer):
     """Scores every whole block i for every token t, by J small heads over one small key a block.
 
         I_ti = Σ_j w_tj ReLU(q_tj · κ_i),   q = RoPE(W_q a),   w = W_w x / √(J · Di)
@@ -31,19 +30,3 @@ class EntryIndexer(nn.Module):
     def request(self, a: Float[Tensor, "B T A"], x: Float[Tensor, "B T M"], positions: Tensor) -> Request:
         q = self.compressor.rope(split_heads(self.q_proj(a), self.n_heads), positions)
         return Request(q, self.weight_proj(x).mT * (self.n_heads * self.compressor.width) ** -0.5)
-
-    def scores(self, request: Request, keys: Float[Tensor, "B E Di"]) -> Float[Tensor, "B T E"]:
-        """I, in fp32 at least."""
-        each = torch.relu(upcast(request.q) @ upcast(keys)[:, None].mT)
-        return torch.einsum("bjt, bjte -> bte", upcast(request.weight), each)
-
-    @torch.no_grad()
-    def select(
-        self, request: Request, keys: Float[Tensor, "B E Di"], visible: Bool[Tensor, "1 T E"]
-    ) -> Int[Tensor, "B T K"]:
-        """The entries each token reads, best first; where it sees fewer than K, hidden ones behind those.
-
-        Of equal scores (no head answers: 0) the older entry is taken, however the sequence was cut.
-        """
-        scores = self.scores(request, keys).masked_fill(~visible, -torch.inf)
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvlearn import expect
 from kvlearn.attention.base import Mechanism, register
-from kvlearn.attention.cache import KV, Cache, NoCache
+from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.columns import attend_columns
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.kv_attention import KVAttention
@@ -27,7 +27,8 @@ class SparseAttention(KVAttention):
 
     Queries are done ``block`` at a time over the columns that they need. Cache: 2 · B · G · n · D numbers,
     n = the most tokens that any moment still needs (plan.py); a step reads those alone that it sees. The two
-    are far apart for most patterns. Raises ValueError for a pattern in which a token may see nothing.
+    are far apart for most patterns. Raises ValueError for a pattern in which a token may see nothing, and for
+    the cache of another pattern.
     Sources: sentences.py.
     """
 
@@ -54,6 +55,11 @@ class SparseAttention(KVAttention):
                 f"pattern: expected one in which every token sees itself, as by local(1); got {self.pattern}"
             )
 
+    def check(self, x: Tensor, cache: Cache | None, kind: type[Cache]) -> None:
+        super().check(x, cache, kind)
+        if isinstance(cache, PatternCache) and cache.pattern != self.pattern:
+            raise ValueError(f"cache: expected shapes for {self.pattern}, got those for {cache.pattern}")
+
     def pass_over(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
         kv = KV(kv.k.to(q.dtype), kv.v.to(q.dtype), kv.positions, kv.key_positions)
         return attend_pattern(q, kv, self.pattern, self.block)
@@ -70,18 +76,9 @@ class SparseAttention(KVAttention):
     def seen(self, t: int) -> list[int]:
         return [s for s in range(t + 1) if self.pattern.sees(torch.tensor(t), torch.tensor(s))]
 
-    def new_cache(
-        self,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Cache:
-        dtype, at = self.dtype_and_device(dtype, device)
-        if self.reader:
-            return NoCache(batch, max_len, at)
-        sizes = (expect.positive("batch", batch), self.n_kv_heads, expect.positive("max_len", max_len))
-        return PatternCache(*sizes, self.head_dim, self.pattern, dtype, at)
+    def own_cache(self, batch: int, max_len: int, dtype: torch.dtype, at: torch.device) -> PatternCache:
+        sizes = (batch, self.n_kv_heads, max_len, self.head_dim)
+        return PatternCache(*sizes, self.pattern, dtype, at)
 
     def tokens_kept(self, max_len: int) -> int:
         return n_slots(self.pattern, max_len)

@@ -6,7 +6,7 @@ Letters beside those of core.py: J index heads, Di numbers of an index key, K to
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kvlearn import expect
@@ -25,7 +25,35 @@ class Request(NamedTuple):
         return Request(self.q[:, :, tokens], self.weight[:, :, tokens])
 
 
-class LightningIndexer(nn.Module):
+class Indexer(nn.Module):
+    """What a lightning indexer does with a request, whether its keys stand for tokens or for entries.
+
+    I_ts = Σ_j w_tj ReLU(q_tj · k_s)
+    """
+
+    top_k: int
+
+    def scores(self, request: Request, keys: Float[Tensor, "B S Di"]) -> Float[Tensor, "B T S"]:
+        """I of all pairs, in fp32 at least; on the way there are J numbers a pair."""
+        q, weight = (upcast(part) for part in request)
+        each = torch.relu(q @ keys.to(q.dtype)[:, None].mT)
+        return torch.einsum("bjt, bjts -> bts", weight, each)
+
+    @torch.no_grad()
+    def best(
+        self, request: Request, keys: Float[Tensor, "B S Di"], seen: Bool[Tensor, "#B T S"]
+    ) -> Int[Tensor, "B T K"]:
+        """The keys of highest score, best first; K is ``top_k``, or S where that is less.
+
+        Where a query sees fewer than K, those come first, and then others, which it must not read. Of equal
+        scores (no head answers: 0) the earlier key is taken, so that the choice does not depend on how a
+        sequence was cut.
+        """
+        scores = self.scores(request, keys).masked_fill(~seen, -torch.inf)
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
+
+
+class LightningIndexer(Indexer):
     """Scores every token s for every later token t by J small heads, which share one key a token.
 
         I_ts = Σ_j w_tj ReLU(q_tj · k_s),   S_t = the top_k tokens s ≤ t of largest I_ts
@@ -81,24 +109,11 @@ class LightningIndexer(nn.Module):
         turned, still = heads.split((self.rope.head_dim, self.index_dim - self.rope.head_dim), dim=-1)
         return torch.cat((self.rope(turned, positions), still), dim=-1)
 
-    def scores(self, request: Request, keys: Float[Tensor, "B S Di"]) -> Float[Tensor, "B T S"]:
-        """I of all pairs, in fp32 at least; on the way there are J numbers a pair."""
-        each = torch.relu(upcast(request.q) @ upcast(keys)[:, None].mT)
-        return torch.einsum("bjt, bjts -> bts", upcast(request.weight), each)
-
-    @torch.no_grad()
     def select(
         self, request: Request, keys: Float[Tensor, "B S Di"], positions: Int[Tensor, "#B T"]
     ) -> Int[Tensor, "B T K"]:
-        """The slots each token reads, best first; K is ``top_k``, or S where that is less.
-
-        Where fewer than K tokens stand at or before a query's position, those come first, and then others,
-        which it must not read. Of equal scores (no head answers: 0) the earlier token is taken, so that the
-        choice does not depend on how a sequence was cut.
-        """
-        hidden = ~visible(positions, keys.shape[1])[:, 0]
-        scores = self.scores(request, keys).masked_fill(hidden, -torch.inf)
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
+        """The slots each token reads: the best of those at or before its position."""
+        return self.best(request, keys, visible(positions, keys.shape[1])[:, 0])
 
 
 class IndexedLatentCache(LatentCache):

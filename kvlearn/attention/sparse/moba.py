@@ -158,14 +158,7 @@ class MixtureOfBlockAttention(KVAttention):
                     heads[b, h, t] = weights @ v[b, g, seen]
         return self.o_proj(merge_heads(heads).to(x.dtype))
 
-    def new_cache(
-        self,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> BlockCache:
-        dtype, at = self.dtype_and_device(dtype, device)
+    def own_cache(self, batch: int, max_len: int, dtype: torch.dtype, at: torch.device) -> BlockCache:
         return BlockCache(batch, self.n_kv_heads, max_len, self.head_dim, self.block, dtype, at)
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:

@@ -136,7 +136,8 @@ class NativeSparseAttention(Mechanism):
     ) -> Float[Tensor, "2 B H T D"]:
         """The compressed branch, and the selected one that follows its weights."""
         weights = compressed_weights(q, positions, entries_k, self.sizes)
-        coarse = torch.einsum("bgntc, bgcd -> bgntd", weights, upcast(entries_v)).flatten(1, 2).to(q.dtype)
+        coarse = torch.einsum("bgntc, bgcd -> bgntd", weights, entries_v.to(weights.dtype))
+        coarse = coarse.flatten(1, 2).to(q.dtype)
         chosen = self.select(weights, positions, k.shape[2])
         return torch.stack((coarse, attend_to_blocks(q, k, v, positions, chosen, self.block)))
 

@@ -22,7 +22,7 @@ def compressed_weights(
     Source: Yuan et al., "Native Sparse Attention" (2025), equation 8.
     """
     pools = upcast(q).unflatten(1, (entries_k.shape[1], -1))
-    scores = torch.einsum("bgntd, bgcd -> bgntc", pools, upcast(entries_k)) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bgntd, bgcd -> bgntc", pools, entries_k.to(pools.dtype)) / q.shape[-1] ** 0.5
     ends = torch.arange(entries_k.shape[2], device=q.device) * sizes.stride + sizes.compress - 1
     seen = ends <= positions[0, :, None]
     scores = scores.masked_fill(~seen & seen.any(-1, keepdim=True), -torch.inf)

@@ -42,7 +42,7 @@ class Pattern(ABC):
         positions = torch.arange(expect.positive("n_tokens", n_tokens))
         return allowed(self, positions, positions)
 
-    def draw(self, n_tokens: int) -> str:
+    def picture(self, n_tokens: int) -> str:
         """The mask as text, a row a query: ``#`` is seen, ``·`` is past and not seen."""
         rows = self.mask(n_tokens).tolist()
         return "\n".join("".join("·#"[seen] for seen in row[: i + 1]) for i, row in enumerate(rows))

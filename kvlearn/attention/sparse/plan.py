@@ -73,7 +73,7 @@ class PatternCache(SlotCache):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.plan = plan(pattern, max_len)
+        self.pattern, self.plan = pattern, plan(pattern, max_len)
         sizes = (batch, n_heads, n_slots(pattern, max_len), head_dim, max_len, self.plan.first_reuse)
         super().__init__(*sizes, dtype, device)
         self.slot_of = self.plan.slots.to(device)
