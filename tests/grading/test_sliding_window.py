@@ -81,9 +81,16 @@ def test_positions_of_any_type_count() -> None:
     for cast in (lambda x: x.tolist(), lambda x: tuple(x.tolist()), lambda x: x.int()):
         assert full_marks("04.2", write_ring, lambda n, W, cast=cast: cast(held(n, W)))
     assert full_marks("04.2", write_ring, lambda n, W: list(held(n, W).numpy()))
+    assert full_marks("04.2", write_ring, lambda n, W: held(n, W).numpy())
+    assert full_marks("04.2", write_ring, lambda n, W: list(held(n, W)))
     score = check("04.2", write_ring, lambda n, W: held(n, W).float())
     assert earned(score) == [1, 1, 1, 1, 0, 0]
     assert "whole numbers, one a slot" in row(score, "held_positions").expected
+
+
+def test_numpys_mask_loses_the_point_for_its_form_alone() -> None:
+    (mask,) = ours("04.1")
+    assert earned(check("04.1", lambda *sizes: mask(*sizes).numpy())) == [0, 1, 1, 1, 1]
 
 
 def token_by_token(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Any:
@@ -157,6 +164,31 @@ def test_a_sink_in_any_stable_form_is_right(sink_softmax: Callable[..., Tensor])
     assert full_marks("04.4", seen, sink_softmax)
 
 
+def test_positions_from_numpy_or_a_loop_over_a_tensor_are_right() -> None:
+    def of_numpy(position: int, window: int, n_sinks: int) -> Any:
+        return np.union1d(
+            np.arange(min(n_sinks, position + 1)), np.arange(max(0, position - window + 1), position + 1)
+        )
+
+    def of_tensors(position: int, window: int, n_sinks: int) -> list[Tensor]:
+        return [p for p in torch.arange(position + 1) if p < n_sinks or position - p < window]
+
+    _, sink_softmax = ours("04.4")
+    assert full_marks("04.4", of_numpy, sink_softmax)
+    assert full_marks("04.4", of_tensors, sink_softmax)
+
+
+def test_one_maximum_a_head_does_not_do_for_rows_that_lie_far_apart() -> None:
+    def by_head(scores: Tensor, sink_logits: Tensor) -> Tensor:
+        largest = torch.maximum(scores.amax((0, 2, 3)), sink_logits)[:, None, None]
+        exp = (scores - largest).exp()
+        return exp / (exp.sum(-1, keepdim=True) + (sink_logits[:, None, None] - largest).exp())
+
+    assert full_marks("04.4", ours("04.4")[0], by_maximum)
+    score = check("04.4", ours("04.4")[0], by_head)
+    assert row(score, "sink_softmax: large scores").earned == 0
+
+
 def test_two_mistakes_in_one_exercise_are_both_named() -> None:
     score = check(
         "04.4",
@@ -190,6 +222,15 @@ def test_a_reach_of_any_style_is_right() -> None:
         "04.5", as_range, lambda d, W: 0 if d == 0 else math.ceil(d / (W - 1)) if W > 1 else None
     )
     assert full_marks("04.5", lambda *a: torch.tensor(reachable(*a)), least_layers)
+
+
+def test_none_for_distance_0_is_found_out_on_every_draw() -> None:
+    reach, layers_needed = ours("04.5")
+    for seed in range(12):
+        score = judge(
+            find_exercise("04.5"), (reach, lambda d, W: None if W == 1 else layers_needed(d, W)), seed
+        )
+        assert earned(score) == [1, 1, 1, 1, 1, 0]
 
 
 def test_a_reach_given_as_its_first_position_is_told_what_was_asked_for() -> None:

@@ -335,8 +335,17 @@ def test_masks_of_numbers_lose_the_point_for_the_form_alone() -> None:
     strided, fixed = right(find_exercise("05.1"))
     score = check("05.1", lambda *a: strided(*a).int(), lambda *a: fixed(*a)[None].float())
     assert earned(score) == [0, 1, 1, 1, 1, 1]
+    score = check("05.1", lambda *a: strided(*a).numpy(), lambda *a: fixed(*a).numpy())
+    assert earned(score) == [0, 1, 1, 1, 1, 1]
     (choose,) = right(find_exercise("05.5"))
     assert earned(check("05.5", lambda *a: choose(*a).long())) == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_seed_of_ones_own_is_not_called_a_missing_draw() -> None:
+    write_longformer, write_bigbird = right(find_exercise("05.2"))
+    score = check("05.2", write_longformer, lambda b, w, g, r, seed: write_bigbird(b, w, g, r, 7))
+    assert earned(score) == [1, 1, 1, 0, 0]
+    assert names(score) == ["the seed left out, or always the same"]
 
 
 def test_a_part_of_a_sentence_earns_its_points() -> None:

@@ -208,3 +208,21 @@ def saving_read(config: Config, max_len: int, length: int, batch: int) -> Sizes:
         **count(config, max_len, length, batch),
         "saving": count(config, length, length, batch)["saving"],
     }
+
+
+@EXERCISE.misconception("read without the new token")
+def without_new(config: Config, max_len: int, length: int, batch: int) -> Sizes:
+    """length − 1 tokens were read. `length` counts the new one, which is written before the step attends and
+    read like the others."""
+    return {
+        **count(config, max_len, length, batch),
+        "read": count(config, max_len, length - 1, batch)["read"],
+    }
+
+
+@EXERCISE.misconception("hidden_size divided by the KV heads")
+def by_kv_heads(config: Config, max_len: int, length: int, batch: int) -> Sizes:
+    """Without head_dim, hidden_size was divided by num_key_value_heads. The width is cut into one piece for
+    each *query* head, num_attention_heads; a KV head is as wide as one of those, there are only fewer."""
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_key_value_heads"])
+    return count({**config, "head_dim": head_dim}, max_len, length, batch)

@@ -1,14 +1,13 @@
 """04.5: which tokens can have an influence, held against a walk from layer to layer."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvlearn.grading.compare import describe
 from kvlearn.grading.exercise import Answer, Exercise
 from kvlearn.grading.trial import Stop, Trial
+from kvlearn.grading.units.sliding_window.given import whole_numbers
 
 EXERCISE = Exercise(
     id="04.5",
@@ -54,17 +53,12 @@ def least_layers(distance: int, window: int) -> int | None:
 
 
 def same_reach(t: Trial, got: Any, want: list[int]) -> None:
-    """A range, list, tuple or tensor of whole numbers, ascending."""
-    if isinstance(got, Tensor) and got.ndim == 1 and not got.is_floating_point() and not got.is_complex():
-        got = got.tolist()
-    if isinstance(got, range):
-        got = list(got)
-    if not isinstance(got, list | tuple) or not all(
-        isinstance(i, Integral) and not isinstance(i, bool) for i in got
-    ):
+    """Whole numbers, ascending."""
+    numbers = whole_numbers(got)
+    if numbers is None:
         t.true(False, "a list of positions, ascending", describe(got))
         raise Stop
-    t.close(torch.tensor([int(i) for i in got], dtype=torch.int64), torch.tensor(want), "the positions:")
+    t.close(torch.tensor(numbers, dtype=torch.int64), torch.tensor(want), "the positions:")
 
 
 @EXERCISE.requirement(1, "reach: equal windows")
@@ -126,6 +120,7 @@ def limits(t: Trial, reach: Answer, layers_needed: Answer) -> None:
     position = t.integer(3, 30)
     for windows in ([], [1] * t.integer(2, 4)):
         same_reach(t, reach(position, windows), [position])
-    t.number(layers_needed(0, t.integer(1, 9)), 0, "over 0:")
+    for window in (t.integer(2, 9), 1):
+        t.number(layers_needed(0, window), 0, f"over 0 by windows of {window}:")
     got = layers_needed(position, 1)
     t.true(got is None, f"None over {position} by windows of 1", "None" if got is None else describe(got))

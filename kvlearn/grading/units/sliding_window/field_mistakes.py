@@ -183,3 +183,30 @@ def window_of_one(distance: int, window: int) -> int | None:
     """With W = 1 a number came back. Such a window holds the token itself and nothing else, in every layer,
     so nothing ever arrives from elsewhere: None."""
     return least_layers(distance, max(window, 2))
+
+
+@EXERCISE.misconception("not rounded to whole layers", **LAYERS)
+def fraction(distance: int, window: int) -> float | None:
+    """The quotient came back as it is, 5.1 layers or so. There is no tenth of a layer: round up to a whole
+    number."""
+    return least_layers(distance, window) if window == 1 else distance / (window - 1)
+
+
+@EXERCISE.misconception("one layer even for distance 0", **LAYERS)
+def at_least_one(distance: int, window: int) -> int | None:
+    """At least one layer was asked for. Over distance 0 there is nothing to carry: a token has an influence
+    on itself without any."""
+    return None if window == 1 and distance else max(1, least_layers(distance, window) or 0)
+
+
+@EXERCISE.misconception("W = 1: None for distance 0 too", **LAYERS)
+def none_for_itself(distance: int, window: int) -> int | None:
+    """With W = 1 None was returned whatever the distance. A window of one does hold the token itself, so
+    distance 0 needs no layer here either: ask for the distance first."""
+    return None if window == 1 else least_layers(distance, window)
+
+
+@EXERCISE.misconception("the newest first", **REACH)
+def descending(position: int, windows: Windows, n_sinks: int = 0) -> list[int]:
+    """The right positions, counted back from the token. Asked for is the other order, ascending."""
+    return reachable(position, windows, n_sinks)[::-1]

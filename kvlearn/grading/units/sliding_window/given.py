@@ -1,7 +1,9 @@
 """What the exercises on the window stand on: the ring after so many tokens, attention token by token."""
 
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,20 @@ def held(n_tokens: int, window: int) -> list[int]:
         slots[pointer] = position
         pointer = 0 if pointer == window - 1 else pointer + 1
     return slots
+
+
+def whole_numbers(got: Any) -> list[int] | None:
+    """Of a list, tuple, range, array or tensor, or of a list of tensors of one number; None otherwise."""
+    if isinstance(got, Tensor | np.ndarray):
+        if got.ndim != 1:
+            return None
+        got = got.tolist()
+    if not isinstance(got, list | tuple | range):
+        return None
+    numbers = [part.item() if isinstance(part, Tensor) and part.ndim == 0 else part for part in got]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in numbers):
+        return None
+    return [int(i) for i in numbers]
 
 
 def ring_of(t: Trial, x: Tensor, window: int) -> Tensor:

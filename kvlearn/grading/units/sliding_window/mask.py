@@ -1,5 +1,6 @@
 """04.1: the mask of a window behind a cache, held against a loop over pairs of positions."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +37,9 @@ def reference(n_queries: int, n_keys: int, window: int) -> Tensor:
 
 
 def same(t: Trial, got: object, T: int, S: int, window: int) -> None:
-    """The right pairs are marked, be the mask of ones and zeros, of 0 and −∞, or with dimensions of size 1 in
-    front: those cost the point for the form and no other."""
-    mask = got
+    """The right pairs are marked, be the mask of ones and zeros, of 0 and −∞, of numpy, or with dimensions of
+    size 1 in front: those cost the point for the form and no other."""
+    mask = torch.as_tensor(got) if isinstance(got, np.ndarray) else got
     if isinstance(mask, Tensor) and not mask.is_complex() and mask.numel() == T * S:
         mask = mask.squeeze(tuple(range(mask.ndim - 2))) if mask.ndim > 2 else mask
         additive = mask.dtype.is_floating_point and not (mask > 0).any()

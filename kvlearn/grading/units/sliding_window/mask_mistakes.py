@@ -160,3 +160,23 @@ def decode_apart(n_queries: int, n_keys: int, window: int) -> Tensor:
     """T = 1 got a branch of its own and the rest is aligned top-left, as if the first query stood at position
     0. With S − T tokens before the first query, one rule serves a prompt, a chunk and a single token."""
     return band(1, n_keys, window) if n_queries == 1 else top_left(n_queries, n_keys, window)
+
+
+@EXERCISE.misconception("the near edge aligned top-left")
+def near_edge_top_left(n_queries: int, n_keys: int, window: int) -> Tensor:
+    """The far edge takes the cache into account, the near one does not: `tril()` was left as it is for T = S,
+    and behind a cache the two edges cross, so that some queries see nothing. Both move by S − T."""
+    d = distance(n_queries, n_keys)
+    return (distance(n_queries, n_keys, first=0) >= 0) & (d < window)
+
+
+@EXERCISE.misconception("a slice that begins below 0")
+def negative_slice(n_queries: int, n_keys: int, window: int) -> Tensor:
+    """`mask[i, p - W + 1 : p + 1] = True` is right as long as p − W + 1 is not negative. Near the start it
+    is, and Python counts a negative index from the *end*: the slice is empty, and the first tokens see
+    nothing, not even themselves. Begin at `max(0, p - W + 1)`."""
+    mask = torch.zeros(n_queries, n_keys, dtype=torch.bool)
+    for row in range(n_queries):
+        p = n_keys - n_queries + row
+        mask[row, p - window + 1 : p + 1] = True
+    return mask

@@ -165,3 +165,20 @@ def keys_as_values(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tens
     the ring and of the chunk."""
     out, _, _ = attend(q, k, k, ring_k, ring_k, start, window_of(ring_k.shape[2]))
     return out, *written_both(k, v, ring_k, ring_v, start)
+
+
+@EXERCISE.misconception("no scale")
+def no_scale(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Outs:
+    """The scores were not divided by √D, so the softmax is too sharp. The window changes nothing in the
+    equation of attention: softmax(q kᵀ / √D) v."""
+    return attend(q * q.shape[-1] ** 0.5, k, v, ring_k, ring_v, start, window_of(ring_k.shape[2]))
+
+
+@EXERCISE.misconception("the chunk written first, then put behind the ring once more")
+def written_and_joined(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Outs:
+    """The chunk went into the ring, and ring and chunk were joined to attend. What it wrote over is gone, and
+    in its place stand its own tokens, taken for older ones: they are seen twice. Attend to the ring as it was
+    *before* the chunk."""
+    new_k, new_v = written_both(k, v, ring_k, ring_v, start)
+    out, _, _ = attend(q, k, v, new_k, new_v, start, window_of(ring_k.shape[2]))
+    return out, new_k, new_v

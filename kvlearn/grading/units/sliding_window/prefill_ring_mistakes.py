@@ -79,3 +79,19 @@ def values_not_written(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: 
     long ago. Both rings are written alike."""
     new_k, _ = written_both(k, v, ring_k, ring_v, start)
     return output(q, k, v, ring_k, ring_v, start), new_k, ring_v
+
+
+@EXERCISE.misconception("keys in the values' ring")
+def keys_in_both(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Outs:
+    """The same ring came back twice, or the keys were written into both. Keys go into ring_k, values into
+    ring_v."""
+    new_k, _ = written_both(k, v, ring_k, ring_v, start)
+    return output(q, k, v, ring_k, ring_v, start), new_k, new_k
+
+
+@EXERCISE.misconception("the rings exchanged")
+def exchanged(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Outs:
+    """Both rings are right, and came back in the wrong order. Asked for is `(out, ring_k, ring_v)`, the keys
+    before the values."""
+    new_k, new_v = written_both(k, v, ring_k, ring_v, start)
+    return output(q, k, v, ring_k, ring_v, start), new_v, new_k

@@ -1,6 +1,5 @@
 """04.2: the ring buffer, held against a pointer that goes from slot to slot."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from kvlearn.grading.compare import describe
 from kvlearn.grading.exercise import Answer, Exercise
 from kvlearn.grading.trial import Stop, Trial
-from kvlearn.grading.units.sliding_window.given import held
+from kvlearn.grading.units.sliding_window.given import held, whole_numbers
 
 EXERCISE = Exercise(
     id="04.2",
@@ -54,17 +53,14 @@ def same_ring(t: Trial, write_ring: Answer, window: int, start: int, *chunks: in
 
 
 def same_positions(t: Trial, held_positions: Answer, n_tokens: int, window: int) -> None:
-    """A tensor, list or tuple of whole numbers, one a slot."""
+    """Whole numbers, one a slot."""
     got: Any = held_positions(n_tokens, window)
-    if isinstance(got, Tensor) and got.ndim == 1 and not got.is_floating_point() and not got.is_complex():
-        got = got.tolist()
-    if not isinstance(got, list | tuple) or not all(
-        isinstance(i, Integral) and not isinstance(i, bool) for i in got
-    ):
+    numbers = whole_numbers(got)
+    if numbers is None:
         t.true(False, "whole numbers, one a slot", describe(got))
         raise Stop
     want = torch.tensor(held(n_tokens, window))
-    t.close(torch.tensor([int(i) for i in got], dtype=torch.int64), want, f"after {n_tokens} tokens:")
+    t.close(torch.tensor(numbers, dtype=torch.int64), want, f"after {n_tokens} tokens:")
 
 
 @EXERCISE.requirement(1, "write_ring: before the ring is full")

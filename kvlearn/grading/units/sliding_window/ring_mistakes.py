@@ -117,6 +117,16 @@ def long_from_zero(ring: Tensor, new: Tensor, start: int) -> Tensor:
     return new[:, :, -window:].clone() if new.shape[2] >= window else written(ring, new, start)
 
 
+@EXERCISE.misconception("the edge crossed once only", held_positions=held)
+def one_turn(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    """The chunk was cut in two at the edge, one slice up to it and one from slot 0 on. A chunk longer than
+    the ring goes round more than once, and of its tokens the last W stay: drop the others first, then cut."""
+    window = ring.shape[2]
+    first = window - start % window
+    slots = [start % window + i if i < first else i - first for i in range(new.shape[2])]
+    return put(ring, new, slots)
+
+
 def write_right(ring: Tensor, new: Tensor, start: int) -> Tensor:
     return written(ring, new, start)
 
@@ -180,3 +190,11 @@ def lap_before_empty(n_tokens: int, window: int) -> list[int]:
     before are in them, and still in the window. Only in the first lap is there nothing before."""
     lap = (n_tokens - 1) // window * window
     return [lap + s if lap + s < n_tokens else -1 for s in range(window)]
+
+
+@EXERCISE.misconception("a negative number that is not −1", write_ring=write_right)
+def below_zero(n_tokens: int, window: int) -> list[int]:
+    """Filled slots are right. For an empty one the formula goes on counting back, to a position before the
+    first token, −2 or −5. That there is none is said by −1, and by nothing else: whatever is below 0 becomes
+    −1."""
+    return [s + window * ((n_tokens - 1 - s) // window) for s in range(window)]

@@ -1,6 +1,5 @@
 """04.4: kept first tokens, held against a loop over positions; the learned sink, against one key more."""
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from kvlearn.grading.compare import describe
 from kvlearn.grading.exercise import Answer, Exercise
 from kvlearn.grading.trial import Stop, Trial
+from kvlearn.grading.units.sliding_window.given import whole_numbers
 
 EXERCISE = Exercise(
     id="04.4",
@@ -35,20 +35,15 @@ def positions_seen(position: int, window: int, n_sinks: int) -> list[int]:
 
 
 def same_positions(t: Trial, seen: Answer, position: int, window: int, n_sinks: int) -> None:
-    """A tensor, list or tuple of whole numbers, ascending."""
+    """Whole numbers, ascending."""
     got: Any = seen(position, window, n_sinks)
-    if isinstance(got, Tensor) and got.ndim == 1 and not got.is_floating_point() and not got.is_complex():
-        got = got.tolist()
-    if isinstance(got, range):
-        got = list(got)
-    if not isinstance(got, list | tuple) or not all(
-        isinstance(i, Integral) and not isinstance(i, bool) for i in got
-    ):
+    numbers = whole_numbers(got)
+    if numbers is None:
         t.true(False, "a list of positions, ascending", describe(got))
         raise Stop
     want = torch.tensor(positions_seen(position, window, n_sinks))
     what = f"from position {position}, W = {window}, {n_sinks} sinks:"
-    t.close(torch.tensor([int(i) for i in got], dtype=torch.int64), want, what)
+    t.close(torch.tensor(numbers, dtype=torch.int64), want, what)
 
 
 def weights(scores: Tensor, sinks: Tensor) -> Tensor:
@@ -100,10 +95,17 @@ def ordinary(t: Trial, seen: Answer, sink_softmax: Answer) -> None:
 
 @EXERCISE.requirement(1, "sink_softmax: large scores and large logits")
 def large(t: Trial, seen: Answer, sink_softmax: Answer) -> None:
-    """the same around +300 and around −300, where exp overflows or gives 0, in scores and logits alike"""
+    """the same around +300 and around −300, where exp overflows or gives 0, in scores and logits alike; also
+    with heads and rows that far apart in one tensor"""
     scores, sinks = draw(t)
     for shift in (300.0, -300.0):
         t.close(sink_softmax(scores + shift, sinks + shift), weights(scores, sinks), tolerance=1e-3)
+    # A head at +300 and the next at −300, and within a head rows that far from others.
+    apart = 300.0 * (1 - 2 * (torch.arange(len(sinks)) % 2))
+    scores, sinks = scores + apart[:, None, None], sinks + apart
+    t.close(sink_softmax(scores, sinks), weights(scores, sinks), "heads far apart:", tolerance=1e-3)
+    scores, sinks = torch.cat((scores, scores - 300.0), dim=2), sinks - 300.0
+    t.close(sink_softmax(scores, sinks), weights(scores, sinks), "rows far apart:", tolerance=1e-3)
 
 
 @EXERCISE.requirement(1, "sink_softmax: a row with every key hidden")

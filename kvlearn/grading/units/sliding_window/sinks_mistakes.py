@@ -96,3 +96,25 @@ def gap(position: int, window: int, n_sinks: int) -> list[int]:
     """These are the positions that are *not* seen: neither sinks nor in the window. Turn the condition
     round."""
     return [p for p in range(position + 1) if p >= n_sinks and position - p >= window]
+
+
+@EXERCISE.misconception("positions below 0", **RIGHT)
+def negative(position: int, window: int, n_sinks: int) -> list[int]:
+    """While fewer than W tokens have come, position − W + 1 is negative, and the list begins before the first
+    token. There is nothing: `max(0, position - W + 1)`."""
+    first = range(min(n_sinks, position + 1))
+    return sorted({*first, *range(position - window + 1, position + 1)})
+
+
+@EXERCISE.misconception("the window listed before the sinks", **RIGHT)
+def unsorted(position: int, window: int, n_sinks: int) -> list[int]:
+    """The right positions, and not in the order asked for: ascending, so the sinks stand in front of the
+    window."""
+    recent = window_of(position, window)
+    return recent + [p for p in range(min(n_sinks, position + 1)) if p not in recent]
+
+
+@EXERCISE.misconception("the newest first", **RIGHT)
+def descending(position: int, window: int, n_sinks: int) -> list[int]:
+    """The right positions, counted back from the token. Asked for is the other order, ascending."""
+    return positions_seen(position, window, n_sinks)[::-1]

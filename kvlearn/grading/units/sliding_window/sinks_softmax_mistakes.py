@@ -126,3 +126,13 @@ def over_queries(scores: Tensor, sinks: Tensor) -> Tensor:
     """The weights were divided among the queries, dimension −2. Each query divides its own weight among the
     keys and the sink: dimension −1."""
     return weights(scores.transpose(-2, -1), sinks).transpose(-2, -1)
+
+
+@EXERCISE.misconception("one maximum for the whole tensor", **RIGHT)
+def one_maximum(scores: Tensor, sinks: Tensor) -> Tensor:
+    """The largest of *all* scores and logits was subtracted. A row that lies far below it becomes exp(−600) =
+    0 in every place, its sink too, and 0 / 0 is NaN. Each row has its own denominator, and takes its own
+    maximum: over its keys and its head's logit, `amax(-1, keepdim=True)`."""
+    largest = torch.maximum(scores.max(), sinks.max())
+    exp = (scores - largest).exp()
+    return exp / (exp.sum(-1, keepdim=True) + (column(scores, sinks) - largest).exp())

@@ -195,3 +195,13 @@ def one_slope(
     """Every head got slope 0's. There are H slopes, one a head; over scores of (B, H, W) they need the shape
     (1, H, 1)."""
     return step(q, k, v, (ring_k, ring_v), lengths, None if slopes is None else slopes[:1].expand_as(slopes))
+
+
+@EXERCISE.misconception("ages that run the wrong way round")
+def other_way(
+    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, lengths: Tensor, slopes: Slopes = None
+) -> Outs:
+    """(s − length) % W counts from the new token *forwards*, where the oldest lie. The token one slot back is
+    one step old: (length − s) % W."""
+    distance = (torch.arange(ring_k.shape[2]) - lengths[:, None]) % ring_k.shape[2]
+    return step(q, k, v, (ring_k, ring_v), lengths, slopes, distance=distance)

@@ -123,9 +123,11 @@ def long_text(t: Trial, config: Config) -> int:
 
 @EXERCISE.requirement(1, "BigBird, read")
 def bigbird_read(t: Trial, sparse_bytes: Answer) -> None:
-    """its own block as far as it is filled, and n_window + n_global + n_random whole ones"""
+    """its own block as far as it is filled, and n_window + n_global + n_random whole ones; also for a token
+    that fills its block"""
     config = draw(t, "bigbird")
     same(t, sparse_bytes, config, long_text(t, config), "read")
+    same(t, sparse_bytes, config, config["block"] * t.integer(20, 60), "read")
 
 
 @EXERCISE.requirement(1, "BigBird, stored")

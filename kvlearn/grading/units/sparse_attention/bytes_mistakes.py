@@ -119,3 +119,24 @@ def reads_all(config: Config, N: int) -> Sizes:
     """Read was set to what full attention reads. A step reads the tokens that its pattern or its index lets
     it see, and no others."""
     return {**count(config, N), "read": sizes(config, N, N, N)["read"]}
+
+
+@EXERCISE.misconception("the block of the token to come")
+def next_block(config: Config, N: int) -> Sizes:
+    """N // block and N % block were taken for the own block and what is in it. The last token stands at
+    N − 1. When it fills its block, N belongs to the next one, which is still empty, and the own one was not
+    counted at all: (N − 1) // block, and (N − 1) % block + 1 tokens."""
+    right = count(config, N)
+    block = config.get("block", N + 1)
+    if config["kind"] != "bigbird" or N % block:
+        return right
+    others = config["n_window"] + config["n_global"] + config["n_random"]
+    return {**right, "read": token_bytes(config) * block * min(N // block, others)}
+
+
+@EXERCISE.misconception("read without the new token")
+def without_new(config: Config, N: int) -> Sizes:
+    """One token too few is read. The step of the token at N − 1 is counted, and it has written its key and
+    value before it reads: itself among them."""
+    right = count(config, N)
+    return {**right, "read": right["read"] - token_bytes(config)}

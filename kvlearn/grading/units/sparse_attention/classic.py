@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,9 @@ def fixed(n_tokens: int, block: int, summary: int) -> Tensor:
 
 
 def pairs(got: Any, n: int) -> Any:
-    """The mask as it is meant: ones and zeros, or 0 and −∞, cost the point for the form and no other."""
+    """The mask as it is meant: ones and zeros, 0 and −∞, or numpy's, cost the point for the form and no
+    other."""
+    got = torch.as_tensor(got) if isinstance(got, np.ndarray) else got
     if not isinstance(got, Tensor) or got.is_complex() or got.numel() != n * n:
         return got
     got = got.detach().reshape(n, n)

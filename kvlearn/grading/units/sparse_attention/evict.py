@@ -48,6 +48,12 @@ def scattered(t: Trial, n: int) -> Tensor:
     return mask
 
 
+def not_itself(n: int) -> Tensor:
+    """A token sees the one before it and the third before, and never itself."""
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+    return (i - j == 3) | ((i - j == 1) & (j % 2 == 0))
+
+
 def with_global(n: int, size: int, at: int) -> Tensor:
     """A window, and one token that sees all before it and that all see."""
     mask = window(n, size)
@@ -81,10 +87,12 @@ def windows(t: Trial, tokens_to_keep: Answer, n_slots: Answer) -> None:
 @EXERCISE.requirement(1, "readers that come late, or never")
 def late(t: Trial, tokens_to_keep: Answer, n_slots: Answer) -> None:
     """a token stays while some query at t or later reads it, however many steps between do not; one that
-    nobody reads, not even itself, is not kept at all"""
+    nobody reads, not even itself, is not kept at all, and one that is read only later is kept from
+    its own step on"""
     for mask, what in (
         (strided(t.integer(10, 14), t.integer(4, 5)), "strided, [step, token]:"),
         (scattered(t, t.integer(9, 12)), "drawn at random, [step, token]:"),
+        (not_itself(t.integer(9, 12)), "not itself, but the third before, [step, token]:"),
     ):
         same(t, tokens_to_keep(mask), mask, what)
 

@@ -160,3 +160,11 @@ def numbers(mask: Tensor) -> Tensor:
     """The number of tokens kept at each step came back. Asked for is which: a row of N booleans for each
     step. (The numbers are what n_slots needs.)"""
     return kept(mask).sum(1)
+
+
+@EXERCISE.misconception("kept from its first reader on", n_slots=peak)
+def from_first(mask: Tensor) -> Tensor:
+    """A token was kept between its first reader and its last. If it does not read itself, that leaves out the
+    steps before the first reader, and what is not kept then cannot be read later: a token comes once. It is
+    kept from its own step on."""
+    return kept(mask) & (mask.int().cumsum(0) > 0)

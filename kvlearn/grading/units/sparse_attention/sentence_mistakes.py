@@ -195,10 +195,10 @@ def random_tokens(block: int, n_window: int, n_global: int, n_random: int, seed:
     return written(block, n_window, n_global, draw(block, n_window, n_global, n_random * block, seed))
 
 
-@EXERCISE.misconception("the seed left out", longformer_sentence=longformer)
+@EXERCISE.misconception("the seed left out, or always the same", longformer_sentence=longformer)
 def no_seed(block: int, n_window: int, n_global: int, n_random: int, seed: int) -> str:
-    """The sentence does not say the seed, so it is 0 for everyone. Two layers with different seeds are meant
-    to see different blocks."""
+    """The seed that was given is not in the sentence: left out, it is 0, and a number of one's own is the
+    same for everyone, too. Two layers with different seeds are meant to see different blocks."""
     return written(block, n_window, n_global, draw(block, n_window, n_global, n_random, 0))
 
 

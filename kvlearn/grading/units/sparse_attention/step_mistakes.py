@@ -166,6 +166,14 @@ def heads_mixed(*given: Any) -> tuple[Tensor, ...]:
     return s.done(s.attend(s.best(s.n_blocks - 1, scores)))
 
 
+@EXERCISE.misconception("the first head's choice for all")
+def first_head(*given: Any) -> tuple[Tensor, ...]:
+    """Head 0 of sequence 0 chose, and all the others read its blocks. Every head of every sequence has a
+    query of its own and picks for itself: keep both dimensions in the indices, (B, H, n)."""
+    s = Step(*given)
+    return s.done(s.attend(s.best(s.n_blocks - 1)[:1, :1].expand(*s.q.shape[:2], -1)))
+
+
 @EXERCISE.misconception("one choice for the whole batch")
 def batch_mixed(*given: Any) -> tuple[Tensor, ...]:
     """The first sequence's choice was used for all. Every sequence selects in its own cache."""

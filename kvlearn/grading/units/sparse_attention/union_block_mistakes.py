@@ -141,3 +141,32 @@ def scaled_by_block(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: int) 
     """The scores were divided by √block. The scale is 1/√D, D the numbers of a key: it has nothing to do with
     how many keys there are."""
     return attend_all(pieces(q, k, v, blocks, block, later, block**-0.5))
+
+
+@EXERCISE.misconception("the triangle laid from the first gathered key")
+def top_left(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: int) -> Tensor:
+    """`tril()` over the gathered scores takes query 0 of the block for the first of all, so it sees the first
+    gathered key and no other. The queries stand at the *end* of the past: compare positions in the text,
+    those of the gathered keys with those of the queries."""
+    outs = []
+    for piece in pieces(q, k, v, blocks, block, lambda i, j: torch.zeros_like(i > j)):
+        scores = torch.cat(piece.scores, -1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        outs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ torch.cat(piece.values, 2))
+    return torch.cat(outs, 2)
+
+
+@EXERCISE.misconception("keys used as values")
+def keys_as_values(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: int) -> Tensor:
+    """What was added up are the keys. They say how well a token fits; the output is a sum of values."""
+    return attend_all(pieces(q, k, k, blocks, block))
+
+
+@EXERCISE.misconception("hidden scores at 0 in place of −∞")
+def hidden_at_zero(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: int) -> Tensor:
+    """The scores of later tokens were set to 0, and exp(0) is 1: they take weight like any other. Hidden
+    means −∞, before the softmax."""
+    made = pieces(q, k, v, blocks, block)
+    for piece in made:
+        piece.scores = [scores.masked_fill(scores == -torch.inf, 0.0) for scores in piece.scores]
+    return attend_all(made)

@@ -149,3 +149,28 @@ def computed_and_masked(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: i
             seen[own * block : (own + 1) * block, other * block : (other + 1) * block] = True
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen.tril(), -torch.inf)
     return scores.softmax(-1) @ v
+
+
+@EXERCISE.misconception("the softmax over the queries")
+def over_queries(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: int) -> Tensor:
+    """The weights were divided among the queries of the block, dimension −2. Each query divides its own
+    weight among the keys that it sees: dimension −1."""
+
+    def join(scores: list[Tensor], values: list[Tensor]) -> Tensor:
+        return torch.cat(scores, -1).softmax(-2) @ torch.cat(values, 2)
+
+    return each(pieces(q, k, v, blocks, block), join)
+
+
+@EXERCISE.misconception("one maximum for all rows")
+def one_maximum(q: Tensor, k: Tensor, v: Tensor, blocks: Lists, block: int) -> Tensor:
+    """The largest score of the whole block of queries, all heads and sequences together, was subtracted. A
+    row that lies hundreds below it becomes exp of that, 0 in every place, and 0 / 0 is NaN. Each row takes
+    its own maximum: `amax(-1, keepdim=True)`."""
+
+    def join(scores: list[Tensor], values: list[Tensor]) -> Tensor:
+        joined = torch.cat(scores, -1)
+        exp = (joined - joined.max()).exp()
+        return exp @ torch.cat(values, 2) / exp.sum(-1, keepdim=True)
+
+    return each(pieces(q, k, v, blocks, block), join)
