@@ -32,9 +32,7 @@ RECORDED = ("convert", "routing", "sight", "sinks")
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
-    record: Annotated[
-        bool, typer.Option("--record", help=f"keep the rows of {', '.join(RECORDED)}")
-    ] = False,
+    record: Annotated[bool, typer.Option("--record", help=f"keep the rows of {', '.join(RECORDED)}")] = False,
 ) -> None:
     """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/)."""
     if name not in STUDIES:
