@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from attention_tools import Allocated, close, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlearn.attention.cache import Cache
 from kvlearn.attention.core import attention, split_heads
@@ -61,15 +61,6 @@ NAMES = [*(f"moba: {name}" for name in MOBA), *(f"nsa: {name}" for name in NSA)]
 every_layer = pytest.mark.parametrize(("kind", "options"), EVERY, ids=NAMES)
 every_moba = pytest.mark.parametrize("options", MOBA.values(), ids=MOBA)
 every_nsa = pytest.mark.parametrize("options", NSA.values(), ids=NSA)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    atol = tolerance * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(got, expected, atol=atol, rtol=tolerance)
 
 
 def sharp(layer: Any, seed: int = 0) -> Any:
@@ -369,29 +360,6 @@ def test_a_step_makes_nothing_as_large_as_the_cache(kind: type[Layer], options: 
         layer(x, cache)
     compressed = 0 if kind is MixtureOfBlockAttention else 2 * layer.sizes.whole(1401) * 8 * layer.n_heads
     assert 0 < seen.largest < max(1400 * 8, compressed), seen.by
-
-
-class Allocated(TorchDispatchMode):
-    """The numbers in the largest storage that an operator gave out anew, and by which operator."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.kept: list[Tensor] = []  # alive, so that no address is given out twice
-        self.largest, self.by = 0, ""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                self.known.add(x.untyped_storage().data_ptr())
-                self.kept.append(x)
-                numbers = x.untyped_storage().nbytes() // x.element_size()
-                if numbers > self.largest:
-                    self.largest, self.by = numbers, str(func)
-        return out
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import close, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -92,15 +93,6 @@ a_word = st.one_of(  # of a size that shows within TIME tokens
 sentences = st.lists(a_word, min_size=1, max_size=4).map(" | ".join)
 whole_sentences = st.builds("{} | local({})".format, sentences, small)  # in which every token sees itself
 times = st.integers(1, TIME)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    atol = tolerance * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(got, expected, atol=atol, rtol=tolerance)
 
 
 def sharp(layer: Any, seed: int = 0) -> Any:

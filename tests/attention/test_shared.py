@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import Allocated, close, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlearn.attention import (
     REGISTRY,
@@ -29,15 +29,6 @@ from kvlearn.measure import peak_memory
 BATCH, TIME = 3, 11
 RATIOS = [(4, 1), (6, 2), (6, 3), (10, 2), (12, 4), (15, 3), (7, 1), (5, 5)]  # query heads, KV heads
 SHARERS = ["full", "gqa", "routed", "token_routed"]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    atol = tolerance * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(got, expected, atol=atol, rtol=tolerance)
 
 
 def sharp(layer: Any, seed: int = 0) -> Any:
@@ -102,29 +93,6 @@ def test_values_may_be_wider_than_keys_in_a_group() -> None:
         copies = (x.repeat_interleave(3, dim=1) for x in (k, v))
         expected = F.scaled_dot_product_attention(q[:, :, -T:], *copies, attn_mask=visible(positions, TIME))
         torch.testing.assert_close(causal_attention(q[:, :, -T:], k, v, positions), expected)
-
-
-class Allocated(TorchDispatchMode):
-    """The numbers in the largest storage that an operator gave out anew, and by which operator."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.kept: list[Tensor] = []  # alive, so that no address is given out twice
-        self.largest, self.by = 0, ""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                self.known.add(x.untyped_storage().data_ptr())
-                self.kept.append(x)
-                numbers = x.untyped_storage().nbytes() // x.element_size()
-                if numbers > self.largest:
-                    self.largest, self.by = numbers, str(func)
-        return out
 
 
 @pytest.mark.usefixtures("threads")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import Allocated, close, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlearn.attention import KV, FullAttention, NoCache, RingCache, WindowAttention
 from kvlearn.attention.columns import allowed, attend_columns
@@ -27,15 +27,6 @@ WINDOWS = [(1, 0), (1, 1), (2, 0), (4, 0), (5, 2), (5, 5), (7, 1), (TIME, 3), (9
 every_window = pytest.mark.parametrize(("window", "n_sinks"), WINDOWS)
 every_sort_of_sinks = pytest.mark.parametrize("sink_logits", [False, True], ids=["plain", "sink logits"])
 LONG = 4 * BLOCK + 50
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    atol = tolerance * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(got, expected, atol=atol, rtol=tolerance)
 
 
 def sharp(layer: Any, seed: int = 0) -> Any:
@@ -305,29 +296,6 @@ def test_logits_start_at_nothing_and_are_the_heads_own() -> None:
     assert layer.sink_logits is not None
     assert layer.sink_logits.tolist() == 6 * [0.0]
     assert WindowAttention(**SHAPE, window=5).sink_logits is None
-
-
-class Allocated(TorchDispatchMode):
-    """The numbers in the largest storage that an operator gave out anew, and by which operator."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.kept: list[Tensor] = []  # alive, so that no address is given out twice
-        self.largest, self.by = 0, ""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                self.known.add(x.untyped_storage().data_ptr())
-                self.kept.append(x)
-                numbers = x.untyped_storage().nbytes() // x.element_size()
-                if numbers > self.largest:
-                    self.largest, self.by = numbers, str(func)
-        return out
 
 
 @pytest.fixture(params=[1, 3])

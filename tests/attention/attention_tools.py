@@ -1,0 +1,40 @@
+"""What tests of attention share: drawn tensors, closeness, and what operators allocate."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """To ``tolerance``; of the largest number, where that is above 1."""
+    atol = tolerance * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(got, expected, atol=atol, rtol=tolerance)
+
+
+class Allocated(TorchDispatchMode):
+    """The numbers in the largest storage that an operator gave out anew, and by which operator."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known}
+        self.kept: list[Tensor] = []  # alive, so that no address is given out twice
+        self.largest, self.by = 0, ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.known:
+                self.known.add(x.untyped_storage().data_ptr())
+                self.kept.append(x)
+                numbers = x.untyped_storage().nbytes() // x.element_size()
+                if numbers > self.largest:
+                    self.largest, self.by = numbers, str(func)
+        return out
