@@ -46,7 +46,7 @@ def gallery(
         }
     columns = min(columns, expect.positive("len(patterns)", len(patterns)))
     rows = -(-len(patterns) // columns)
-    with drawing(rows, columns, size=(2.75 * columns, 3.0 * rows), squeeze=False) as (figure, axes):
+    with drawing(rows, columns, size=(2.75 * columns, 3.25 * rows), squeeze=False) as (figure, axes):
         for panel in axes.flat[len(patterns) :]:
             panel.set_visible(False)
         for panel, (name, found) in zip(axes.flat, data.items(), strict=False):
@@ -86,10 +86,17 @@ def _grid(panel: Axes, levels: torch.Tensor, colour: str) -> None:
     panel.spines[:].set_visible(False)
 
 
-def lifetimes(patterns: Mapping[str, Pattern | str], *, n_tokens: int = 96, columns: int = 3) -> Picture:
+def lifetimes(
+    patterns: Mapping[str, Pattern | str],
+    *,
+    n_tokens: int = 96,
+    columns: int = 3,
+    families: Mapping[str, str] | None = None,
+) -> Picture:
     """How long each token is needed: a line a token, from when it is written to its last reader.
 
-    A column holds what the cache must hold at that moment; beneath, the most there ever is.
+    A column holds what the cache must hold at that moment; the dashed one is the fullest. ``families`` as in
+    ``gallery``.
     """
     parsed = {name: parse(pattern) for name, pattern in patterns.items()}
     data: dict[str, Any] = {}
@@ -100,9 +107,10 @@ def lifetimes(patterns: Mapping[str, Pattern | str], *, n_tokens: int = 96, colu
             panel.set_visible(False)
         for panel, (name, pattern) in zip(axes.flat, parsed.items(), strict=False):
             last, live = pattern.last_readers(n_tokens), live_tokens(pattern, n_tokens)
-            born = torch.arange(n_tokens)
-            panel.hlines(born, born, torch.maximum(last, born) + 1, color=SPARSE, lw=150 / n_tokens)
+            born, colour = torch.arange(n_tokens), COLOURS[(families or {}).get(name, "sparse")]
+            panel.hlines(born, born, torch.maximum(last, born) + 1, color=colour, lw=150 / n_tokens)
             panel.plot(born, born, color="#8a8a8a", lw=1)
+            panel.axvline(int(live.argmax()) + 0.5, color="#8a8a8a", lw=1.2, ls="--")
             panel.set_title(name)
             panel.set(xlim=(0, n_tokens), ylim=(n_tokens, 0), aspect="equal")
             panel.set_xlabel(f"time\nat most {int(live.max())} of {n_tokens} kept")

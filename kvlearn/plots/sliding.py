@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
 from kvlearn import expect
@@ -27,16 +28,11 @@ def ring(window: int, *, n_sinks: int = 0, n_tokens: int = 10) -> Picture:
             written, before = held.index(t), frames[t - 1][held.index(t)] if t else -1
             for slot, position in enumerate(held):
                 colour = SINKS if slot < n_sinks else SLIDING
-                fill = (
-                    {"fc": "none"}
-                    if position < 0
-                    else {"fc": colour, "alpha": 1.0 if slot == written else 0.4}
-                )
-                axes.add_patch(Rectangle((slot, t), 0.94, 0.84, ec="none", **fill))
-                axes.add_patch(Rectangle((slot, t), 0.94, 0.84, fc="none", ec="#8a8a8a", lw=0.8))
-                if position >= 0:
-                    new = {"weight": "bold", "color": "black"} if slot == written else {}
-                    axes.text(slot + 0.47, t + 0.44, position, ha="center", va="center", fontsize=9, **new)
+                fill = "none" if position < 0 else colour if slot == written else _pale(colour)
+                axes.add_patch(Rectangle((slot, t), 0.94, 0.84, fc=fill, ec="#8a8a8a", lw=0.8))
+                if position >= 0:  # on a ground that is the same in both themes
+                    style = {"color": "black", "weight": "bold" if slot == written else "normal"}
+                    axes.text(slot + 0.47, t + 0.44, position, ha="center", va="center", fontsize=9, **style)
             axes.text(-0.2, t + 0.44, f"token {t}", ha="right", va="center", fontsize=9)
             if before >= 0:
                 axes.text(n_slots + 0.2, t + 0.44, f"in the place of {before}", va="center", fontsize=9)
@@ -53,6 +49,11 @@ def ring(window: int, *, n_sinks: int = 0, n_tokens: int = 10) -> Picture:
         f"{', '.join(map(str, frames[-1]))}."
     )
     return Picture(figure, alt, {"frames": frames})
+
+
+def _pale(colour: str) -> tuple[float, ...]:
+    """Mixed with white, and opaque."""
+    return tuple(0.4 * part + 0.6 for part in to_rgb(colour))
 
 
 def _frames(window: int, n_sinks: int, n_tokens: int) -> list[list[int]]:
@@ -80,8 +81,7 @@ def cone(windows: Sequence[int | None], *, n_tokens: int = 24, n_sinks: int = 0)
                 for key in _sees(query, window, n_sinks):
                     axes.plot([key, query], [layer - 1, layer], color=colour, lw=0.8, alpha=0.35, zorder=1)
         for level in range(n_layers + 1):
-            above = windows[min(level, n_layers - 1)]
-            colour = FULL if above is None else SLIDING
+            colour = FULL if windows[max(level - 1, 0)] is None else SLIDING
             for token in range(n_tokens):
                 heard = token in seen[level]
                 style = {"color": colour} if heard else {"mfc": "none", "mec": "#8a8a8a", "alpha": 0.6}
@@ -89,7 +89,9 @@ def cone(windows: Sequence[int | None], *, n_tokens: int = 24, n_sinks: int = 0)
             count = f"{len(seen[level])} token{'s' if len(seen[level]) > 1 else ''}"
             axes.text(n_tokens - 0.2, level, count, va="center", fontsize=9)
         labels = ["full" if w is None else f"window {w}" for w in windows]
-        axes.set_yticks(range(n_layers + 1), ["tokens", *(f"layer {i}: {w}" for i, w in enumerate(labels))])
+        axes.set_yticks(
+            range(n_layers + 1), ["tokens", *(f"layer {i}: {w}" for i, w in enumerate(labels, start=1))]
+        )
         axes.set(xlim=(-0.8, n_tokens + 2.6), ylim=(-0.5, n_layers + 0.5), xticks=range(0, n_tokens, 4))
         axes.set_xlabel("position")
         axes.tick_params(length=0)
@@ -118,6 +120,9 @@ def _heard(windows: Sequence[int | None], n_tokens: int, n_sinks: int) -> list[l
     return levels[::-1]
 
 
+NOISE = 1e-14  # what rounding leaves of a difference of distributions, in fp64
+
+
 def influence(
     curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, reaches: Mapping[str, int] | None = None
 ) -> Picture:
@@ -130,7 +135,7 @@ def influence(
     colours = dict(zip(curves, cycle((FULL, SLIDING, COLOURS["hybrid"], COLOURS["sparse"])), strict=False))
     with drawing() as (figure, axes):
         for (name, (distances, changes)), marker in zip(curves.items(), cycle("osD^"), strict=False):
-            shown = [change if change > 0 else np.nan for change in changes]
+            shown = [change if change > NOISE else np.nan for change in changes]
             axes.plot(distances, shown, marker=marker, ms=5, color=colours[name], label=name)
             if name in reaches:
                 axes.axvline(reaches[name], color=colours[name], lw=1.2, ls="--")
@@ -152,7 +157,7 @@ def influence(
     return Picture(figure, alt, {"curves": dict(curves), "reaches": dict(reaches)})
 
 
-STYLES = {"full": (FULL, "-"), "window": (COLOURS["mistake"], "--")}  # others: the sliding colour, dotted …
+STYLES = {"full": (FULL, "-", "o"), "window": (SLIDING, "--", "o")}  # others: the colour of sinks
 
 
 def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: int = 16) -> Picture:
@@ -165,16 +170,18 @@ def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: 
     data: dict[str, Any] = {model: {} for model in models}
     with drawing(1, len(models), size=(4.2 * len(models), 3.6), sharey=True, squeeze=False) as (figure, axes):
         for panel, model in zip(axes[0], models, strict=True):
-            others = cycle((("-.", "s"), (":", "^")))
+            others = cycle(((SINKS, "-.", "s"), (SINKS, ":", "^")))
             for row in (row for row in rows if row["run"] == model):
                 losses = np.array(row["by_position"])
                 means = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
-                colour, line = STYLES.get(row["variant"], (SLIDING, None))
-                line, marker = (line, "o") if line else next(others)
+                colour, line, marker = STYLES.get(row["variant"]) or next(others)
+                style = {"color": colour, "marker": marker, "ms": 5, "mfc": "none", "lw": 1.8}
                 at = (np.arange(len(means)) + 0.5) * width
-                panel.plot(at, means, line, marker=marker, ms=4, color=colour, label=row["variant"])
+                panel.plot(at, means, line, label=row["variant"], **style)
                 data[model][row["variant"]] = means
             panel.axvline(window, color="#8a8a8a", lw=1, ls=":")
+            text = " the first token leaves"
+            panel.text(window, 0.98, text, transform=panel.get_xaxis_transform(), va="top", fontsize=8)
             panel.set_title(f"{model}\n{row['first_token_weight']:.1%} on the first token")
             panel.set_xlabel("position")
         axes[0, 0].set_ylabel("loss, nats a byte")

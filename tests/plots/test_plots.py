@@ -52,6 +52,18 @@ def sink_rows() -> list[dict[str, Any]]:
     ]
 
 
+def window_rows() -> list[dict[str, Any]]:
+    """Rows as ``kvlearn bench window`` keeps them, of one design."""
+    design = {"name": "window", "family": "sliding"}
+    spread = {"q1": 0.9, "q3": 1.1, "n": 5}
+    rows: list[dict[str, Any]] = []
+    for length in (1024, 2048):
+        rows.append({**design, "what": "prefill_time", "length": length, "measured": 1.0, **spread})
+        rows.append({**design, "what": "prefill_memory", "length": length, "measured": length})
+    fitted = ({"what": f"prefill_{quantity}_exponent"} for quantity in ("time", "memory"))
+    return [*rows, *({**design, **what, "measured": 1.0, **spread} for what in fitted)]
+
+
 PICTURES = {
     "cache_growth": lambda: plots.cache_growth(MODELS["Llama 3.1 8B"]),
     "bytes_per_token": lambda: plots.bytes_per_token(list(MODELS.values())),
@@ -112,6 +124,7 @@ PICTURES = {
     "beyond_the_window": lambda: plots.beyond_the_window(sink_rows(), window=16),
     "gallery": lambda: plots.gallery({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12, block=4),
     "lifetimes": lambda: plots.lifetimes({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12),
+    "scaling": lambda: plots.scaling(window_rows()),
     "selections": lambda: plots.selections({"head 0": np.tri(8, dtype=bool)}, title="Chosen"),
 }
 
