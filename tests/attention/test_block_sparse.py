@@ -356,7 +356,7 @@ def test_a_step_makes_nothing_as_large_as_the_cache(kind: type[Layer], options: 
     cache = layer.new_cache(1, 1500)
     layer(draw(1, 1400, D_MODEL), cache)
     x = draw(1, 1, D_MODEL, seed=3)
-    with Allocated(cache.tensors()) as seen:
+    with Allocated(*cache.tensors()) as seen:
         layer(x, cache)
     compressed = 0 if kind is MixtureOfBlockAttention else 2 * layer.sizes.whole(1401) * 8 * layer.n_heads
     assert 0 < seen.largest < max(1400 * 8, compressed), seen.by
