@@ -12,6 +12,9 @@ from kvlearn.attention.compressed import (
 )
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.kv_attention import DecodeStep, KVAttention
+from kvlearn.attention.linear.linear import LinearAttention
+from kvlearn.attention.linear.short_conv import ShortConvolution, ShortConvolutionMixer
+from kvlearn.attention.linear.state import StateCache, StateMechanism
 from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
 from kvlearn.attention.shared.gqa import GroupedQueryAttention
 from kvlearn.attention.shared.routed import RoutedAttention
@@ -45,6 +48,7 @@ __all__ = [
     "LatentAttention",
     "LatentCache",
     "LatentStep",
+    "LinearAttention",
     "LinearScaling",
     "Llama3Scaling",
     "Mechanism",
@@ -60,8 +64,12 @@ __all__ = [
     "Rope",
     "RopeConfig",
     "RoutedAttention",
+    "ShortConvolution",
+    "ShortConvolutionMixer",
     "SlotCache",
     "SparseAttention",
+    "StateCache",
+    "StateMechanism",
     "TokenRoutedAttention",
     "WindowAttention",
     "YarnScaling",

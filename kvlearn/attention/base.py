@@ -26,9 +26,9 @@ from kvlearn.attention.cache import KV, Cache
 class Mechanism(nn.Module, ABC):
     """A layer that mixes tokens causally.
 
-    Every constructor takes ``d_model``, ``n_heads``, ``head_dim`` (d_model / n_heads unless given) and
-    ``rope`` (None: no positions), then options of its own. Raises ValueError or TypeError that names the
-    argument.
+    Every constructor takes ``d_model`` and ``n_heads``, then options of its own; among them, where they mean
+    something to it, ``head_dim`` (d_model / n_heads unless given) and ``rope`` (None: no positions). Raises
+    ValueError or TypeError that names the argument.
     """
 
     name: str  # in the registry
@@ -98,6 +98,14 @@ class Mechanism(nn.Module, ABC):
         raise TypeError(
             f"source: a layer of kind {self.name!r} has no keys and values that another could read"
         )
+
+    def refuse(self, source: KV | None) -> None:
+        """The door of a mechanism that cannot read another layer's keys and values."""
+        if source is not None:
+            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
+
+    def initialise(self) -> None:
+        """Draw the weights that start in a way of the mechanism's own; a model calls it last."""
 
     def dtype_and_device(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None

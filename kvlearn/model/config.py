@@ -1,4 +1,4 @@
-"""What a decoder is made of: ten plain fields, and a pattern of mechanisms repeated to the depth."""
+"""What a decoder is made of: a dozen plain fields, and a pattern of mechanisms repeated to the depth."""
 
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -21,15 +21,15 @@ class Spec:
 
     def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
         self.name = expect.one_of("layers", name, REGISTRY)
-        known = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
-        if reads is not None and "reader" not in known:
+        self.known = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
+        if reads is not None and "reader" not in self.known:
             raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
         if isinstance(reads, int):
             expect.at_most("layers: reads", reads, -1, "an earlier layer; -1 is the one before")
         elif reads is not None:
             expect.one_of("layers: reads", reads, ["last"])
         for option in options:
-            expect.one_of(f"layers: option of {name!r}", option, [k for k in known if k != "reader"])
+            expect.one_of(f"layers: option of {name!r}", option, [k for k in self.known if k != "reader"])
         self.reads = reads
         self.options: dict[str, Any] = {
             k: str(v) if isinstance(v, Pattern) else v for k, v in options.items()
@@ -55,7 +55,8 @@ class ModelConfig:
 
     ``layers`` is a pattern of mechanisms, by name or ``Spec``, repeated to ``n_layers``: with
     ``["window", "window", "full"]`` every third layer is full. ``head_dim`` is d_model / n_heads and ``d_ff``
-    is 8/3 · d_model, rounded up to a multiple of 32, unless given.
+    is 8/3 · d_model, rounded up to a multiple of 32, unless given; with 0 a layer is its mechanism alone.
+    ``norm`` is "rms" or "layer"; with ``embed_norm`` there is one right behind the embedding, too.
     """
 
     vocab_size: int = 256
@@ -66,15 +67,19 @@ class ModelConfig:
     d_ff: int | None = None
     layers: tuple[str | Spec, ...] = ("full",)
     rope: RopeConfig | None = RopeConfig()
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    embed_norm: bool = False
     tied: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
             expect.positive(name, getattr(self, name))
-        for name in ("head_dim", "d_ff"):
-            if getattr(self, name) is not None:
-                expect.positive(name, getattr(self, name))
+        if self.head_dim is not None:
+            expect.positive("head_dim", self.head_dim)
+        if self.d_ff is not None:
+            expect.at_least("d_ff", self.d_ff, 0)
+        expect.one_of("norm", self.norm, ("rms", "layer"))
         expect.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
         pattern = tuple(layer if isinstance(layer, Spec) else Spec(layer) for layer in self.layers)
         if not pattern:

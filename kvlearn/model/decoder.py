@@ -1,7 +1,8 @@
 """A decoder language model on one screen, which takes any mechanism of the course in any layer.
 
-Notable: RMSNorm before each part and no bias anywhere; SwiGLU; rotary positions inside the mechanisms; the
-output shares its weights with the embedding. The cache of the model is a list of its layers' caches.
+Notable: RMSNorm before each part and no bias (LayerNorm where a model wants it); SwiGLU; rotary positions
+inside the mechanisms; the output shares its weights with the embedding. The cache of the model is a list of
+its layers' caches.
 """
 
 from typing import Any
@@ -29,9 +30,16 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
+    """The norm that stands before every part: RMSNorm, or LayerNorm with its bias."""
+    kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm]
+    return kind(config.d_model, eps=config.norm_eps)
+
+
 class Block(nn.Module):
     """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream.
 
+    With ``d_ff`` of 0 there is no SwiGLU: a Mamba block is its own feed-forward, RWKV's is a layer itself.
     ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one reads, ``is_read``
     says whether later layers read this one's.
     """
@@ -41,10 +49,10 @@ class Block(nn.Module):
         assert config.d_ff is not None
         self.number, self.owner = number, config.owners[number]
         self.is_read = config.owners.count(number) > 1
-        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer_norm = new_norm(config)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, config.d_ff)
+        self.mlp_norm = new_norm(config) if config.d_ff else None
+        self.mlp = SwiGLU(config.d_model, config.d_ff) if config.d_ff else None
 
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None, shared: dict[int, KV]
@@ -54,7 +62,7 @@ class Block(nn.Module):
         if self.is_read:
             shared[self.number] = self.mixer.kv(mixed, cache)
         x = x + self.mixer(mixed, cache, shared.get(self.owner))
-        return x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
 
 
 class DecoderCache:
@@ -94,19 +102,23 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_norm = new_norm(config) if config.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList()
         for number, spec in enumerate(config.specs):
-            options: dict[str, Any] = {"head_dim": config.head_dim, "rope": config.rope, **spec.options}
+            common = {"head_dim": config.head_dim, "rope": config.rope}
+            options: dict[str, Any] = {k: v for k, v in common.items() if k in spec.known} | spec.options
             if spec.reads is not None:
                 options["reader"] = True
             mixer = REGISTRY[spec.name](config.d_model, config.n_heads, **options)
             self.blocks.append(Block(mixer, config, number))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = new_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(self._initialise)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):  # 2 · n_layers of them add up
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
+        for mixer in self.mixers:
+            mixer.initialise()
         if config.tied:
             self.head.weight = self.embed.weight
 
@@ -139,7 +151,7 @@ class Decoder(nn.Module):
             lengths = [owner.length for owner in cache.owners]
             if len(set(lengths)) > 1:  # a forward was interrupted between two layers
                 raise ValueError(f"cache: expected layers of one length, got {lengths}; reset it")
-        x, shared = self.embed(tokens.long()), dict[int, KV]()
+        x, shared = self.embed_norm(self.embed(tokens.long())), dict[int, KV]()
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache.layers[i], shared)
         return self.norm(x)

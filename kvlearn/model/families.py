@@ -12,7 +12,8 @@ from kvlearn.model.checkpoints import fill
 from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.decoder import Decoder
 
-# transformers' names -> ours; {} stands for the layer's number.
+# transformers' names -> ours; {} stands for the layer's number n; where one layer of theirs is two of ours,
+# {twice[0]} and {twice[1]} for 2n and 2n + 1.
 LLAMA = {
     "model.embed_tokens.weight": "embed.weight",
     "model.norm.weight": "norm.weight",
@@ -66,11 +67,13 @@ def from_transformers(model_or_path: Any) -> Decoder:
         pattern = name.replace(f".{number}.", ".{}.") if number else name
         if pattern not in names:
             raise ValueError(f"model_or_path: tensor {name!r} is not expected in a model of {family}")
-        weights[names[pattern].format(number)] = adapt(pattern, tensor, model.config) if adapt else tensor
+        n = int(number or 0)
+        ours = names[pattern].format(number, twice=(2 * n, 2 * n + 1))
+        weights[ours] = adapt(pattern, tensor, model.config) if adapt else tensor
     if config.tied:
         weights.pop("head.weight", None)
-    ours = Decoder(config).to(dtype=model.dtype, device=model.device)
-    return fill(ours, weights, "model_or_path").eval()
+    decoder = Decoder(config).to(dtype=model.dtype, device=model.device)
+    return fill(decoder, weights, "model_or_path").eval()
 
 
 def llama(theirs: Any) -> ModelConfig:

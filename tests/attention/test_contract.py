@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlearn.attention import REGISTRY, Cache, Mechanism
+from kvlearn.attention import REGISTRY, Cache, Mechanism, StateMechanism
 
 BATCH, TIME = 3, 13
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
@@ -21,6 +21,9 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 every_mechanism = pytest.mark.parametrize("name", sorted(REGISTRY))
 every_sharer = pytest.mark.parametrize(
     "name", sorted(name for name, kind in REGISTRY.items() if kind.kv is not Mechanism.kv)
+)
+every_recurrence = pytest.mark.parametrize(
+    "name", sorted(name for name, kind in REGISTRY.items() if issubclass(kind, StateMechanism))
 )
 
 
@@ -266,6 +269,33 @@ def test_the_limit_is_full_attention(name: str) -> None:
     x = tokens(limit)
     close(limit(x), full(x))
     close(in_chunks(limit, x, [4, 5], limit.new_cache(BATCH, TIME)), full(x))
+
+
+@every_recurrence
+def test_the_forms_of_a_recurrence_agree(name: str) -> None:
+    """From an empty state and behind one, chunks of one token, of some that do not divide T, and of more."""
+    layer = tiny(name)
+    assert isinstance(layer, StateMechanism)
+    x = tokens(layer)
+    layer.form = "recurrent"
+    expected = layer(x)
+    for form in layer.forms:
+        layer.form = form
+        for chunk in (1, 5, 64):
+            if hasattr(layer, "chunk"):
+                layer.chunk = chunk
+            close(layer(x), expected)
+            close(in_chunks(layer, x, [6], layer.new_cache(BATCH, TIME)), expected)
+
+
+@every_recurrence
+def test_a_state_never_grows_and_stays_single_at_least(name: str) -> None:
+    layer = tiny(name).to(torch.bfloat16)
+    assert layer.cache_bytes(1) == layer.cache_bytes(10**6) == layer.read_bytes(10**6)
+    for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
+        cache = layer.new_cache(1, 10**6, dtype=dtype)
+        assert cache.nbytes == layer.cache_bytes(10**6)
+        assert {t.dtype for t in cache.tensors()} == {torch.float32}
 
 
 @every_sharer

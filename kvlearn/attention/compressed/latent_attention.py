@@ -42,8 +42,7 @@ class LatentAttention(LatentMemory):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        if source is not None:
-            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
+        self.refuse(source)
         self.check(x, cache, LatentCache)
         n_tokens, cached = x.shape[1], 0 if cache is None else cache.length
         absorb = self.absorbs(n_tokens, cached, with_cache=cache is not None)

@@ -83,8 +83,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        if source is not None:
-            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
+        self.refuse(source)
         self.check(x, cache, IndexedLatentCache)
         self.absorbs(x.shape[1], 0)
         places = torch.arange(x.shape[1], device=x.device)[None]

@@ -88,8 +88,7 @@ class HeavilyCompressedAttention(Mechanism):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        if source is not None:
-            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
+        self.refuse(source)
         self.check(x, cache, CompressedCache)
         start = 0 if cache is None else cache.length
         positions = start + torch.arange(x.shape[1], device=x.device)[None]

@@ -103,8 +103,7 @@ class MixtureOfBlockAttention(KVAttention):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        if source is not None:
-            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
+        self.refuse(source)
         q, kv, means = self.project(x, cache)
         return self.o_proj(merge_heads(by_tiles(self.attend_tile, q, kv.positions, kv.k, kv.v, means)))
 

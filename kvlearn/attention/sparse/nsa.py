@@ -81,8 +81,7 @@ class NativeSparseAttention(Mechanism):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        if source is not None:
-            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
+        self.refuse(source)
         self.check(x, cache, SparseCache)
         entries, tokens, window = self.remember(x, cache)
         q = self.rotate(split_heads(self.q_proj(x), self.n_heads), tokens.positions)
