@@ -229,7 +229,7 @@ def test_generate_refuses_nonsense_by_name(
         ({"n_layers": 0}, "n_layers"),
         ({"layers": ()}, "layers"),
         ({"layers": 4 * ("full",)}, "n_layers"),
-        ({"d_ff": 0}, "d_ff"),
+        ({"d_ff": -1}, "d_ff"),
         ({"layers": ("fool",)}, "layers: expected one of 'full'"),
         ({"d_model": 25}, "n_heads: expected a divisor of d_model=25"),
     ],
