@@ -25,8 +25,9 @@ STUDIES = {
     "routing": "whether learning which pool a head reads pays, from nothing",
     "sight": "the base model with windows and sparse patterns, before and after 5% more training",
     "sinks": "what a window loses with the first token, where heads have made it their sink",
+    "recall": "how many pairs of key and value a state of so many bytes gives back",
 }
-RECORDED = ("convert", "routing", "sight", "sinks")
+RECORDED = ("convert", "routing", "sight", "sinks", "recall")
 
 
 @app.command()
@@ -59,7 +60,15 @@ def _compare(name: str, record: bool) -> None:
 
     from kvlearn.measure import results
     from kvlearn.measure.provenance import collect_provenance
-    from kvlearn.study import RUNS, SIGHTS, report, study_conversions, study_routing, study_sinks
+    from kvlearn.study import (
+        RUNS,
+        SIGHTS,
+        report,
+        study_conversions,
+        study_recall,
+        study_routing,
+        study_sinks,
+    )
 
     if name == "routing":
         rows = list(study_routing())
@@ -67,6 +76,9 @@ def _compare(name: str, record: bool) -> None:
     elif name == "sinks":
         rows = list(study_sinks())
         table = report.sinks_table(rows)
+    elif name == "recall":
+        rows = list(study_recall())
+        table = report.recall_table(rows)
     else:
         runs = {"convert": RUNS, "sight": SIGHTS}[name]
         conversions = study_conversions(runs=runs, folder=Path("runs") / name)

@@ -12,7 +12,17 @@ from kvlearn.attention.compressed import (
 )
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.kv_attention import DecodeStep, KVAttention
+from kvlearn.attention.linear.delta import DeltaNet
+from kvlearn.attention.linear.gated_delta import GatedDeltaNet
+from kvlearn.attention.linear.gla import GatedLinearAttention
+from kvlearn.attention.linear.kda import KimiDeltaAttention
 from kvlearn.attention.linear.linear import LinearAttention
+from kvlearn.attention.linear.mamba import Mamba
+from kvlearn.attention.linear.mamba2 import Mamba2
+from kvlearn.attention.linear.retention import Retention
+from kvlearn.attention.linear.rwkv4 import Rwkv4
+from kvlearn.attention.linear.rwkv4_channel import Rwkv4ChannelMix
+from kvlearn.attention.linear.rwkv7 import Rwkv7
 from kvlearn.attention.linear.short_conv import ShortConvolution, ShortConvolutionMixer
 from kvlearn.attention.linear.state import StateCache, StateMechanism
 from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
@@ -40,17 +50,23 @@ __all__ = [
     "CompressedSparseAttention",
     "DecodeStep",
     "DeepSeekSparseAttention",
+    "DeltaNet",
     "FullAttention",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
     "GroupedQueryAttention",
     "HeavilyCompressedAttention",
     "KVAttention",
     "KVCache",
+    "KimiDeltaAttention",
     "LatentAttention",
     "LatentCache",
     "LatentStep",
     "LinearAttention",
     "LinearScaling",
     "Llama3Scaling",
+    "Mamba",
+    "Mamba2",
     "Mechanism",
     "MixtureOfBlockAttention",
     "MultiHeadCompression",
@@ -60,10 +76,14 @@ __all__ = [
     "NoCache",
     "Pattern",
     "PatternCache",
+    "Retention",
     "RingCache",
     "Rope",
     "RopeConfig",
     "RoutedAttention",
+    "Rwkv4",
+    "Rwkv4ChannelMix",
+    "Rwkv7",
     "ShortConvolution",
     "ShortConvolutionMixer",
     "SlotCache",

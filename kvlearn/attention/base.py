@@ -34,6 +34,7 @@ class Mechanism(nn.Module, ABC):
     name: str  # in the registry
     chooses_by_content = False  # True where the output jumps when a choice between pools or tokens tips over
     trained_apart: tuple[str, ...] = ()  # weights that only choose: the output has no gradient for them
+    undecayed: tuple[str, ...] = ()  # matrices that weight decay has to leave alone: 0 is no rest for them
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int | None) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """The small decoder language model that takes any mechanism per layer, its generation and its checkpoints."""
 
+from kvlearn.model import rwkv as rwkv  # adds its family
+from kvlearn.model import state_space as state_space  # adds its families
 from kvlearn.model.checkpoints import card, load, save
 from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.convert import convert

@@ -1,5 +1,6 @@
 """What a decoder is made of: a dozen plain fields, and a pattern of mechanisms repeated to the depth."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class ModelConfig:
     n_heads: int = 8
     head_dim: int | None = None
     d_ff: int | None = None
-    layers: tuple[str | Spec, ...] = ("full",)
+    layers: Sequence[str | Spec] = ("full",)
     rope: RopeConfig | None = RopeConfig()
     norm: str = "rms"
     norm_eps: float = 1e-5

@@ -34,12 +34,14 @@ LLAMA = {
 class Family(NamedTuple):
     """The names of a family's tensors, what reads its configuration, and what makes a tensor ours.
 
-    ``adapt`` gets the tensor's name, with {} for the layer, the tensor and their configuration.
+    ``adapt`` gets the tensor's name, with {} for the layer, the tensor and their configuration; ``weights``
+    gets the model, where its ``state_dict`` is not what it was trained to be.
     """
 
     names: Mapping[str, str]
     configure: Callable[[Any], ModelConfig]
     adapt: Callable[[str, Tensor, Any], Tensor] | None = None
+    weights: Callable[[Any], Mapping[str, Tensor]] | None = None
 
 
 def from_transformers(model_or_path: Any) -> Decoder:
@@ -59,10 +61,10 @@ def from_transformers(model_or_path: Any) -> Decoder:
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model_or_path: expected a model of {known}, got {family or type(model).__name__}")
-    names, configure, adapt = FAMILIES[family]
+    names, configure, adapt, read = FAMILIES[family]
     config = configure(model.config)
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (read(model) if read else model.state_dict()).items():
         number = next((part for part in name.split(".") if part.isdigit()), "")
         pattern = name.replace(f".{number}.", ".{}.") if number else name
         if pattern not in names:

@@ -10,10 +10,12 @@ from kvlearn.plots.full_attention import (
 )
 from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
 from kvlearn.plots.layers import across_layers
+from kvlearn.plots.linear import state_memory
 from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
+from kvlearn.plots.recall import recall_curves, recall_over_state
 from kvlearn.plots.scaling import scaling
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
@@ -39,6 +41,8 @@ __all__ = [
     "loss_over_rank",
     "on_the_roofline",
     "pools",
+    "recall_curves",
+    "recall_over_state",
     "ring",
     "roads",
     "rope_on_latent",
@@ -47,6 +51,7 @@ __all__ = [
     "spectrum",
     "splits",
     "squeeze",
+    "state_memory",
     "step_times",
     "stored_and_read",
     "uptraining",

@@ -21,8 +21,9 @@ def scaling(
 ) -> Picture:
     """Time and extra memory over the length, both axes logarithmic, so that a power of N is a straight line.
 
-    ``rows`` as ``kvlearn bench window`` records them: of ``part`` ("prefill", "train"), all designs or those
-    in ``names``. Error bars are quartiles over the rounds; the legend gives the exponents that were fitted.
+    ``rows`` as ``kvlearn bench window`` or ``linear`` records them: of ``part`` ("prefill", "train"), all
+    designs or those in ``names``. Error bars are quartiles over the rounds; the legend gives the exponents
+    that were fitted.
     """
     end = "_time_exponent"
     expect.one_of("part", part, [w.removesuffix(end) for row in rows if (w := row["what"]).endswith(end)])

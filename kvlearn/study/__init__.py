@@ -1,6 +1,7 @@
 """What a mechanism costs in quality: the corpus, the training loop, the evaluation, the base model."""
 
 from kvlearn.study.base import base_model, train_base
+from kvlearn.study.capacity import study_recall
 from kvlearn.study.conversion import RUNS, SIGHTS, Conversion, convert_and_uptrain, study_conversions
 from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.evaluation import Evaluation, evaluate
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate",
     "other_texts",
     "study_conversions",
+    "study_recall",
     "study_routing",
     "study_sinks",
     "train",

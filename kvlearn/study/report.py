@@ -7,6 +7,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from kvlearn.study import capacity
 from kvlearn.study.routing import compare
 
 STORED, READ = "bytes_stored_per_token", "bytes_read_per_token"
@@ -71,6 +72,25 @@ def sinks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["variant"],
             _with_error(row["loss"], row["error"]),
             f"{sum(quarter) / len(quarter):.3f}",
+        )
+    return table
+
+
+def recall_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line a mechanism and task: the share of right answers at its best learning rate."""
+    n_seeds = len({row["seed"] for row in rows})
+    table = _table(
+        f"Recall: share of right answers at the best learning rate, ± standard error over {n_seeds} seeds",
+        ["run", "pairs", "state", "accuracy", "learning rate", "seconds a run"],
+    )
+    for cell in capacity.compare(rows):
+        table.add_row(
+            cell.run,
+            f"{cell.n_pairs}",
+            f"{cell.state_bytes} B",
+            _with_error(cell.accuracy, cell.error),
+            f"{cell.lr:g}",
+            f"{cell.seconds:.1f}",
         )
     return table
 

@@ -132,10 +132,16 @@ def _step(
 
 
 def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; gains and other vectors do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Matrices decay; gains and other vectors do not, nor what a mechanism names ``undecayed``."""
+    spared = {
+        id(p)
+        for mixer in model.mixers
+        for name, p in mixer.named_parameters()
+        if name.startswith(mixer.undecayed)
+    }
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in spared]
+    others = [p for p in model.parameters() if p.dim() < 2 or id(p) in spared]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _identity(model: Decoder, text: Tensor, config: TrainConfig, origin: str | None) -> dict[str, Any]:

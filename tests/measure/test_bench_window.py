@@ -12,6 +12,7 @@ from kvlearn.attention import KV, REGISTRY, RingCache, SlotCache, SparseAttentio
 from kvlearn.attention.core import attention
 from kvlearn.measure import Comparison
 from kvlearn.measure.bench import Row, run_benchmark
+from kvlearn.measure.shared_bench import growth
 from kvlearn.measure.window_bench import chosen, designs, layers, reference, scaling, sizes, steps
 from kvlearn.measure.window_bench.designs import DESIGNS, WITH_SINKS, new_layer
 
@@ -66,7 +67,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def grows(seconds: dict[str, float], name: str, power: float) -> None:
     """Let the time of a design grow as this power of the length."""
-    seconds.update({scaling.label(name, n): n**power for n in scaling.LENGTHS})
+    seconds.update({growth.label(name, n): n**power for n in scaling.LENGTHS})
 
 
 def found(measured: list[Row], what: str, **details: Any) -> list[Row]:
@@ -113,9 +114,8 @@ def test_every_part_is_measured_and_every_bar_of_the_issue_is_held(seconds: dict
 
 
 def test_a_power_is_found_from_four_windows_on() -> None:
-    assert scaling.exponent({16: 1e9, 32: 2 * 32**1.5, 64: 2 * 64**1.5, 128: 2 * 128**1.5}) == pytest.approx(
-        1.5
-    )
+    amounts = {16: 1e9, 32: 2 * 32**1.5, 64: 2 * 64**1.5, 128: 2 * 128**1.5}
+    assert growth.exponent(amounts, least=32) == pytest.approx(1.5)
     (row,) = found(list(scaling.train_rows(CPU)), "train_time_exponent")
     assert row.details["fitted"] == [32, 64, 128]
 
@@ -135,7 +135,7 @@ def test_an_exponent_has_the_spread_of_its_rounds(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_speedup_of_a_window_is_full_attentions_time_over_its_own(seconds: dict[str, float]) -> None:
-    seconds[scaling.label("full", 128)] = 4.9
+    seconds[growth.label("full", 128)] = 4.9
     (row,) = found(list(scaling.prefill_rows(CPU)), "prefill_speedup", name="window")
     assert (row.measured, row.bar, row.passed) == (pytest.approx(4.9), 5, False)
 

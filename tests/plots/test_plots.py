@@ -11,6 +11,8 @@ from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
 from kvlearn.kernels.stages import STAGES
 from kvlearn.kernels.trace import Trace, trace
 from kvlearn.measure import MODELS, Quartiles, Roofline, Work, cache_bytes, read_bytes, weights_bytes
+from kvlearn.model import Decoder, ModelConfig
+from kvlearn.study import recall
 
 GIB = 1024**3
 SOME = Quartiles(0.002, 0.001, 0.003, 5)
@@ -62,6 +64,29 @@ def window_rows() -> list[dict[str, Any]]:
         rows.append({**design, "what": "prefill_memory", "length": length, "measured": length})
     fitted = ({"what": f"prefill_{quantity}_exponent"} for quantity in ("time", "memory"))
     return [*rows, *({**design, **what, "measured": 1.0, **spread} for what in fitted)]
+
+
+def recall_rows() -> list[dict[str, Any]]:
+    """Rows as ``kvlearn study recall`` keeps them, of one design between ceiling and floor."""
+    return [
+        {
+            "design": design,
+            "run": design,
+            "n_pairs": 8,
+            "state_bytes": size,
+            "training": {"lr": 0.01},
+            "seed": 0,
+            "accuracy": accuracy,
+            "seconds": 1.0,
+        }
+        for design, size, accuracy in (("full", 9000, 1.0), ("short_conv", 0, 0.1), ("linear", 512, 0.6))
+    ]
+
+
+def recall_run() -> recall.Run:
+    """A run of two points, of a model that was not trained."""
+    model = Decoder(ModelConfig(d_model=8, n_layers=1, n_heads=1))
+    return recall.Run(model, [recall.Point(20, 3.0, 0.1), recall.Point(40, 1.0, 0.6)], 0.9, 0.7, 5.0)
 
 
 PICTURES = {
@@ -125,6 +150,9 @@ PICTURES = {
     "gallery": lambda: plots.gallery({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12, block=4),
     "lifetimes": lambda: plots.lifetimes({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12),
     "scaling": lambda: plots.scaling(window_rows()),
+    "state_memory": plots.state_memory,
+    "recall_curves": lambda: plots.recall_curves({"full": recall_run(), "delta": recall_run()}),
+    "recall_over_state": lambda: plots.recall_over_state(recall_rows()),
     "selections": lambda: plots.selections({"head 0": np.tri(8, dtype=bool)}, title="Chosen"),
 }
 

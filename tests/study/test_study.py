@@ -15,6 +15,7 @@ from torch import Tensor
 from kvlearn.model import Decoder, ModelConfig
 from kvlearn.study import TrainConfig, corpus, evaluate, train, windows
 from kvlearn.study.text import split_of
+from kvlearn.study.training import parameter_groups
 
 SMALL = ModelConfig(d_model=24, n_layers=2, n_heads=3, d_ff=32)
 CONFIG = TrainConfig(steps=12, batch=4, length=32, warmup=2)
@@ -61,6 +62,15 @@ def test_training_learns() -> None:
     assert [line["step"] for line in history] == list(range(100))
     assert history[0]["loss"] == pytest.approx(math.log(256), abs=0.3)
     assert history[-1]["loss"] < 2.0
+
+
+def test_weight_decay_spares_vectors_and_what_a_mechanism_names() -> None:
+    mamba = Decoder(ModelConfig(d_model=24, n_layers=1, n_heads=3, layers=("mamba",)))
+    decayed, spared = ({id(p) for p in group["params"]} for group in parameter_groups(mamba, 0.1))
+    mixer = mamba.mixers[0]
+    assert {id(mixer.A_log), id(mixer.D), id(mamba.norm.weight)} <= spared
+    assert {id(mixer.in_proj.weight), id(mamba.embed.weight)} <= decayed
+    assert len(decayed) + len(spared) == len(list(mamba.parameters()))
 
 
 def test_the_schedule_warms_up_and_comes_down() -> None:

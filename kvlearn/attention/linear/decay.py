@@ -35,9 +35,10 @@ def linear_attention(
     """
     state = check_inputs(q, k, v, state)
     if log_decay is None:
-        log_decay = torch.zeros((), device=q.device).expand(q.shape[:3])
+        ones = torch.zeros((), dtype=state.dtype, device=q.device).expand(q.shape[:3])  # their logarithms
+        return by_form(form, parallel_unfaded, recurrent, (q, k, v, ones), state, chunk)
     check_log_decay(log_decay, q.shape[:3])
-    return by_form(form, parallel, recurrent, (q, k, v, log_decay), state, chunk)
+    return by_form(form, parallel, recurrent, (q, k, v, log_decay.to(state.dtype)), state, chunk)
 
 
 def parallel(
@@ -48,15 +49,27 @@ def parallel(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """All pairs at once: O = (QKᵀ ⊙ L) V + what ``state`` still gives, L[t, s] = a_{s+1} ⋯ a_t for s ≤ t."""
-    q, k, v, faded = upcast(q), upcast(k), upcast(v), upcast(log_decay).cumsum(dim=-1)
+    q, k, v, log_decay = upcast(q), upcast(k), upcast(v), upcast(log_decay)
     T = q.shape[2]
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    # Above the diagonal the exponent is positive and may overflow: masked before exp, not after.
-    fade = (faded[..., :, None] - faded[..., None, :]).masked_fill(future, -torch.inf).exp()
-    out = (q @ k.mT * fade) @ v + faded.exp()[..., None] * (q @ state)
-    until_last = (faded[..., -1:] - faded).exp()[..., None]
-    state = faded[..., -1, None, None].exp() * state + (until_last * k).mT @ v
+    # Summed for every s from s + 1 on: a difference of two sums from the start would lose a weak decay behind
+    # a strong one, and overflow in exp above the diagonal.
+    fade = log_decay[..., None].expand(*log_decay.shape, T).tril(-1).cumsum(dim=-2).exp().tril()
+    since_start = log_decay.cumsum(dim=-1).exp()[..., None]
+    out = (q @ k.mT * fade) @ v + since_start * (q @ state)
+    state = since_start[:, :, -1:] * state + (fade[:, :, -1, :, None] * k).mT @ v
     return out, state
+
+
+def parallel_unfaded(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    log_decay: Float[Tensor, "B H T"],
+    state: Float[Tensor, "B H K V"],
+) -> Outcome:
+    """``parallel`` where every decay is 1: L is a mask."""
+    q, k, v = upcast(q), upcast(k), upcast(v)
+    return (q @ k.mT).tril() @ v + q @ state, state + k.mT @ v
 
 
 def recurrent(

@@ -17,7 +17,7 @@ def elu_features(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
 
     Source: Katharopoulos et al., "Transformers are RNNs" (2020), equation 7.
     """
-    return F.elu(x) + 1
+    return x.relu() + x.clamp_max(0).exp()  # a small eˣ would round to 0 beside elu's -1
 
 
 def taylor_features(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
@@ -33,7 +33,7 @@ def taylor_features(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
     D = x.shape[-1]
     x = x / D**0.25
     i, j = torch.triu_indices(D, D, device=x.device)
-    pairs = x[..., i] * x[..., j] * torch.where(i == j, 0.5**0.5, 1.0).to(x)
+    pairs = x[..., i] * x[..., j] * 0.5 ** ((i == j).to(x) / 2)
     return torch.cat((torch.ones_like(x[..., :1]), x, pairs), dim=-1)
 
 
@@ -48,9 +48,8 @@ def normalised(sums: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     """
     out, total = sums[..., :-1], sums[..., -1:]
     if total.device.type == "cpu" and not bool((total >= 0).all()):  # elsewhere a look would synchronise
-        raise ValueError(
-            f"q, k: expected features whose products sum to at least 0, got {float(total.min()):.3g}"
-        )
+        least = float(total.detach().min())
+        raise ValueError(f"q, k: expected features whose products sum to at least 0, got {least:.3g}")
     return out / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
@@ -83,6 +82,7 @@ class LinearAttention(StateMechanism):
         super().__init__(d_model, n_heads, head_dim)
         self.key_dim = expect.positive("key_dim", self.head_dim if key_dim is None else key_dim)
         self.features = FEATURES[expect.one_of("features", features, FEATURES)]
+        self.n_features = len(self.features(torch.empty(self.key_dim, device="meta")))
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.v_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
@@ -90,8 +90,7 @@ class LinearAttention(StateMechanism):
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        n_features = self.features(torch.empty(self.key_dim, device="meta")).shape[0]
-        return {"memory": (self.n_heads, n_features, self.head_dim + 1)}
+        return {"memory": (self.n_heads, self.n_features, self.head_dim + 1)}
 
     def mix(self, x: Float[Tensor, "B T M"], state: State, form: str) -> tuple[Tensor, State]:
         q, k = (self.features(upcast(split_heads(p(x), self.n_heads))) for p in (self.q_proj, self.k_proj))

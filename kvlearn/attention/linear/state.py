@@ -192,6 +192,6 @@ def check_log_decay(log_decay: Tensor, shape: tuple[int | str, ...]) -> None:
     """The door for decays: logarithms of numbers in (0, 1]."""
     expect.tensor("log_decay", log_decay, shape)
     if log_decay.device.type == "cpu":  # elsewhere a look at the values would synchronise
-        least, most = (float(bound) for bound in log_decay.aminmax())
+        least, most = (float(bound) for bound in log_decay.detach().aminmax())
         if not (-math.inf < least and most <= 0):  # NaN fails too
             raise ValueError(f"log_decay: expected logarithms of decays in (0, 1], got {least} to {most}")

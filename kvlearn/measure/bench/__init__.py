@@ -21,6 +21,7 @@ BENCHMARKS = {
     "full": "full attention: what the cache saves, and how close decode and prefill come to the roofline",
     "shared": "shared and compressed heads: bytes stored and read, decode by both roads, converting a model",
     "window": "windows and patterns: how time and memory grow with the text, steps of decode, bytes",
+    "linear": "states in place of caches: exponents, steps, bytes, 100K tokens of decode, others' Mamba",
     "decode": "the decode kernel against the floor, torch and its own stages; its PyTorch form on a CPU",
     "decode_tune": "tilings and splits of the decode kernel: the best beside the present (needs a GPU)",
 }

@@ -40,7 +40,8 @@ def step_rows(device: torch.device) -> Iterator[Row]:
         for name in names:
             with device:
                 layer = REGISTRY[name](designs.D_MODEL, designs.N_HEADS, **OPTIONS[name]).eval()
-            calls[name], bytes_read[name] = checked_step(name, layer, x), layer.read_bytes(n)
+            calls[name] = checked_step(name, layer, x, chunk=CHUNK, room=ROUNDS + 2)
+            bytes_read[name] = layer.read_bytes(n)
         by_turns = compare(calls, rounds=ROUNDS, min_block_time=0)
         title = f"step, layer, {n} tokens"
         for name in names:
@@ -52,15 +53,16 @@ def step_rows(device: torch.device) -> Iterator[Row]:
             yield ratio_row(by_turns, title, "full", name, found)
 
 
-def checked_step(name: str, layer: Mechanism, x: Tensor) -> Callable[[], Tensor]:
-    """The last token behind all others in a cache, once it comes out as from a pass over the last ``CHUNK``.
+def checked_step(name: str, layer: Mechanism, x: Tensor, *, chunk: int, room: int) -> Callable[[], Tensor]:
+    """The last token behind all others in a cache, once it comes out as from a pass over the last ``chunk``.
 
-    Every call is a token more: some of these caches hold halves of blocks, and cannot be put back.
+    Every call is a token more, at most ``room`` of them: some caches hold halves of blocks, or have summed up
+    what they saw, and cannot be put back.
     """
-    cache = layer.new_cache(batch=1, max_len=x.shape[1] + ROUNDS + 2)
-    *before, last = x.split(CHUNK, dim=1)
-    for chunk in before:
-        layer(chunk, cache)
+    cache = layer.new_cache(batch=1, max_len=x.shape[1] + room)
+    *before, last = x.split(chunk, dim=1)
+    for piece in before:
+        layer(piece, cache)
     expected = layer(last, deepcopy(cache))[:, -1:]
     layer(last[:, :-1], cache)
     step = partial(layer, x[:, -1:], cache)

@@ -6,18 +6,16 @@ exactly and fitted once. Below four windows much of a text is still in sight: th
 fitted.
 """
 
-from collections.abc import Callable, Iterator
-from math import log
-from statistics import linear_regression
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from kvlearn.attention import KV
 from kvlearn.measure.bench import Row
-from kvlearn.measure.memory import peak_memory
-from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
-from kvlearn.measure.timing import Comparison, Quartiles, compare
+from kvlearn.measure.shared_bench.growth import Bars, Core, by_label, growth_rows, label
+from kvlearn.measure.shared_bench.rows import agree, ratio_row
+from kvlearn.measure.timing import Comparison, compare
 from kvlearn.measure.window_bench import designs
 from kvlearn.measure.window_bench.designs import DESIGNS, Design, details
 from kvlearn.measure.window_bench.reference import attend, some_queries
@@ -26,7 +24,6 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 ROUNDS = 5
 SPEEDUP = 5.0  # a window against full attention, at the longest
 TRAINED = ("window",)
-Core = Callable[[], Tensor]
 
 
 def prefill_rows(device: torch.device) -> Iterator[Row]:
@@ -37,7 +34,7 @@ def prefill_rows(device: torch.device) -> Iterator[Row]:
         for name, design in DESIGNS.items():
             calls[name][n] = checked_core(name, design, *given)
     by_turns = compare(by_label(calls), rounds=ROUNDS)
-    yield from growth_rows("prefill", calls, by_turns, device)
+    yield from growth_of("prefill", calls, by_turns, device)
     longest = LENGTHS[-1]
     for name in list(DESIGNS)[1:]:
         found = details("prefill_speedup", name, longest)
@@ -53,7 +50,7 @@ def train_rows(device: torch.device) -> Iterator[Row]:
         for name in TRAINED:
             calls[name][n] = checked_train_step(name, DESIGNS[name], *given)
     by_turns = compare(by_label(calls), rounds=ROUNDS)
-    yield from growth_rows("train", calls, by_turns, device)
+    yield from growth_of("train", calls, by_turns, device)
 
 
 def draw(n: int, device: torch.device) -> Tensor:
@@ -100,44 +97,10 @@ def checked_train_step(name: str, design: Design, q: Tensor, k: Tensor, v: Tenso
     return step
 
 
-def label(name: str, n: int) -> str:
-    return f"{name}, {n} tokens"
-
-
-def by_label(calls: dict[str, dict[int, Core]]) -> dict[str, Core]:
-    return {label(name, n): call for name, of in calls.items() for n, call in of.items()}
-
-
-def growth_rows(
+def growth_of(
     part: str, calls: dict[str, dict[int, Core]], by_turns: Comparison, device: torch.device
 ) -> Iterator[Row]:
-    """Time and extra memory at every length, and how both of them grow."""
-    for name, of in calls.items():
-        design, peaks = DESIGNS[name], {n: peak_memory(call, device) for n, call in of.items()}
-        for n in of:
-            yield time_row(by_turns, part, label(name, n), details(f"{part}_time", name, n))
-        for n, peak in peaks.items():
-            found = details(f"{part}_memory", name, n)
-            yield Row(f"{part}, extra memory: {label(name, n)}", peak, "B", details=found)
-        rounds = [
-            exponent({n: by_turns.rounds[label(name, n)][turn] for n in of})
-            for turn in range(len(by_turns.rounds[label(name, LENGTHS[0])]))
-        ]
-        spread, fitted = Quartiles.of(rounds), {"fitted": [n for n in of if is_fitted(n)]}
-        found = details(f"{part}_time_exponent", name, LENGTHS[-1], **fitted)
-        title = f"{part}, {name}: time as a power of N"
-        yield Row(title, spread.median, "power", design.time, "<=", spread, found)
-        found = details(f"{part}_memory_exponent", name, LENGTHS[-1], **fitted)
-        title = f"{part}, {name}: extra memory as a power of N"
-        yield Row(title, exponent(peaks), "power", design.memory, "<=", details=found)
-
-
-def exponent(amounts: dict[int, float] | dict[int, int]) -> float:
-    """p of the power of N that fits best, by least squares of logarithms over the longer lengths."""
-    points = [(log(n), log(amount)) for n, amount in amounts.items() if is_fitted(n)]
-    return linear_regression(*zip(*points, strict=True)).slope
-
-
-def is_fitted(n: int) -> bool:
-    """From four windows on."""
-    return n >= 4 * designs.WINDOW
+    """Time and extra memory at every length, and the exponents from four windows on."""
+    bars = {name: Bars(design.time, design.memory) for name, design in DESIGNS.items()}
+    least = 4 * designs.WINDOW
+    yield from growth_rows(part, calls, by_turns, device, bars=bars, details=details, least=least)

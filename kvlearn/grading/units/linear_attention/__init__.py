@@ -1,0 +1,1 @@
+"""The exercises on linear attention and its state."""

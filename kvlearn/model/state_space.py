@@ -1,0 +1,85 @@
+"""Mamba and Mamba-2 of transformers as decoders whose layers are their mixers alone.
+
+Weights are loaded as they are. In half precision their residual stream is in fp32 by default, ours is not.
+"""
+
+import math
+from typing import Any
+
+from kvlearn.model.config import ModelConfig, Spec
+from kvlearn.model.families import FAMILIES, Family
+
+BOTH = {
+    "backbone.embeddings.weight": "embed.weight",
+    "backbone.norm_f.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+    "backbone.layers.{}.norm.weight": "blocks.{}.mixer_norm.weight",
+    **{
+        f"backbone.layers.{{}}.mixer.{theirs}": f"blocks.{{}}.mixer.{ours}"
+        for theirs, ours in {
+            "in_proj.weight": "in_proj.weight",
+            "conv1d.weight": "conv.weight",
+            "conv1d.bias": "conv.bias",
+            "A_log": "A_log",
+            "D": "D",
+            "out_proj.weight": "o_proj.weight",
+        }.items()
+    },
+}
+
+
+def own(*names: str) -> dict[str, str]:
+    """What one of the two has beside, under the same names."""
+    return {f"backbone.layers.{{}}.mixer.{name}": f"blocks.{{}}.mixer.{name}" for name in names}
+
+
+MAMBA = {**BOTH, **own("x_proj.weight", "dt_proj.weight", "dt_proj.bias")}
+MAMBA2 = {**BOTH, **own("dt_bias", "norm.weight")}
+
+
+def mamba(theirs: Any) -> ModelConfig:
+    """The shape of a Mamba, from its configuration in transformers."""
+    return of_mixers(theirs, Spec("mamba", **shape(theirs), dt_rank=theirs.time_step_rank), n_heads=1)
+
+
+def mamba2(theirs: Any) -> ModelConfig:
+    """The shape of a Mamba-2, from its configuration in transformers."""
+    low, high = theirs.time_step_limit
+    if low > 0 or high < math.inf:
+        raise ValueError(f"model_or_path: expected time_step_limit (0, inf), got {theirs.time_step_limit}")
+    options = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
+    mixer = Spec("mamba2", **shape(theirs), **options)
+    return of_mixers(theirs, mixer, theirs.num_heads, theirs.head_dim)
+
+
+def shape(theirs: Any) -> dict[str, Any]:
+    """The options that both mixers have; ValueError that names those which ours have not."""
+    if theirs.use_bias:
+        raise ValueError("model_or_path: expected projections without biases, got use_bias=True")
+    if theirs.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"model_or_path: expected hidden_act 'silu', got {theirs.hidden_act!r}")
+    return {
+        "expand": theirs.expand,
+        "d_state": theirs.state_size,
+        "conv": theirs.conv_kernel,
+        "conv_bias": theirs.use_conv_bias,
+    }
+
+
+def of_mixers(theirs: Any, mixer: Spec, n_heads: int, head_dim: int | None = None) -> ModelConfig:
+    """A model that is nothing but ``mixer``, layer upon layer."""
+    return ModelConfig(
+        vocab_size=theirs.vocab_size,
+        d_model=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=n_heads,
+        head_dim=head_dim,
+        d_ff=0,
+        layers=(mixer,),
+        rope=None,
+        norm_eps=theirs.layer_norm_epsilon,
+        tied=theirs.tie_word_embeddings,
+    )
+
+
+FAMILIES.update(mamba=Family(MAMBA, mamba), mamba2=Family(MAMBA2, mamba2))

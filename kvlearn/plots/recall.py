@@ -1,0 +1,129 @@
+"""Pictures of associative recall, chapter 06: learned while one looks, and over the size of the state."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from kvlearn import expect
+from kvlearn.measure import format_bytes
+from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.scaling import STYLES
+from kvlearn.study.capacity import Cell, compare
+from kvlearn.study.recall import Run
+
+# What is no state of constant size; everything else has the colour of this chapter.
+OTHERS: dict[str, dict[str, Any]] = {
+    "full": {"color": COLOURS["full"], "ls": "-", "marker": "o"},
+    "short_conv": {"color": COLOURS["memory"], "ls": ":", "marker": "X"},
+}
+NAMES = {"full": "full attention", "short_conv": "short convolution alone"}
+
+
+def recall_curves(runs: Mapping[str, Run]) -> Picture:
+    """The share of right answers over the steps of training, a line a run of ``recall.train``."""
+    expect.positive("len(runs)", len(runs))
+    curves = {name: [(point.step, point.accuracy) for point in run.curve] for name, run in runs.items()}
+    with drawing(size=(7.5, 3.8)) as (figure, axes):
+        for name, style in _styles(runs).items():
+            share = f"{NAMES.get(name, name)}: {runs[name].accuracy:.0%}"
+            axes.plot(*zip(*curves[name], strict=True), ms=4.5, lw=1.8, label=share, **style)
+        _share_axis(axes)
+        axes.set_xlabel("training steps")
+        figure.legend(loc="outside right center", title="at the end", alignment="left")
+    told = ", ".join(
+        f"{NAMES.get(name, name)} {run.accuracy:.0%} after {run.curve[-1].step} steps in {run.seconds:.0f} s"
+        for name, run in runs.items()
+    )
+    alt = f"The share of right answers in associative recall over the steps of training. At the end: {told}."
+    return Picture(figure, alt, {"curves": curves, "accuracy": {n: run.accuracy for n, run in runs.items()}})
+
+
+def recall_over_state(rows: Sequence[Mapping[str, Any]], *, designs: Iterable[str] | None = None) -> Picture:
+    """The share of right answers over the size of the state: rows of ``kvlearn study recall``.
+
+    A panel a number of pairs, a line a design: the same mechanism with smaller and larger states, each at its
+    best learning rate, with standard errors over the seeds. Full attention is the ceiling and the convolution
+    that stands before every mechanism, alone, the floor. ``designs`` names those to draw, all unless given.
+    """
+    cells = compare(rows)
+    known = list(dict.fromkeys(cell.design for cell in cells if cell.design not in OTHERS))
+    wanted = known if designs is None else [expect.one_of("designs", name, known) for name in designs]
+    styles = _styles(wanted)
+    pairs = sorted({cell.n_pairs for cell in cells})
+    expect.positive("len(designs)", len(wanted))
+    size = 3.6 * len(pairs) + 2.2, 3.8
+    with drawing(1, len(pairs), size=size, sharey=True, squeeze=False) as (figure, axes):
+        for panel, n in zip(axes[0], pairs, strict=True):
+            here = [cell for cell in cells if cell.n_pairs == n]
+            for name, style in OTHERS.items():
+                for cell in (cell for cell in here if cell.design == name):
+                    panel.axhline(
+                        cell.accuracy, lw=1.8, color=style["color"], ls=style["ls"], label=NAMES[name]
+                    )
+            for name in wanted:
+                points = sorted(_point(cell) for cell in here if cell.design == name)
+                at, share, error = zip(*points, strict=True)
+                panel.errorbar(
+                    at, share, error, label=name, lw=1.8, ms=5, elinewidth=1, capsize=3, **styles[name]
+                )
+            _state_axis(panel, [cell.state_bytes for cell in here if cell.design in wanted])
+            full = [format_bytes(cell.state_bytes) for cell in here if cell.design == "full"]
+            panel.set_title(f"{n} pairs" + "".join(f"\nfull attention keeps {size}" for size in full))
+        _share_axis(axes[0, 0])
+        figure.legend(*_legend(axes[0, 0]), loc="outside right center")
+    data = {n: {c.run: (c.design, *_point(c)) for c in cells if c.n_pairs == n} for n in pairs}
+    told = "; ".join(f"of {n} pairs {_told([c for c in cells if c.n_pairs == n], wanted)}" for n in pairs)
+    alt = f"The share of right answers in associative recall over the bytes of the state: {told}."
+    return Picture(figure, alt, {"cells": data})
+
+
+def _point(cell: Cell) -> tuple[int, float, float]:
+    return cell.state_bytes, cell.accuracy, cell.error
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """This chapter's colour, told apart by line and marker; ceiling and floor in colours of their own."""
+    turns, styles = cycle(STYLES), {}
+    for name in names:
+        if name in OTHERS:
+            styles[name] = OTHERS[name]
+        else:
+            ls, marker = next(turns)
+            fill = COLOURS["linear"] if marker in "o^v" else "none"
+            styles[name] = {"color": COLOURS["linear"], "ls": ls, "marker": marker, "mfc": fill}
+    return styles
+
+
+def _share_axis(axes: Axes) -> None:
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_ylabel("right answers")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _state_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """Bytes in powers of two."""
+    axes.set_xscale("log", base=2)
+    ticks = [2**i for i in range(6, 24) if min(sizes) / 1.5 <= 2**i <= max(sizes) * 1.5]
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(x)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("state, logarithmic")
+
+
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    """Lines without their error bars."""
+    handles, labels = axes.get_legend_handles_labels()
+    return [handle[0] if isinstance(handle, tuple) else handle for handle in handles], labels
+
+
+def _told(cells: Sequence[Cell], designs: Sequence[str]) -> str:
+    """Both ends of every line."""
+    parts = [f"{NAMES[c.design]} {c.accuracy:.0%}" for c in cells if c.design in OTHERS]
+    for name in designs:
+        ends = sorted(_point(cell) for cell in cells if cell.design == name)
+        first, last = (f"{share:.0%} with {format_bytes(size)}" for size, share, _ in (ends[0], ends[-1]))
+        parts.append(f"{name} {first}" if len(ends) == 1 else f"{name} {first} to {last}")
+    return ", ".join(parts)

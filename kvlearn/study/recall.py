@@ -1,0 +1,180 @@
+"""Associative recall as capacity of the state: how many pairs does so small a memory give back?
+
+A text names pairs of a key and its value; then keys again, at random places, which ask for their values:
+
+    k₁ v₁ k₂ v₂ … k_P v_P  · · k₂ · k_P · · k₁ ·        · is filler; the answers v₂, v_P, v₁ are not shown
+
+Keys, values and their pairing are drawn anew for every text, so weights cannot know them: what is answered
+has gone through the cache. Two layers and no SwiGLU: a short convolution, which puts a key and its value into
+one token, then the mechanism. All have the same convolution; with nothing behind it, it is the control.
+Source: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023): MQAR,
+multi-query associative recall; here with a small vocabulary and queries that are spread evenly.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from kvlearn import expect
+from kvlearn.model import Decoder, ModelConfig, Spec
+from kvlearn.study.training import TrainConfig
+
+
+class Texts(NamedTuple):
+    """Texts, the places in them where a key asks, and the values that are to be answered there."""
+
+    tokens: Int[Tensor, "B T"]
+    asked: Int[Tensor, "B P"]
+    answers: Int[Tensor, "B P"]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The task: texts of ``length`` tokens with ``n_pairs`` pairs, each asked for once.
+
+    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value stands
+    in two pairs, so a guess among its values is right once in n_pairs, and a blind one once in n_values.
+    """
+
+    n_pairs: int = 16
+    length: int = 48
+    n_keys: int = 32
+    n_values: int = 32
+
+    def __post_init__(self) -> None:
+        expect.positive("n_pairs", self.n_pairs)
+        for name in ("n_keys", "n_values"):
+            if getattr(self, name) < self.n_pairs:
+                raise ValueError(
+                    f"{name}: expected at least n_pairs={self.n_pairs}, got {getattr(self, name)}"
+                )
+        expect.at_least("length", self.length, 3 * self.n_pairs)
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self.n_keys + self.n_values
+
+    def texts(self, batch: int, generator: torch.Generator) -> Texts:
+        """``batch`` new texts."""
+        keys, values, places = (
+            torch.rand(batch, n, generator=generator).topk(self.n_pairs).indices
+            for n in (self.n_keys, self.n_values, self.length - 2 * self.n_pairs)
+        )
+        keys, values, asked = keys + 1, values + 1 + self.n_keys, places + 2 * self.n_pairs
+        tokens = torch.zeros(batch, self.length, dtype=torch.long)
+        tokens[:, : 2 * self.n_pairs] = torch.stack((keys, values), dim=-1).flatten(1)
+        # topk gives its places in a random order, so keys are asked in one too.
+        return Texts(tokens.scatter(1, asked, keys), asked, values)
+
+
+class Point(NamedTuple):
+    """The mean over the steps since the point before, of texts that were new to the model."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+class Run(NamedTuple):
+    """A trained model; its way there; loss and accuracy on the same texts as every other run's."""
+
+    model: Decoder
+    curve: list[Point]
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+HEAD = 32  # numbers of a value, in every design
+LIVE: dict[str, Spec] = {
+    "full": Spec("full", head_dim=HEAD),
+    "delta": Spec("delta", key_dim=8, head_dim=HEAD, conv=None),
+    "linear": Spec("linear", key_dim=8, head_dim=HEAD),
+    "short_conv": Spec("short_conv"),
+}
+HELD_OUT = 2**31  # a seed that no training takes
+TRAINING = TrainConfig(steps=360, batch=64, lr=1e-2, warmup=20, weight_decay=0.0)
+
+
+def new_model(mixer: str | Spec, task: Recall, d_model: int = 64) -> Decoder:
+    """A short convolution, then ``mixer``, without positions; with "short_conv" for mixer, the control.
+
+    Weights start larger than a language model's: with those of 0.02, nothing moves for hundreds of steps.
+    The output matrix is the embedding: where both are learned, guessing among a text's values lasts long.
+    """
+    model = Decoder(
+        ModelConfig(
+            vocab_size=task.vocab_size,
+            d_model=d_model,
+            n_layers=2,
+            n_heads=1,
+            d_ff=0,
+            layers=("short_conv", mixer),
+            rope=None,
+        )
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    for layer in model.mixers:
+        layer.initialise()
+    return model
+
+
+def train(
+    mixer: str | Spec,
+    task: Recall = Recall(),
+    training: TrainConfig = TRAINING,
+    *,
+    every: int = 20,
+    until: float | None = None,
+    n_texts: int = 512,
+    progress: bool = True,
+) -> Run:
+    """Train ``new_model(mixer)`` on the task. The seed draws weights and texts; mixers share the texts.
+
+    Of ``training`` the length is not used: it is the task's. With ``until`` the run ends as soon as that
+    share of the answers was right over ``every`` steps.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        model = new_model(mixer, task)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=training.weight_decay, betas=(0.9, 0.95), fused=True
+    )
+    generator = torch.Generator().manual_seed(training.seed)
+    curve, since, started = list[Point](), list[tuple[float, float]](), time.perf_counter()
+    name = mixer if isinstance(mixer, str) else mixer.name
+    for step in tqdm(range(training.steps), desc=name, unit="step", disable=not progress):
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr_at(step)
+        loss, accuracy = answer(model, task.texts(training.batch, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        optimizer.step()
+        since.append((loss.item(), accuracy.item()))
+        if (step + 1) % every == 0 or step + 1 == training.steps:
+            curve.append(Point(step + 1, *(sum(column) / len(since) for column in zip(*since, strict=True))))
+            since = []
+            if until is not None and curve[-1].accuracy >= until:
+                break
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        held_out = task.texts(n_texts, torch.Generator().manual_seed(HELD_OUT))
+        loss, accuracy = answer(model.eval(), held_out)
+    return Run(model, curve, loss.item(), accuracy.item(), seconds)
+
+
+def answer(model: Decoder, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Loss in nats an answer, and the share of answers that are right."""
+    hidden = model.hidden(texts.tokens)
+    logits = model.head(hidden.gather(1, (texts.asked[..., None]-1).expand(-1, -1, hidden.shape[-1])))
+    loss = F.cross_entropy(logits.flatten(0, 1), texts.answers.flatten())
+    return loss, (logits.argmax(-1) == texts.answers).float().mean()

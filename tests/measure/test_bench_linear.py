@@ -1,0 +1,302 @@
+"""The benchmark ``linear`` at a size where it takes no time: what it measures, and that it checks before."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvlearn import plots
+from kvlearn.attention import REGISTRY, LinearAttention, StateCache, StateMechanism
+from kvlearn.measure import Comparison
+from kvlearn.measure.bench import Row, run_benchmark
+from kvlearn.measure.linear_bench import cores, designs, endurance, layers, peers, scaling, sizes, steps
+from kvlearn.measure.shared_bench.growth import label
+
+CPU = torch.device("cpu")
+SMALL: dict[Any, dict[str, Any]] = {
+    designs: {"D_MODEL": 16, "N_HEADS": 2},
+    scaling: {"LENGTHS": (80, 160, 320), "AT": 160},
+    layers: {"LENGTH": 20, "TRAIN_LENGTHS": (8, 16, 32), "TRAIN_AT": 16, "CHECKED": 6},
+    steps: {"LENGTHS": (16, 40), "CHUNK": 16},
+    sizes: {"LENGTHS": (16, 10**6)},
+    peers: {"D_MODEL": 32, "N_HEADS": 4, "LENGTH": 96},
+    endurance: {"LENGTH": 60, "LAST": 20, "D_MODEL": 16, "PIECE": 16},
+}
+STATES = designs.state_names()
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Small sizes, and a clock that shows what stands here under a contestant's name: else one second."""
+    shown: dict[str, float] = {}
+
+    def compare(fns: Mapping[str, Callable[[], Tensor]], *, rounds: int, **_: Any) -> Comparison:
+        for fn in fns.values():
+            fn()
+        return Comparison({name: rounds * (shown.get(name, 1.0),) for name in fns})
+
+    for module, values in SMALL.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+        if hasattr(module, "compare"):
+            monkeypatch.setattr(module, "compare", compare)
+    return shown
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let no other mechanism be measured."""
+    for module in (layers, steps, sizes, endurance):
+        monkeypatch.setattr(module, "state_names", lambda: list(names))
+    for name in set(cores.CORES) - {"full", *names}:
+        monkeypatch.delitem(cores.CORES, name)
+
+
+def grows(seconds: dict[str, float], name: str, power: float) -> None:
+    """Let the time of a core grow as this power of the length."""
+    seconds.update({label(name, n): n**power for n in scaling.LENGTHS})
+
+
+def found(measured: list[Row], what: str, **details: Any) -> list[Row]:
+    wanted = {"what": what, **details}.items()
+    return [row for row in measured if wanted <= row.details.items()]
+
+
+def rows_of(part: Callable[[torch.device], Any], what: str, **details: Any) -> list[Row]:
+    with torch.no_grad():
+        return found(list(part(CPU)), what, **details)
+
+
+def test_every_part_is_measured_and_every_bar_of_the_issue_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["linear", "gated_delta"]
+    only(monkeypatch, *short)
+    measured = list(run_benchmark("linear", "cpu"))
+    assert {row.details["what"] for row in measured} == {
+        *("stored", "stored_growth", "step_time", "step_growth", "prefill_speedup"),
+        *("prefill_time", "prefill_memory", "prefill_time_exponent", "prefill_memory_exponent"),
+        *("layer_time", "layer_speedup", "train_layer_time", "train_speedup"),
+        *("train_time", "train_memory", "train_time_exponent", "train_memory_exponent"),
+        *("peer_time", "peer_speedup", "peer_memory", "long_finite", "long_error"),
+    }
+    barred = {(row.details["what"], row.details["name"]) for row in measured if row.bar is not None}
+    everyone = ("stored", "stored_growth", "step_growth", "long_finite", "long_error")
+    cores_held = ("prefill_time_exponent", "prefill_memory_exponent", "prefill_speedup")
+    assert barred == {
+        *((what, name) for what in (*everyone, *cores_held) for name in short),
+        *((what, name) for what in ("peer_speedup", "peer_memory") for name in peers.PEERS),
+    }
+
+
+def test_everyone_with_a_state_is_measured() -> None:
+    assert {"linear", "short_conv"} <= set(STATES)
+    assert all(issubclass(REGISTRY[name], StateMechanism) for name in STATES)
+    assert [row.details["name"] for row in rows_of(layers.layer_rows, "layer_speedup")] == STATES
+    assert [row.details["name"] for row in rows_of(layers.train_rows, "train_speedup")] == STATES
+    assert [row.details["name"] for row in rows_of(steps.step_rows, "step_growth")] == ["full", *STATES]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_takes_as_much_for_a_million_tokens_and_decodes_finitely(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    only(monkeypatch, name)
+    rows = [*sizes.size_rows(CPU), *rows_of(endurance.long_rows, "long_finite", state="float32")]
+    assert all(row.passed for row in rows if row.details["name"] == name)
+
+
+@pytest.mark.parametrize("name", [name for name in cores.CORES if name != "full"])
+def test_a_core_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = cores.CORES[name]
+
+    def wrong(n: int, device: torch.device) -> cores.Form:
+        core = right(n, device)
+        return lambda form: core(form) * (1.01 if form == "chunked" else 1)
+
+    monkeypatch.setitem(cores.CORES, name, wrong)
+    only(monkeypatch, name)
+    with pytest.raises(AssertionError, match=rf"(?s)^{name}.*not close"):
+        list(scaling.prefill_rows(CPU))
+
+
+def test_a_core_is_linear_or_misses_its_bar(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]
+) -> None:
+    only(monkeypatch, "linear")
+    for power, passed in ((1.14, True), (1.16, False)):
+        grows(seconds, "full", 2)
+        grows(seconds, "linear", power)
+        full, linear = rows_of(scaling.prefill_rows, "prefill_time_exponent")
+        assert (full.measured, full.passed) == (pytest.approx(2), None)
+        assert (linear.measured, linear.passed) == (pytest.approx(power), passed)
+    (linear,) = rows_of(scaling.prefill_rows, "prefill_memory_exponent", name="linear")
+    assert linear.passed
+    monkeypatch.setitem(cores.CORES, "linear", lambda n, device: lambda form: torch.zeros(n, n))
+    (linear,) = rows_of(scaling.prefill_rows, "prefill_memory_exponent", name="linear")
+    assert (linear.measured, linear.passed) == (pytest.approx(2, abs=0.05), False)
+
+
+def test_the_speedup_is_full_attentions_time_over_the_cores_own(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]
+) -> None:
+    only(monkeypatch, "linear")
+    for times, passed in ((2.9, False), (3.1, True)):
+        seconds[label("full", 160)] = times
+        (row,) = rows_of(scaling.prefill_rows, "prefill_speedup", name="linear")
+        assert (row.measured, row.bar, row.passed) == (pytest.approx(times), 3, passed)
+
+
+@pytest.mark.parametrize("part", ["prefill", "train"])
+def test_the_rows_draw_the_picture_of_the_exponents(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    only(monkeypatch, "linear", "gated_delta")
+    rows_from = {"prefill": scaling.prefill_rows, "train": layers.train_rows}[part]
+    with torch.no_grad():
+        measured = list(rows_from(CPU))
+    lines = plots.scaling([row.as_dict() for row in measured], part=part).data["lines"]
+    assert {"full", "linear"} <= set(lines)
+    assert lines["linear"]["family"] == "linear"
+
+
+def wrong_from_now_on(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor, str], bool]) -> None:
+    """Let linear attention's layer give something else for some inputs and forms."""
+    right = LinearAttention.mix
+
+    def mix(self: LinearAttention, x: Tensor, state: Any, form: str) -> Any:
+        y, state = right(self, x, state, form)
+        return (y * 1.5 if when(x, form) else y), state
+
+    monkeypatch.setattr(LinearAttention, "mix", mix)
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_from_now_on(monkeypatch, lambda x, form: form == "chunked")
+    with pytest.raises(AssertionError, match="linear"):
+        rows_of(layers.layer_rows, "layer_time")
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LinearAttention.mix
+
+    def mix(self: LinearAttention, x: Tensor, state: Any, form: str) -> Any:
+        return right(self, x.detach() + 0 * x if form == "chunked" else x, state, form)
+
+    monkeypatch.setattr(LinearAttention, "mix", mix)
+    with pytest.raises(AssertionError, match="linear"):
+        rows_of(layers.train_rows, "train_time")
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "linear")
+    wrong_from_now_on(monkeypatch, lambda x, form: x.shape[1] == 1)
+    with pytest.raises(AssertionError, match="linear"):
+        rows_of(steps.step_rows, "step_time")
+
+
+def test_a_step_is_flat_or_misses_its_bar(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
+    only(monkeypatch, "linear")
+    for growth, passed in ((1.09, True), (1.11, False)):
+        seconds.update({"16 tokens": 1.0, "40 tokens": growth})
+        full, linear = rows_of(steps.step_rows, "step_growth")
+        assert (full.passed, linear.passed) == (None, passed)
+
+
+def test_steps_stand_behind_all_of_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, right = [], steps.checked_step
+
+    def checked_step(name: str, layer: Any, x: Tensor, **rest: Any) -> Any:
+        lengths.append(x.shape[1])
+        return right(name, layer, x, **rest)
+
+    only(monkeypatch, "linear")
+    monkeypatch.setattr(steps, "checked_step", checked_step)
+    rows_of(steps.step_rows, "step_time")
+    assert lengths == [16, 40]
+
+
+def test_a_cache_that_grows_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = StateCache.tensors
+    only(monkeypatch, "linear")
+    monkeypatch.setattr(
+        StateCache, "tensors", lambda self: [*right(self), torch.zeros(self.max_len, dtype=torch.uint8)]
+    )
+    missed = {row.details["what"] for row in sizes.size_rows(CPU) if row.passed is False}
+    assert missed == {"stored", "stored_growth"}
+
+
+def test_sizes_stand_beside_full_attentions_and_say_how_many_tokens_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only(monkeypatch, "linear")
+    full, state = rows_of(sizes.size_rows, "stored", length=10**6)
+    assert full.measured == 10**6 * 2 * 16 * 4
+    assert state.measured == 2 * 8 * 9 * 4
+    assert state.details["tokens"] == state.measured / (2 * 16 * 4)
+
+
+def test_an_error_that_adds_up_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row() -> Row:
+        (found,) = rows_of(endurance.long_rows, "long_error", state="float32")
+        return found
+
+    only(monkeypatch, "linear")
+    assert row().passed
+    wrong_from_now_on(monkeypatch, lambda x, form: form == "recurrent" and x.dtype == torch.float32)
+    assert (row().measured, row().passed) == (pytest.approx(0.5, rel=1e-3), False)
+
+
+def test_numbers_that_are_not_finite_miss_their_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LinearAttention.mix
+
+    def mix(self: LinearAttention, x: Tensor, state: Any, form: str) -> Any:
+        y, state = right(self, x, state, form)
+        return (y / 0 if form == "recurrent" and x.shape[1] > 1 else y), state
+
+    only(monkeypatch, "linear")
+    monkeypatch.setattr(LinearAttention, "mix", mix)
+    (row,) = rows_of(endurance.long_rows, "long_finite", state="float32")
+    assert (row.measured, row.passed) == ((60 - 20) * 16, False)
+
+
+def test_a_state_in_bf16_is_further_off_and_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "linear")
+    fp32, bf16 = rows_of(endurance.long_rows, "long_error")
+    assert (fp32.details["state"], bf16.details["state"]) == ("float32", "bfloat16")
+    assert bf16.measured > 100 * fp32.measured
+    assert bf16.bar is None
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_other_peoples_mamba_has_the_same_weights_and_may_not_be_faster(
+    seconds: dict[str, float], name: str
+) -> None:
+    for times, passed in ((0.9, False), (1.1, True)):
+        seconds["transformers"] = times
+        (row,) = rows_of(peers.peer_rows, "peer_speedup", name=name)
+        assert (row.measured, row.passed) == (pytest.approx(times), passed)
+    theirs, ours = rows_of(peers.peer_rows, "peer_memory", name=name)
+    assert (theirs.bar, ours.bar, ours.relation) == (None, ours.details["states"], "<=")
+    assert ours.details["states"] == 96 * (64 * 16 if name == "mamba" else 64 * 128) * 4
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_mamba_that_computes_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    right = REGISTRY[name].mix  # type: ignore[attr-defined]
+
+    def mix(self: StateMechanism, *given: Any) -> Any:
+        y, state = right(self, *given)
+        return 1.1 * y, state
+
+    monkeypatch.setattr(REGISTRY[name], "mix", mix)
+    with pytest.raises(AssertionError, match=rf"(?s)^{name}.*not close"):
+        rows_of(peers.peer_rows, "peer_time")
+
+
+def test_without_transformers_its_mamba_is_left_out_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.warns(UserWarning, match="transformers is not installed"):
+        assert list(peers.peer_rows(CPU)) == []
