@@ -68,7 +68,10 @@ class Cache(ABC):
     def expect_lengths(self, lengths: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """A copy of ``lengths`` for ``trim``, if it may be trimmed to these."""
         if not self.can_trim:
-            raise ValueError(f"cache: a {type(self).__name__} cannot forget what it has seen")
+            raise ValueError(
+                f"cache: a {type(self).__name__} cannot forget what it has seen, not even "
+                "padding: feed prompts of different lengths each with a cache of its own"
+            )
         expect.tensor("lengths", lengths, (self.batch,))
         if lengths.is_floating_point():
             raise TypeError(f"lengths: expected integers, got {lengths.dtype}")

@@ -14,7 +14,7 @@ SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScalin
 class Spec:
     """A mechanism by its name in the registry, with options of its own: ``Spec("window", window=512)``.
 
-    A ``Pattern`` among them is kept as its sentence.
+    A ``Pattern`` among them is kept as its sentence, a list as a tuple.
 
     With ``reads`` the layer has no keys and values but those of an earlier layer of the same kind: the one
     that many layers before (-1 is the layer before), or the "last" that has its own.
@@ -33,7 +33,8 @@ class Spec:
             expect.one_of(f"layers: option of {name!r}", option, [k for k in self.known if k != "reader"])
         self.reads = reads
         self.options: dict[str, Any] = {
-            k: str(v) if isinstance(v, Pattern) else v for k, v in options.items()
+            k: str(v) if isinstance(v, Pattern) else tuple(v) if isinstance(v, list) else v
+            for k, v in options.items()
         }
 
     def to_dict(self) -> dict[str, Any]:

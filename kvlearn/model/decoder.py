@@ -83,7 +83,11 @@ class DecoderCache:
         return self.owners[0].length
 
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
-        """Cut every row back to its own length, in every layer or in none."""
+        """Cut every row back to its own length, in every layer or in none.
+
+        Raises ValueError where a layer cannot: a state has summed up what it saw, padding too. Such a model
+        is fed prompts of one length together, and others each with a cache of its own.
+        """
         for cache in self.owners:
             cache.expect_lengths(lengths)
         for cache in self.owners:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import Allocated, close, draw
 from torch import Tensor
 
 from kvlearn.attention import DeltaNet, GatedDeltaNet, Mechanism
@@ -10,7 +11,6 @@ from kvlearn.attention.linear.decay import linear_attention
 from kvlearn.attention.linear.delta import unit
 from kvlearn.attention.linear.delta_rule import delta_rule
 from kvlearn.model import Decoder, ModelConfig
-from attention_tools import Allocated, close, draw
 
 HEADS, TIME, K, V = 2, 37, 8, 6
 FORMS = ["parallel", "recurrent", "chunked"]

@@ -6,6 +6,7 @@ Their functions take heads behind time, divide queries by √K, and normalise ke
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import close, draw
 from torch import Tensor, nn
 from transformers import Qwen3NextConfig
 from transformers.cache_utils import DynamicCache
@@ -18,7 +19,6 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from kvlearn.attention.linear.delta import DeltaNet, unit
 from kvlearn.attention.linear.delta_rule import delta_rule
 from kvlearn.attention.linear.gated_delta import GatedDeltaNet
-from attention_tools import close, draw
 
 BATCH, HEADS, TIME, K, V = 2, 3, 70, 16, 12
 WIDTH, VALUE_HEADS, KEY_HEADS = 32, 6, 2

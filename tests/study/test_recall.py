@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kvlearn.attention import ShortConvolution
-from kvlearn.model import Spec
+from kvlearn.attention import Mamba, ShortConvolution
+from kvlearn.model import Decoder, Spec
 from kvlearn.study import TrainConfig, recall, study_recall
 from kvlearn.study.capacity import DESIGNS, compare
-from kvlearn.study.recall import LIVE, Recall, answer, new_model
+from kvlearn.study.recall import LIVE, Recall, Texts, answer, new_model
 from kvlearn.study.report import recall_table
 
 SMALL = Recall(n_pairs=2, length=8, n_keys=4, n_values=4)
@@ -106,6 +107,22 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_callers_random_numbers_
     assert first.curve != other.curve
 
 
+def test_mixers_see_the_same_texts_and_seeds_other_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def spy(model: Decoder, texts: Texts) -> tuple[Tensor, Tensor]:
+        seen.append(texts.tokens)
+        return answer(model, texts)
+
+    monkeypatch.setattr(recall, "answer", spy)
+    for mixer, seed in (("linear", 0), ("short_conv", 0), ("linear", 1)):
+        recall.train(mixer, SMALL, replace(QUICK, steps=1, seed=seed), progress=False)
+    first, held_out = seen[::2], seen[1::2]
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+    assert all(torch.equal(texts, held_out[0]) for texts in held_out)
+
+
 def test_a_run_ends_where_enough_is_right() -> None:
     run = recall.train("linear", SMALL, QUICK, every=5, until=0.1, progress=False)
     assert run.curve[-1].step < QUICK.steps
@@ -113,16 +130,21 @@ def test_a_run_ends_where_enough_is_right() -> None:
     assert all(point.accuracy < 0.1 for point in run.curve[:-1])
 
 
-def test_every_design_stands_behind_the_same_convolution_and_keeps_its_own_first_weights() -> None:
+def test_every_design_stands_behind_the_same_convolution_() -> None:
     for spec in {spec for specs in DESIGNS.values() for spec in specs} | {*LIVE.values()}:
         torch.manual_seed(0)
         model = new_model(spec, SMALL)
         assert model.config.specs == [Spec("short_conv"), spec]
         has_convolution = any(isinstance(part, ShortConvolution) for part in model.mixers[1].modules())
         assert has_convolution == (spec.name in ("mamba2", "short_conv"))
-    torch.manual_seed(0)
-    decay = new_model(DESIGNS["gated_delta"][0], SMALL).mixers[1].A_log
-    assert 0.01 <= decay.exp().item() <= 16
+
+
+def test_a_mechanism_draws_its_own_weights_last() -> None:
+    mamba = new_model("mamba", SMALL).mixers[1]
+    assert isinstance(mamba, Mamba)
+    most = mamba.dt_rank**-0.5  # of a uniform draw; the others here are normal, and go beyond
+    assert mamba.dt_proj.weight.abs().max() <= most
+    assert mamba.in_proj.weight.abs().max() > 3 / 64**0.5
 
 
 def test_a_row_for_each_task_mechanism_rate_and_seed() -> None:

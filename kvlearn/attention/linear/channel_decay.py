@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn.attention.core import upcast
-from kvlearn.attention.linear.state import Outcome, by_form, check_inputs, check_log_decay
+from kvlearn.attention.linear.forms import Outcome, by_form, check_inputs, check_log_decay
 
 
 def gated_linear_attention(
@@ -32,8 +31,8 @@ def gated_linear_attention(
     ValueError or TypeError for tensors that do not fit each other, and for decays outside (0, 1].
     """
     state = check_inputs(q, k, v, state)
-    check_log_decay(log_decay, tuple(q.shape))
-    return by_form(form, parallel, recurrent, (q, k, v, log_decay.to(state.dtype)), state, chunk)
+    check_log_decay(log_decay, q.shape, q.device)
+    return by_form(form, parallel, recurrent, (q, k, v, log_decay), state, chunk)
 
 
 def parallel(
@@ -44,7 +43,6 @@ def parallel(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """All pairs at once, and what ``state`` still gives."""
-    q, k, v, log_decay = (upcast(x) for x in (q, k, v, log_decay))
     from_start = log_decay.cumsum(dim=2)
     out = faded_products(q, k, log_decay) @ v + (from_start.exp() * q) @ state
     state = from_start[:, :, -1, :, None].exp() * state + (after(log_decay).exp() * k).mT @ v
@@ -89,8 +87,7 @@ def recurrent(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """One token after the other: fade, write, read."""
-    q, k, v, decay = upcast(q), upcast(k), upcast(v), upcast(log_decay).exp()
-    outs = []
+    decay, outs = log_decay.exp(), []
     for t in range(q.shape[2]):
         state = decay[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
         outs.append(q[:, :, t, None] @ state)

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn.attention.core import upcast
-from kvlearn.attention.linear.state import Outcome, by_form, check_inputs, check_log_decay
+from kvlearn.attention.linear.forms import Outcome, by_form, check_inputs, check_log_decay
 
 
 def linear_attention(
@@ -37,8 +36,8 @@ def linear_attention(
     if log_decay is None:
         ones = torch.zeros((), dtype=state.dtype, device=q.device).expand(q.shape[:3])  # their logarithms
         return by_form(form, parallel_unfaded, recurrent, (q, k, v, ones), state, chunk)
-    check_log_decay(log_decay, q.shape[:3])
-    return by_form(form, parallel, recurrent, (q, k, v, log_decay.to(state.dtype)), state, chunk)
+    check_log_decay(log_decay, q.shape[:3], q.device)
+    return by_form(form, parallel, recurrent, (q, k, v, log_decay), state, chunk)
 
 
 def parallel(
@@ -48,16 +47,22 @@ def parallel(
     log_decay: Float[Tensor, "B H T"],
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
-    """All pairs at once: O = (QKᵀ ⊙ L) V + what ``state`` still gives, L[t, s] = a_{s+1} ⋯ a_t for s ≤ t."""
-    q, k, v, log_decay = upcast(q), upcast(k), upcast(v), upcast(log_decay)
-    T = q.shape[2]
-    # Summed for every s from s + 1 on: a difference of two sums from the start would lose a weak decay behind
-    # a strong one, and overflow in exp above the diagonal.
-    fade = log_decay[..., None].expand(*log_decay.shape, T).tril(-1).cumsum(dim=-2).exp().tril()
+    """All pairs at once: O = (QKᵀ ⊙ L) V + what ``state`` still gives, with L of ``decay_mask``."""
+    fade = decay_mask(log_decay)
     since_start = log_decay.cumsum(dim=-1).exp()[..., None]
     out = (q @ k.mT * fade) @ v + since_start * (q @ state)
     state = since_start[:, :, -1:] * state + (fade[:, :, -1, :, None] * k).mT @ v
     return out, state
+
+
+def decay_mask(log_decay: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T T"]:
+    """L[t, s] = a_{s+1} ⋯ a_t for s ≤ t, and 0 above the diagonal.
+
+    Summed for every s from s + 1 on: a difference of two sums from the start would lose a weak decay behind a
+    strong one, and overflow in exp above the diagonal.
+    """
+    rows = log_decay[..., None].expand(*log_decay.shape, log_decay.shape[-1])
+    return rows.tril(-1).cumsum(dim=-2).exp().tril()
 
 
 def parallel_unfaded(
@@ -68,7 +73,6 @@ def parallel_unfaded(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """``parallel`` where every decay is 1: L is a mask."""
-    q, k, v = upcast(q), upcast(k), upcast(v)
     return (q @ k.mT).tril() @ v + q @ state, state + k.mT @ v
 
 
@@ -80,8 +84,7 @@ def recurrent(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """One token after the other: fade, write, read."""
-    q, k, v, decay = upcast(q), upcast(k), upcast(v), upcast(log_decay).exp()
-    outs = []
+    decay, outs = log_decay.exp(), []
     for t in range(q.shape[2]):
         state = decay[:, :, t, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
         outs.append(q[:, :, t, None] @ state)

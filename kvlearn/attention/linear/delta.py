@@ -9,7 +9,8 @@ from kvlearn import expect
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.delta_rule import delta_rule
-from kvlearn.attention.linear.gated_norm import GatedNorm
+from kvlearn.attention.linear.forms import for_heads
+from kvlearn.attention.linear.gated_norm import HeadNorm
 from kvlearn.attention.linear.short_conv import ShortConvolution
 from kvlearn.attention.linear.state import State, StateMechanism
 
@@ -38,7 +39,6 @@ class DeltaNet(StateMechanism):
     Weight Programmers" (2021), section 4.2.
     """
 
-    chunk = 64
     scale = 1.0  # of queries; nearly without effect before a norm
 
     def __init__(
@@ -64,7 +64,7 @@ class DeltaNet(StateMechanism):
         self.conv = (
             None if conv is None else ShortConvolution(sum(self.widths), expect.at_least("conv", conv, 2))
         )
-        self.norm: nn.RMSNorm | GatedNorm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.norm = HeadNorm(self.head_dim)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
     @property
@@ -78,8 +78,7 @@ class DeltaNet(StateMechanism):
         if self.conv is not None:
             qkv, after["past"] = self.conv.run(qkv, state["past"])
         q, k, v = F.silu(upcast(qkv)).split(self.widths, dim=-1)
-        served = self.n_heads // self.n_key_heads
-        q, k = (unit(split_heads(each, self.n_key_heads)).repeat_interleave(served, dim=1) for each in (q, k))
+        q, k = (for_heads(unit(split_heads(x, self.n_key_heads)), self.n_heads) for x in (q, k))
         out, after["memory"] = delta_rule(
             self.scale * q,
             k,
@@ -98,7 +97,7 @@ class DeltaNet(StateMechanism):
 
     def normed(self, out: Float[Tensor, "B H T V"], x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H T V"]:
         """What the heads have read, each normalised."""
-        return F.rms_norm(out, self.norm.weight.shape, upcast(self.norm.weight), self.norm.eps)
+        return self.norm(out)
 
     @classmethod
     def tiny(cls) -> "DeltaNet":

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvlearn import expect
-from kvlearn.attention.linear.state import Outcome, by_form, check_inputs, check_log_decay
+from kvlearn.attention.linear.decay import decay_mask
+from kvlearn.attention.linear.forms import Outcome, by_form, check_inputs, check_log_decay
 
 
 def delta_rule(
@@ -44,16 +45,16 @@ def delta_rule(
     not fit each other, for a ``beta`` that is not finite, and for decays outside (0, 1].
     """
     state = check_inputs(q, k, v, state)
-    check_beta(beta, q.shape[:3])
+    check_beta(beta, q.shape[:3], q.device)
     if log_decay is None:
         log_decay = torch.zeros((), device=q.device).expand(q.shape[:3])
-    check_log_decay(log_decay, q.shape[:3])
+    check_log_decay(log_decay, q.shape[:3], q.device)
     return by_form(form, parallel, recurrent, (q, k, v, beta, log_decay), state, chunk)
 
 
-def check_beta(beta: Tensor, shape: tuple[int, ...]) -> None:
+def check_beta(beta: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """The door for step sizes: finite numbers."""
-    expect.tensor("beta", beta, shape)
+    expect.tensor("beta", beta, shape, device=device)
     if beta.device.type == "cpu" and not bool(beta.isfinite().all()):  # elsewhere a look would synchronise
         raise ValueError("beta: expected finite numbers, got NaN or infinity among them")
 
@@ -67,11 +68,7 @@ def parallel(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """All pairs at once: the corrections U by one triangular system, then O = (QKᵀ ⊙ L) U + c ⊙ Q S_0."""
-    q, k, v, beta, log_decay = (x.to(state.dtype) for x in (q, k, v, beta, log_decay))
-    T, beta = q.shape[2], beta[..., None]
-    # Summed for every s from s + 1 on: a difference of two sums from the start would lose a weak decay behind
-    # a strong one, and overflow in exp above the diagonal.
-    fade = log_decay[..., None].expand(*log_decay.shape, T).tril(-1).cumsum(dim=-2).exp().tril()
+    fade, beta = decay_mask(log_decay), beta[..., None]
     kept = log_decay.cumsum(dim=-1).exp()[..., None]
     # The solver takes the diagonal as 1 and does not look at what stands there.
     u = torch.linalg.solve_triangular(
@@ -91,7 +88,6 @@ def recurrent(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """One token after the other: fade, compare, correct, read."""
-    q, k, v, beta, log_decay = (x.to(state.dtype) for x in (q, k, v, beta, log_decay))
     inputs = (q, k, v, beta[..., None], log_decay.exp()[..., None])
     outs = []
     for q_t, k_t, v_t, beta_t, a_t in zip(*(x.split(1, dim=2) for x in inputs), strict=True):

@@ -9,6 +9,7 @@ from kvlearn.attention.base import register
 from kvlearn.attention.core import split_heads, upcast
 from kvlearn.attention.linear.delta import DeltaNet
 from kvlearn.attention.linear.gated_norm import GatedNorm
+from kvlearn.attention.linear.mamba import step_biases
 
 
 @register("gated_delta")
@@ -51,8 +52,7 @@ class GatedDeltaNet(DeltaNet):
     @torch.no_grad()
     def initialise(self) -> None:
         self.A_log.uniform_(0.01, 16).log_()
-        step = 0.001 * 100 ** torch.rand_like(self.dt_bias)
-        self.dt_bias.copy_(step.expm1().log())  # the inverse of softplus
+        self.dt_bias.copy_(step_biases(self.n_heads))
 
     def log_decay(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H T"]:
         """log a_t of each head."""

@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvlearn import expect
-from kvlearn.attention.core import upcast
 from kvlearn.attention.linear.channel_decay import after, faded_products
-from kvlearn.attention.linear.state import Outcome, by_form, check_inputs, check_log_decay
+from kvlearn.attention.linear.forms import Outcome, by_form, check_inputs, check_log_decay
 
 
 def generalised_delta_rule(
@@ -40,9 +39,9 @@ def generalised_delta_rule(
     """
     state = check_inputs(q, k, v, state)
     for name, x in (("probe", probe), ("rewrite", rewrite)):
-        expect.tensor(name, x, tuple(q.shape), dtype=q.dtype, device=q.device)
-    check_log_decay(log_decay, tuple(q.shape))
-    inputs = (q, k, v, probe, rewrite, log_decay.to(state.dtype))
+        expect.tensor(name, x, q.shape, dtype=q.dtype, device=q.device)
+    check_log_decay(log_decay, q.shape, q.device)
+    inputs = (q, k, v, probe, rewrite, log_decay)
     return by_form(form, parallel, recurrent, inputs, state, chunk)
 
 
@@ -61,11 +60,11 @@ def parallel(
 
     Put into z this is a linear system, z_t = … + Σ_{s<t} (…) z_s: triangular, with ones on its diagonal.
     """
-    q, k, v, probe, rewrite, log_decay = (upcast(x) for x in (q, k, v, probe, rewrite, log_decay))
     # The state that a probe reads is the one that the query before it reads: after a shift both fade alike.
     reads = torch.stack((q, F.pad(probe[:, :, 1:], (0, 0, 0, 1))), dim=2)
-    reads, writes = reads[:, :, :, None], torch.stack((k, rewrite), dim=2)[:, :, None]
-    scores = faded_products(*torch.broadcast_tensors(reads, writes), log_decay[:, :, None, None])
+    writes = torch.stack((k, rewrite), dim=2)
+    reads, writes = torch.broadcast_tensors(reads[:, :, :, None], writes[:, :, None])
+    scores = faded_products(reads, writes, log_decay[:, :, None, None])
     (by_key, by_rewrite), (probe_key, probe_rewrite) = (x.unbind(2) for x in scores.unbind(2))
     probe_key, probe_rewrite = (F.pad(x[:, :, :-1], (0, 0, 1, 0)) for x in (probe_key, probe_rewrite))
 
@@ -90,8 +89,7 @@ def recurrent(
     state: Float[Tensor, "B H K V"],
 ) -> Outcome:
     """One token after the other: probe, fade, rewrite, write, read."""
-    q, k, v, probe, rewrite, decay = (*map(upcast, (q, k, v, probe, rewrite)), upcast(log_decay).exp())
-    outs = []
+    decay, outs = log_decay.exp(), []
     for t in range(q.shape[2]):
         found = probe[:, :, t, None] @ state
         state = decay[:, :, t, :, None] * state + rewrite[:, :, t, :, None] * found

@@ -9,7 +9,9 @@ from kvlearn import expect
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.delta import unit
+from kvlearn.attention.linear.gated_norm import GatedNorm
 from kvlearn.attention.linear.generalised_delta_rule import generalised_delta_rule
+from kvlearn.attention.linear.mamba import step_biases
 from kvlearn.attention.linear.short_conv import ShortConvolution
 from kvlearn.attention.linear.state import State, StateMechanism
 
@@ -57,7 +59,7 @@ class KimiDeltaAttention(StateMechanism):
         self.dt_bias = nn.Parameter(torch.empty(width))
         self.gate_down = nn.Linear(d_model, rank, bias=False)
         self.gate_up = nn.Linear(rank, width, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+        self.norm = GatedNorm(self.head_dim, norm_eps, torch.sigmoid)
         self.o_proj = nn.Linear(width, d_model, bias=False)
         self.initialise()
 
@@ -65,8 +67,7 @@ class KimiDeltaAttention(StateMechanism):
     def initialise(self) -> None:
         """A uniform in (1, 16), steps log-uniform in (0.001, 0.1): from 1/1.6 to 1/1000 lost a token."""
         self.A_log.uniform_(1, 16).log_()
-        step = 0.001 * 100 ** torch.rand_like(self.dt_bias)
-        self.dt_bias.copy_(step.expm1().log())  # the inverse of softplus
+        self.dt_bias.copy_(step_biases(len(self.dt_bias)))
 
     @property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -83,9 +84,8 @@ class KimiDeltaAttention(StateMechanism):
             q, written, v, log_decay.exp() * k, -written, log_decay, state["memory"],
             form=form, chunk=self.chunk,
         )  # fmt: skip
-        gate = torch.sigmoid(upcast(split_heads(self.gate_up(self.gate_down(x)), self.n_heads)))
-        normed = F.rms_norm(out, self.norm.weight.shape, upcast(self.norm.weight), self.norm.eps)
-        return self.o_proj(merge_heads(normed * gate).to(x.dtype)), {"memory": memory, "past": past}
+        out = self.norm(out, split_heads(self.gate_up(self.gate_down(x)), self.n_heads))
+        return self.o_proj(merge_heads(out).to(x.dtype)), {"memory": memory, "past": past}
 
     def log_decay(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H T K"]:
         """log a_t of each feature of each head."""

@@ -68,8 +68,6 @@ class LinearAttention(StateMechanism):
     Source: Katharopoulos et al., "Transformers are RNNs" (2020), equations 4 to 12.
     """
 
-    chunk = 64
-
     def __init__(
         self,
         d_model: int,

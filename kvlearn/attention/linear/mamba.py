@@ -56,13 +56,11 @@ class Mamba(StateMechanism):
         conv: int = 4,
         conv_bias: bool = True,
         dt_rank: int | None = None,
-        chunk: int = 64,
     ) -> None:
         super().__init__(d_model, n_heads, None)
         self.d_inner = expect.positive("expand", expand) * self.d_model
         self.d_state = expect.positive("d_state", d_state)
         self.dt_rank = expect.positive("dt_rank", -(-self.d_model // 16) if dt_rank is None else dt_rank)
-        self.chunk = expect.positive("chunk", chunk)
         self.in_proj = nn.Linear(self.d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, expect.at_least("conv", conv, 2), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)

@@ -9,6 +9,7 @@ from kvlearn import expect
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.decay import linear_attention
+from kvlearn.attention.linear.forms import for_heads
 from kvlearn.attention.linear.mamba import step_biases
 from kvlearn.attention.linear.short_conv import ShortConvolution
 from kvlearn.attention.linear.state import State, StateMechanism
@@ -58,14 +59,12 @@ class Mamba2(StateMechanism):
         conv: int = 4,
         conv_bias: bool = True,
         norm_eps: float = 1e-5,
-        chunk: int = 64,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         if head_dim is None:
             self.head_dim *= expect.positive("expand", expand)
         self.d_state = expect.positive("d_state", d_state)
         self.n_groups = expect.divides("n_groups", n_groups, "n_heads", self.n_heads)
-        self.chunk = expect.positive("chunk", chunk)
         self.d_inner, shared = self.n_heads * self.head_dim, self.n_groups * self.d_state
         self.widths = self.d_inner, shared, shared  # of x, B and C
         self.in_proj = nn.Linear(self.d_model, self.d_inner + sum(self.widths) + self.n_heads, bias=False)
@@ -95,22 +94,12 @@ class Mamba2(StateMechanism):
         v = upcast(split_heads(heads, self.n_heads))
         dt = F.softplus(upcast(dt) + upcast(self.dt_bias)).mT  # (B, H, T)
         log_decay = -upcast(self.A_log).exp()[:, None] * dt
+        B, C = (for_heads(upcast(split_heads(part, self.n_groups)), self.n_heads) for part in (B, C))
         y, memory = linear_attention(
-            self.for_heads(C),
-            self.for_heads(B),
-            dt[..., None] * v,
-            log_decay,
-            state["memory"],
-            form=form,
-            chunk=self.chunk,
+            C, B, dt[..., None] * v, log_decay, state["memory"], form=form, chunk=self.chunk
         )
         y = merge_heads(y + upcast(self.D)[:, None, None] * v)
         return self.o_proj(self.norm(y, gate).to(x.dtype)), {"memory": memory, "past": past}
-
-    def for_heads(self, shared: Float[Tensor, "B T GN"]) -> Float[Tensor, "B H T N"]:
-        """B or C as every head of its group sees it; with one group a view."""
-        groups = upcast(split_heads(shared, self.n_groups))
-        return groups[:, :, None].expand(-1, -1, self.n_heads // self.n_groups, -1, -1).flatten(1, 2)
 
     @classmethod
     def tiny(cls) -> "Mamba2":

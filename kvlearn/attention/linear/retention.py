@@ -43,7 +43,6 @@ class Retention(StateMechanism):
     Source: Sun et al., "Retentive Network" (2023), equations 3 to 8.
     """
 
-    chunk = 64
     log_decay: Float[Tensor, "H"]
 
     def __init__(

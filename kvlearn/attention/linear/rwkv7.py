@@ -24,9 +24,10 @@ class Rwkv7(StateMechanism):
         y_t = W_o (g_t ⊙ (norm(S_tᵀ r_t) + (r_t · (ρ ⊙ k̃_t)) v_t))
 
     a, the in-context learning rate, is a number of each feature: what is removed, κ, and what replaces it, k̃,
-    are two keys. A decay is never under e^{-0.607} = 0.545. The norm is LayerNorm of each head. Ranks are
-    those of the published code for this d_model, unless given. Left out is the residual of values: in the
-    paper, all layers but the first mix the first one's v into theirs, and layers here know of no other.
+    are two keys. A decay is never under e^{-0.607} = 0.545. The norm is LayerNorm of each head. ``rank`` is
+    that of decay and rate, the published code's for this d_model unless given; the gate's is twice as much.
+    Left out is the residual of values: in the paper, all layers but the first mix the first one's v into
+    theirs, and layers here know of no other.
 
     Cache: B · (H · D² + d_model) numbers: one matrix a head, and the last token's input. RWKV-7-2.9B, with 40
     heads of 64 and d_model 2560, keeps 166,400 of them a layer, 0.67 MB in fp32.

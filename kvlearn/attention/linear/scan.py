@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvlearn import expect
-from kvlearn.attention.linear.state import Outcome
+from kvlearn.attention.linear.forms import Outcome, check_state, no_autocast
 
 FORMS = ("recurrent", "chunked")
 
@@ -51,7 +51,8 @@ def selective_scan(
     state = _check(x, dt, A, B, C, D, state)
     x, dt, A, B, C, D = (t.to(state.dtype).contiguous() for t in (x, dt, A, B, C, D))
     if form == "recurrent":
-        y, state = recurrent(x, dt, A, B, C, state)
+        with no_autocast(x.device):
+            y, state = recurrent(x, dt, A, B, C, state)
         return torch.addcmul(y, D, x), state
     # Channels last: they are many, and what runs over them is contiguous.
     others = A.mT.contiguous(), B, C, state.mT.contiguous()
@@ -170,10 +171,4 @@ def _check(
         least, most = (float(bound) for bound in A.detach().aminmax())
         if not (-math.inf < least and most <= 0):
             raise ValueError(f"A: expected finite numbers of at most 0, got {least} to {most}")
-    inside = torch.promote_types(x.dtype, torch.float32)
-    if state is None:
-        return torch.zeros(rows, E, N, dtype=inside, device=x.device)
-    expect.tensor("state", state, (rows, E, N), device=x.device)
-    if not state.is_floating_point():
-        raise TypeError(f"state: expected a floating-point type, got {state.dtype}")
-    return state.to(inside)
+    return check_state(state, (rows, E, N), x)

@@ -1,7 +1,6 @@
 """The short convolution: what a layer says of a token depends on the few tokens before it, too."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,13 +28,12 @@ class ShortConvolution(nn.Conv1d):
         self, x: Float[Tensor, "B T C"], past: Float[Tensor, "B P C"]
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B P C"]]:
         """Outputs for ``x`` behind ``past``, and the past of what comes next; zeros stand before the text."""
+        T, taps = x.shape[1], self.weight[:, 0].T
         seen = torch.cat((past.to(x.dtype), x), dim=1)
-        if x.shape[1] == 1:
-            y = (seen * self.weight[:, 0].T).sum(dim=1, keepdim=True)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = F.conv1d(seen.mT, self.weight, self.bias, groups=self.groups).mT
-        return y, seen[:, x.shape[1] :]
+        y = seen[:, :T] * taps[0]
+        for i, tap in enumerate(taps[1:], start=1):  # faster than conv1d on a CPU, and time stays in front
+            y = torch.addcmul(y, seen[:, i : i + T], tap)
+        return y if self.bias is None else y + self.bias, seen[:, T:]
 
 
 @register("short_conv")

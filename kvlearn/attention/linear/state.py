@@ -1,17 +1,10 @@
-"""What recurrent mechanisms share: a state of constant size as their cache, and several forms of one sum.
-
-A recurrence goes through its tokens in one of these forms, which give the same numbers:
-
-    parallel     all pairs of tokens at once, masked: quadratic, to be understood, and the inside of a chunk
-    recurrent    one token after the other: what a step of decode does
-    chunked      chunk after chunk, parallel inside, the state carried across: linear in time and in memory
+"""What recurrent mechanisms share: a state of constant size as their cache, and a mixer that goes on from it.
 
 Letters of this chapter: K key features a head, V numbers of a value a head, C tokens of a chunk.
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -21,15 +14,16 @@ from torch import Tensor
 from kvlearn import expect
 from kvlearn.attention.base import Mechanism
 from kvlearn.attention.cache import KV, Cache
+from kvlearn.attention.linear.forms import FORMS
 
 State = dict[str, Tensor]  # what is kept of the past, by name; the first dimension is the batch
-Outcome = tuple[Tensor, Tensor]  # outputs (B, H, T, V), and the state (B, H, K, V) behind the last token
 
 
 class StateCache(Cache):
     """A state of constant size, whatever the length; fp32 at least, since rounding adds up in it.
 
-    What it has seen it cannot forget, so it does not trim.
+    What it has seen it cannot forget, so it does not trim: rows of a batch have one length, and prompts of
+    different lengths are fed each with a cache of its own.
     """
 
     can_trim = False
@@ -78,8 +72,9 @@ class StateMechanism(Mechanism):
     narrower ``dtype`` is for keys and values, and leaves states alone). Every step reads all of it.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("parallel", "recurrent", "chunked")
+    forms: ClassVar[tuple[str, ...]] = FORMS
     form = "chunked"  # for more than one token
+    chunk = 64  # tokens a chunk, where it is by chunks: of speed and memory, the numbers are the same
     state_starts: ClassVar[Mapping[str, float]] = {}  # what a part of the state starts from, where not 0
 
     @property
@@ -143,55 +138,3 @@ class StateMechanism(Mechanism):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
         return torch.promote_types(dtype, torch.float32)
-
-
-def by_form(
-    form: str,
-    parallel: Callable[..., Outcome],
-    recurrent: Callable[..., Outcome],
-    inputs: tuple[Tensor, ...],
-    state: Tensor,
-    chunk: int,
-) -> Outcome:
-    """A recurrence over ``inputs``, each (B, H, T, …), by the form of this name.
-
-    The parallel form is one chunk of all tokens; the chunked form is the parallel one chunk after chunk, each
-    handed the state of the one before. The last chunk may be shorter. What a chunk needs for itself lives no
-    longer than the chunk (but for gradients), so memory stays linear in T.
-    """
-    expect.one_of("form", form, StateMechanism.forms)
-    expect.positive("chunk", chunk)
-    if form == "recurrent":
-        return recurrent(*inputs, state)
-    outs = []
-    for pieces in zip(
-        *(x.split(chunk if form == "chunked" else x.shape[2], dim=2) for x in inputs), strict=True
-    ):
-        out, state = parallel(*pieces, state)
-        outs.append(out)
-    return torch.cat(outs, dim=2), state
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Float[Tensor, "B H K V"]:
-    """The door of every such recurrence; the state in the dtype of its sums, zeros for None."""
-    expect.tensor("q", q, ("batch", "heads", "time", "features"))
-    expect.at_least("q.shape[2] (time)", q.shape[2], 1)
-    B, H, T, K = q.shape
-    expect.tensor("k", k, (B, H, T, K), dtype=q.dtype, device=q.device)
-    expect.tensor("v", v, (B, H, T, "values"), dtype=q.dtype, device=q.device)
-    inside = torch.promote_types(q.dtype, torch.float32)
-    if state is None:
-        return torch.zeros(B, H, K, v.shape[3], dtype=inside, device=q.device)
-    expect.tensor("state", state, (B, H, K, v.shape[3]), device=q.device)
-    if not state.is_floating_point():
-        raise TypeError(f"state: expected a floating-point type, got {state.dtype}")
-    return state.to(inside)
-
-
-def check_log_decay(log_decay: Tensor, shape: tuple[int | str, ...]) -> None:
-    """The door for decays: logarithms of numbers in (0, 1]."""
-    expect.tensor("log_decay", log_decay, shape)
-    if log_decay.device.type == "cpu":  # elsewhere a look at the values would synchronise
-        least, most = (float(bound) for bound in log_decay.detach().aminmax())
-        if not (-math.inf < least and most <= 0):  # NaN fails too
-            raise ValueError(f"log_decay: expected logarithms of decays in (0, 1], got {least} to {most}")

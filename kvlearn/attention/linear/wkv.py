@@ -76,6 +76,8 @@ def wkv(
     if state is None:
         sums = Sums(k.new_zeros(B, M), k.new_zeros(B, M), k.new_full((B, M), LOWEST))
     else:
+        if len(state) != len(Sums._fields):
+            raise ValueError(f"state: expected {', '.join(Sums._fields)}, got {len(state)} tensors")
         parts = zip(Sums._fields, state, strict=True)
         sums = Sums(*(expect.tensor(f"state.{n}", x, (B, M), device=k.device).to(k.dtype) for n, x in parts))
     if form == "recurrent":
