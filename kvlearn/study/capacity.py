@@ -24,8 +24,8 @@ DESIGNS: dict[str, list[Spec]] = {
 }
 TASKS = (Recall(8, 24), Recall(16, 48))
 RATES = (5e-3, 1e-2)
-# Twice as long as the live runs: decays need time to learn not to fade.
-LONGER = replace(TRAINING, steps=720, warmup=40)
+# Longer than the live runs: decays need time to learn not to fade.
+LONGER = replace(TRAINING, steps=1000, warmup=40)
 ENOUGH = 0.999
 SIZES = ("key_dim", "d_state")  # the options that say how large a state is
 
@@ -36,7 +36,7 @@ def study_recall(
     training: TrainConfig = LONGER,
     *,
     rates: Sequence[float] = RATES,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[int] = (0, 1, 2),
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """A row a task, mechanism, learning rate and seed, for results/.
