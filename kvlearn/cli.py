@@ -4,6 +4,7 @@ Every command imports what it needs when it runs, so that ``kvlearn bench`` work
 friends are not installed.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,7 @@ def _compare(name: str, record: bool) -> None:
         rows = list(study_sinks())
         table = report.sinks_table(rows)
     elif name == "recall":
-        rows = list(study_recall())
+        rows = list(study_recall(jobs=os.cpu_count() or 1))
         table = report.recall_table(rows)
     else:
         runs = {"convert": RUNS, "sight": SIGHTS}[name]

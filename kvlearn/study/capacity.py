@@ -1,9 +1,12 @@
 """The study of recall: how many pairs a state of so many bytes gives back, by mechanism and size."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import torch
 from tqdm.auto import tqdm
 
 from kvlearn.model import Spec
@@ -37,39 +40,47 @@ def study_recall(
     *,
     rates: Sequence[float] = RATES,
     seeds: Sequence[int] = (0, 1, 2),
+    jobs: int = 1,
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """A row a task, mechanism, learning rate and seed, for results/.
 
     ``state_bytes`` is the cache of the mechanism at the length of the text, in fp32 and without that of the
     convolution before it, which all have. A run ends early where it answers ``ENOUGH`` of the questions.
+    Runs are independent: ``jobs`` of them go on at a time, each in a process with one thread.
     """
-    runs = [
-        (task, design, spec, rate, seed)
+    work = [
+        (task, design, spec, replace(training, lr=rate, seed=seed, length=task.length))
         for task in tasks
         for design, specs in designs.items()
         for spec in specs
         for rate in rates
         for seed in seeds
     ]
-    for task, design, spec, rate, seed in tqdm(runs, desc="recall", unit="run", disable=not progress):
-        config = replace(training, lr=rate, seed=seed, length=task.length)
-        run = train(spec, task, config, until=ENOUGH, progress=False)
-        sizes = [f"{name}={spec.options[name]}" for name in SIZES if name in spec.options]
-        yield {
-            "run": ", ".join((design, *sizes)),
-            "design": design,
-            "layers": [repr(layer) for layer in run.model.config.specs],
-            **asdict(task),
-            "seed": seed,
-            "training": asdict(config),
-            "steps_taken": run.curve[-1].step,
-            "parameters": run.model.n_parameters,
-            "state_bytes": run.model.mixers[-1].cache_bytes(task.length),
-            "accuracy": run.accuracy,
-            "loss": run.loss,
-            "seconds": run.seconds,
-        }
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        rows = map(_row, work) if jobs == 1 else pool.map(_row, work)  # in the order of ``work``
+        yield from tqdm(rows, desc="recall", unit="run", total=len(work), disable=not progress)
+
+
+def _row(work: tuple[Recall, str, Spec, TrainConfig]) -> dict[str, Any]:
+    """One run."""
+    task, design, spec, config = work
+    run = train(spec, task, config, until=ENOUGH, progress=False)
+    sizes = [f"{name}={spec.options[name]}" for name in SIZES if name in spec.options]
+    return {
+        "run": ", ".join((design, *sizes)),
+        "design": design,
+        "layers": [repr(layer) for layer in run.model.config.specs],
+        **asdict(task),
+        "seed": config.seed,
+        "training": asdict(config),
+        "steps_taken": run.curve[-1].step,
+        "parameters": run.model.n_parameters,
+        "state_bytes": run.model.mixers[-1].cache_bytes(task.length),
+        "accuracy": run.accuracy,
+        "loss": run.loss,
+        "seconds": run.seconds,
+    }
 
 
 class Cell(NamedTuple):

@@ -150,13 +150,25 @@ def test_a_mechanism_draws_its_own_weights_last() -> None:
 def test_a_row_for_each_task_mechanism_rate_and_seed() -> None:
     designs = {"linear": [Spec("linear", key_dim=2, head_dim=4), Spec("linear", key_dim=4, head_dim=4)]}
     tasks, training = [SMALL, replace(SMALL, n_pairs=1)], replace(QUICK, steps=2)
-    rows = list(study_recall(designs, tasks, training, rates=(1e-3, 1e-2), progress=False))
+    rows = list(study_recall(designs, tasks, training, rates=(1e-3, 1e-2), seeds=(0, 1), progress=False))
     assert len(rows) == 2 * 2 * 2 * 2
     assert rows[0]["run"] == "linear, key_dim=2"
     assert rows[0]["layers"] == ["Spec('short_conv')", "Spec('linear', key_dim=2, head_dim=4)"]
     assert {row["state_bytes"] for row in rows} == {4 * 2 * 5, 4 * 4 * 5}  # K x (V + 1) numbers in fp32
     assert rows[0]["training"] == {**rows[0]["training"], "lr": 1e-3, "seed": 0, "length": 8, "steps": 2}
     assert len(recall_table(rows).rows) == len(compare(rows)) == 4
+
+
+def test_runs_side_by_side_give_the_rows_of_runs_in_turn() -> None:
+    designs = {"linear": [Spec("linear", key_dim=2, head_dim=4)], "full": [Spec("full", head_dim=4)]}
+    in_turn, beside = (
+        list(study_recall(designs, [SMALL], replace(QUICK, steps=2), seeds=(0,), jobs=n, progress=False))
+        for n in (1, 2)
+    )
+    names = ("run", "training", "state_bytes")
+    assert [[row[n] for n in names] for row in beside] == [[row[n] for n in names] for row in in_turn]
+    for a, b in zip(in_turn, beside, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_the_best_rate_is_that_of_the_best_mean_over_the_seeds() -> None:
