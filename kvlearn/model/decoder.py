@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.apply(self._initialise)
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):  # 2 · n_layers of them add up
+            if name.endswith(("o_proj.weight", "down_proj.weight")):  # up to 2 · n_layers of them add up
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
         for mixer in self.mixers:
             mixer.initialise()

@@ -28,18 +28,18 @@ BOTH = {
 }
 
 
-def own(*names: str) -> dict[str, str]:
+def beside(*names: str) -> dict[str, str]:
     """What one of the two has beside, under the same names."""
     return {f"backbone.layers.{{}}.mixer.{name}": f"blocks.{{}}.mixer.{name}" for name in names}
 
 
-MAMBA = {**BOTH, **own("x_proj.weight", "dt_proj.weight", "dt_proj.bias")}
-MAMBA2 = {**BOTH, **own("dt_bias", "norm.weight")}
+MAMBA = {**BOTH, **beside("x_proj.weight", "dt_proj.weight", "dt_proj.bias")}
+MAMBA2 = {**BOTH, **beside("dt_bias", "norm.weight")}
 
 
 def mamba(theirs: Any) -> ModelConfig:
     """The shape of a Mamba, from its configuration in transformers."""
-    return of_mixers(theirs, Spec("mamba", **shape(theirs), dt_rank=theirs.time_step_rank), n_heads=1)
+    return of_mixers(theirs, Spec("mamba", **options_of(theirs), dt_rank=theirs.time_step_rank), n_heads=1)
 
 
 def mamba2(theirs: Any) -> ModelConfig:
@@ -47,12 +47,12 @@ def mamba2(theirs: Any) -> ModelConfig:
     low, high = theirs.time_step_limit
     if low > 0 or high < math.inf:
         raise ValueError(f"model_or_path: expected time_step_limit (0, inf), got {theirs.time_step_limit}")
-    options = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
-    mixer = Spec("mamba2", **shape(theirs), **options)
+    own = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
+    mixer = Spec("mamba2", **options_of(theirs), **own)
     return of_mixers(theirs, mixer, theirs.num_heads, theirs.head_dim)
 
 
-def shape(theirs: Any) -> dict[str, Any]:
+def options_of(theirs: Any) -> dict[str, Any]:
     """The options that both mixers have; ValueError that names those which ours have not."""
     if theirs.use_bias:
         raise ValueError("model_or_path: expected projections without biases, got use_bias=True")

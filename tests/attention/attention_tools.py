@@ -17,6 +17,15 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(got, expected, atol=atol, rtol=tolerance)
 
 
+def redraw(layer: Any, seed: int = 0) -> Any:
+    """``layer`` with all its weights drawn anew, vectors too, so large that nothing is nearly uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in layer.parameters():
+        spread = 1.5 * weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
+        weight.data = torch.randn(weight.shape, generator=generator) * spread + (weight.dim() == 1)
+    return layer.eval()
+
+
 class Allocated(TorchDispatchMode):
     """The numbers in the largest storage that an operator gave out anew, and by which operator."""
 

@@ -160,6 +160,7 @@ def test_half_precision_is_computed_in_single(form: str, dtype: torch.dtype) -> 
         ({"beta": torch.full((2, HEADS, TIME), torch.nan)}, ValueError, "beta: expected finite"),
         ({"beta": torch.full((2, HEADS, TIME), torch.inf)}, ValueError, "beta: expected finite"),
         ({"beta": 1.0}, TypeError, "beta: expected Tensor"),
+        ({"beta": torch.ones(2, HEADS, TIME, device="meta")}, ValueError, "beta: expected device cpu"),
         ({"log_decay": torch.full((2, HEADS, TIME), 0.1)}, ValueError, "log_decay"),
         ({"log_decay": torch.full((2, HEADS, TIME), torch.nan)}, ValueError, "log_decay"),
         ({"log_decay": torch.zeros(2, HEADS, TIME - 1)}, ValueError, "log_decay: expected shape"),

@@ -217,6 +217,7 @@ def test_a_layer_takes_memory_linear_in_time(kind: Any) -> None:
         ({"state": draw(B, 1, K, V)}, ValueError, "state: expected shape"),
         ({"state": torch.zeros(B, H, K, V, dtype=torch.int64)}, TypeError, "state: expected a floating"),
         ({"log_decay": draw(B, H, T - 1)}, ValueError, "log_decay: expected shape"),
+        ({"log_decay": "elsewhere"}, ValueError, "log_decay: expected device cpu"),
         ({"log_decay": 0.1}, ValueError, "log_decay: expected logarithms"),
         ({"log_decay": -math.inf}, ValueError, "log_decay: expected logarithms"),
         ({"log_decay": math.nan}, ValueError, "log_decay: expected logarithms"),
@@ -235,6 +236,8 @@ def test_bad_input_of_the_cores_is_refused_by_name(
 ) -> None:
     q, k, v = qkv()
     arguments = {"q": q, "k": k, "v": v, "log_decay": -draw(*decays).abs(), **changed}
+    if changed.get("log_decay") == "elsewhere":
+        arguments["log_decay"] = torch.zeros(decays, device="meta")
     if isinstance(arguments["log_decay"], float):  # one among good ones
         one = torch.zeros(decays)
         one.view(-1)[7] = changed["log_decay"]

@@ -13,6 +13,7 @@ from attention_tools import Allocated, close, draw
 from torch import Tensor, nn
 
 from kvlearn.attention import REGISTRY, Mamba, Mamba2, StateCache
+from kvlearn.attention.linear.forms import for_heads
 from kvlearn.attention.linear.scan import FORMS, selective_scan
 from kvlearn.measure.memory import peak_memory
 from kvlearn.model import Decoder, ModelConfig
@@ -186,11 +187,7 @@ def test_a_scan_of_what_does_not_fit_is_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "options", "names"),
     [
-        *(
-            (name, {option: 0}, option)
-            for name in ("mamba", "mamba2")
-            for option in ("expand", "d_state", "chunk")
-        ),
+        *((name, {option: 0}, option) for name in ("mamba", "mamba2") for option in ("expand", "d_state")),
         ("mamba", {"conv": 1}, "conv: expected at least 2"),
         ("mamba2", {"conv": 1}, "conv: expected at least 2"),
         ("mamba", {"dt_rank": 0}, "dt_rank"),
@@ -260,17 +257,18 @@ def test_heads_mean_nothing_to_mamba() -> None:
     assert torch.equal(one(draw(2, 9, 24)), three(draw(2, 9, 24)))
 
 
-def test_one_group_of_b_and_c_is_not_copied_for_its_heads() -> None:
-    layer, shared = Mamba2(24, 4, d_state=6), draw(2, 9, 6)
-    views = layer.for_heads(shared)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_one_group_or_every_head_has_is_not_copied_for_the_heads(groups: int) -> None:
+    shared = draw(2, groups, 9, 6)
+    views = for_heads(shared, 4)
     assert views.shape == (2, 4, 9, 6)
     assert views.untyped_storage().data_ptr() == shared.untyped_storage().data_ptr()
 
 
-def test_a_head_reads_the_b_and_c_of_its_own_group() -> None:
-    shared = draw(2, 9, 12)
-    first, second = shared.split(6, dim=-1)
-    heads = Mamba2(24, 4, d_state=6, n_groups=2).for_heads(shared)
+def test_neighbouring_heads_read_what_their_own_group_has() -> None:
+    shared = draw(2, 2, 9, 6)
+    first, second = shared.unbind(1)
+    heads = for_heads(shared, 4)
     for head, expected in enumerate((first, first, second, second)):
         assert torch.equal(heads[:, head], expected)
 

@@ -6,8 +6,8 @@ Their functions take heads behind time, divide queries by √K, and normalise ke
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_tools import close, draw
-from torch import Tensor, nn
+from attention_tools import close, draw, redraw
+from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_next.modeling_qwen3_next import (
@@ -89,11 +89,7 @@ def their_layer(key_heads: int) -> tuple[Qwen3NextConfig, Qwen3NextGatedDeltaNet
         linear_conv_kernel_dim=4,
         rms_norm_eps=1e-6,
     )
-    torch.manual_seed(0)
-    layer = Qwen3NextGatedDeltaNet(config, 0).eval()
-    for weight in layer.parameters():  # vectors too: gains, decays, steps
-        spread = 1.5 * weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
-        nn.init.normal_(weight, mean=float(weight.dim() == 1), std=spread)
+    layer = redraw(Qwen3NextGatedDeltaNet(config, 0))
     with torch.no_grad():
         layer.A_log -= 2  # heads that remember more than a token
     return config, layer
@@ -150,9 +146,7 @@ def test_the_layer_decodes_as_qwen3_nexts(key_heads: int, prompt: int) -> None:
 
 @torch.no_grad()
 def test_the_ungated_layer_is_their_rule_without_decay_between_projections() -> None:
-    layer = DeltaNet(WIDTH, VALUE_HEADS, head_dim=V, key_dim=K)
-    for weight in layer.parameters():
-        nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.5)
+    layer = redraw(DeltaNet(WIDTH, VALUE_HEADS, head_dim=V, key_dim=K))
     x = draw(BATCH, TIME, WIDTH)
     projected = torch.cat([p(x) for p in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=-1)
     past = F.conv1d(F.pad(projected.mT, (3, 0)), layer.conv.weight, groups=projected.shape[-1]).mT

@@ -6,8 +6,8 @@ Their functions take heads behind time, divide queries by √K, and normalise ke
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_tools import close, draw
-from torch import Tensor, nn
+from attention_tools import close, draw, redraw
+from torch import Tensor
 from transformers import KimiLinearConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.kimi_linear.modeling_kimi_linear import (
@@ -57,12 +57,9 @@ def their_layer() -> tuple[KimiLinearConfig, KimiLinearDeltaAttention]:
         linear_conv_kernel_dim=4,
         rms_norm_eps=1e-5,
     )
-    torch.manual_seed(0)
-    layer = KimiLinearDeltaAttention(config, 0).eval()
-    for weight in layer.parameters():  # vectors too: gains, steps
-        spread = 1.5 * weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
-        nn.init.normal_(weight, mean=float(weight.dim() == 1), std=spread)
-    nn.init.normal_(layer.forget_gate.A_log, mean=-2)  # heads that remember more than a token
+    layer = redraw(KimiLinearDeltaAttention(config, 0))
+    with torch.no_grad():
+        layer.forget_gate.A_log -= 3  # heads that remember more than a token
     return config, layer
 
 

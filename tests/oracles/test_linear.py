@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_tools import draw, redraw
 from torch import Tensor, nn
 from transformers import LlamaConfig, MambaConfig, MiniMaxConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -25,20 +26,8 @@ FORMS = ("parallel", "recurrent", "chunked")
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def redrawn(layer: Any, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for weight in layer.parameters():
-        spread = 1.5 * weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.5
-        weight.data = torch.randn(weight.shape, generator=generator) * spread + (weight.dim() == 1)
-    return layer.eval()
-
-
-def draw(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def text() -> Tensor:
-    return draw(BATCH, TIME, D_MODEL)
+    return draw(BATCH, TIME, D_MODEL, seed=1)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -82,7 +71,7 @@ def lightning(layer_idx: int, block_size: int) -> MiniMaxLightningAttention:
         block_size=block_size,
         layer_types=["linear_attention"] * 4,
     )
-    return redrawn(MiniMaxLightningAttention(config, layer_idx))
+    return redraw(MiniMaxLightningAttention(config, layer_idx))
 
 
 @every_form
@@ -122,7 +111,7 @@ def rotated(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"key_dim": 4}, {"decay": (0.2, 0.7, 0.95, 1.0)}])
 def test_retention_is_its_parallel_form_with_keys_at_absolute_positions(options: dict[str, Any]) -> None:
-    layer, x = with_a_scale(redrawn(Retention(D_MODEL, N_HEADS, **options))), text()
+    layer, x = with_a_scale(redraw(Retention(D_MODEL, N_HEADS, **options))), text()
     q, k, v = rotated(heads(x, layer.q_proj)), rotated(heads(x, layer.k_proj)), heads(x, layer.v_proj)
     gamma = torch.tensor(options.get("decay", [1 - 2.0 ** -(5 + h) for h in range(N_HEADS)])).double()
     fade = torch.zeros(N_HEADS, TIME, TIME, dtype=torch.float64)
@@ -154,7 +143,7 @@ WEIGHTS = {"elu": elu_features_of, "taylor": taylor_features_of}
 @pytest.mark.parametrize("features", WEIGHTS)
 @pytest.mark.parametrize("key_dim", [3, HEAD_DIM])
 def test_linear_attention_is_a_mean_of_values_with_its_weights(features: str, key_dim: int) -> None:
-    layer, x = redrawn(LinearAttention(D_MODEL, N_HEADS, key_dim=key_dim, features=features)), text()
+    layer, x = redraw(LinearAttention(D_MODEL, N_HEADS, key_dim=key_dim, features=features)), text()
     q, k, v = (heads(x, proj) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
     weights = WEIGHTS[features](q, k) * torch.ones(TIME, TIME).tril()
     o = weights / weights.sum(-1, keepdim=True) @ v
@@ -176,7 +165,7 @@ def test_products_of_features_are_the_kernels() -> None:
 
 
 def test_gated_linear_attention_is_its_recurrence() -> None:
-    layer, x = with_a_scale(redrawn(GatedLinearAttention(D_MODEL, N_HEADS))), text()
+    layer, x = with_a_scale(redraw(GatedLinearAttention(D_MODEL, N_HEADS))), text()
     K = HEAD_DIM // 2
     q, k, v = (heads(x, proj) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
     z = x.double() @ (layer.decay_up.weight.double() @ layer.decay_down.weight.double()).T
@@ -203,7 +192,7 @@ def test_gated_linear_attention_is_its_recurrence() -> None:
 def test_a_short_convolution_is_a_convolution_padded_on_the_left(
     width: int, bias: bool, split: list[int]
 ) -> None:
-    ours = redrawn(ShortConvolution(D_MODEL, width, bias=bias))
+    ours = redraw(ShortConvolution(D_MODEL, width, bias=bias))
     theirs = nn.Conv1d(D_MODEL, D_MODEL, width, groups=D_MODEL, bias=bias)
     theirs.load_state_dict(ours.state_dict())
     x, past, ys = text(), torch.zeros(BATCH, *ours.past_shape), []
@@ -216,7 +205,7 @@ def test_a_short_convolution_is_a_convolution_padded_on_the_left(
 def test_a_short_convolution_is_mambas() -> None:
     mixer = MambaMixer(MambaConfig(hidden_size=D_MODEL, expand=1, conv_kernel=4), layer_idx=0)
     ours = ShortConvolution(D_MODEL, 4, bias=True)
-    ours.load_state_dict(redrawn(mixer).conv1d.state_dict())
+    ours.load_state_dict(redraw(mixer).conv1d.state_dict())
     x, weight = text(), ours.weight[:, 0]
     y, past = ours.run(x[:, :30], torch.zeros(BATCH, *ours.past_shape))
     close(y, causal_conv1d_fn(x[:, :30].mT, weight, ours.bias).mT, 2e-6)

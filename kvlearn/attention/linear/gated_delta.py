@@ -9,7 +9,7 @@ from kvlearn.attention.base import register
 from kvlearn.attention.core import split_heads, upcast
 from kvlearn.attention.linear.delta import DeltaNet
 from kvlearn.attention.linear.gated_norm import GatedNorm
-from kvlearn.attention.linear.mamba import step_biases
+from kvlearn.attention.linear.step_size import step_biases
 
 
 @register("gated_delta")

@@ -11,9 +11,9 @@ from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.delta import unit
 from kvlearn.attention.linear.gated_norm import GatedNorm
 from kvlearn.attention.linear.generalised_delta_rule import generalised_delta_rule
-from kvlearn.attention.linear.mamba import step_biases
 from kvlearn.attention.linear.short_conv import ShortConvolution
 from kvlearn.attention.linear.state import State, StateMechanism
+from kvlearn.attention.linear.step_size import step_biases
 
 
 @register("kda")
@@ -65,7 +65,7 @@ class KimiDeltaAttention(StateMechanism):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """A uniform in (1, 16), steps log-uniform in (0.001, 0.1): from 1/1.6 to 1/1000 lost a token."""
+        """A uniform in (1, 16), steps log-uniform in (0.001, 0.1): log a from -1.6 to -0.001 at first."""
         self.A_log.uniform_(1, 16).log_()
         self.dt_bias.copy_(step_biases(len(self.dt_bias)))
 

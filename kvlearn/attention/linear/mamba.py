@@ -1,7 +1,5 @@
 """Mamba: a selective scan between a short convolution and a gate, which is a whole layer by itself."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,16 +11,7 @@ from kvlearn.attention.core import upcast
 from kvlearn.attention.linear.scan import FORMS, selective_scan
 from kvlearn.attention.linear.short_conv import ShortConvolution
 from kvlearn.attention.linear.state import State, StateMechanism
-
-
-def step_biases(n: int) -> Float[Tensor, "{n}"]:
-    """Numbers whose softplus is drawn between 0.001 and 0.1, its logarithm uniformly.
-
-    So that at first a token moves the channels' clocks by a thousandth to a tenth. Source: the code published
-    with Mamba (2023); section 3.6 of the paper has the step itself uniform.
-    """
-    dt = torch.empty(n).uniform_(math.log(0.001), math.log(0.1)).exp()
-    return dt + torch.log(-torch.expm1(-dt))  # log(e^dt - 1), the inverse of softplus
+from kvlearn.attention.linear.step_size import step_biases
 
 
 @register("mamba")

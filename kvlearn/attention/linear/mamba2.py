@@ -10,9 +10,9 @@ from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.decay import linear_attention
 from kvlearn.attention.linear.forms import for_heads
-from kvlearn.attention.linear.mamba import step_biases
 from kvlearn.attention.linear.short_conv import ShortConvolution
 from kvlearn.attention.linear.state import State, StateMechanism
+from kvlearn.attention.linear.step_size import step_biases
 
 
 class GateThenNorm(nn.Module):

@@ -26,10 +26,12 @@ class Bars:
 
 
 def label(name: str, n: int) -> str:
+    """What a comparison calls ``name`` at ``n`` tokens."""
     return f"{name}, {n} tokens"
 
 
 def by_label(calls: Mapping[str, Mapping[int, Core]]) -> dict[str, Core]:
+    """All calls in one, for a comparison by turns."""
     return {label(name, n): call for name, of in calls.items() for n, call in of.items()}
 
 
