@@ -12,7 +12,14 @@ from kvlearn import expect
 from kvlearn.measure import format_bytes, format_seconds
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
-STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (6, 1, 1, 1, 1, 1)), "v"))
+STYLES = (
+    ("-", "o"),
+    ("--", "s"),
+    ("-.", "^"),
+    (":", "D"),
+    ((0, (6, 1, 1, 1, 1, 1)), "v"),
+    ((0, (4, 3)), "P"),
+)
 QUANTITIES = {"time": format_seconds, "memory": format_bytes}
 
 

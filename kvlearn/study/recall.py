@@ -94,8 +94,8 @@ class Run(NamedTuple):
 HEAD = 32  # numbers of a value, in every design
 LIVE: dict[str, Spec] = {
     "full": Spec("full", head_dim=HEAD),
-    "delta": Spec("delta", key_dim=8, head_dim=HEAD, conv=None),
     "linear": Spec("linear", key_dim=8, head_dim=HEAD),
+    "delta": Spec("delta", key_dim=8, head_dim=HEAD, conv=None),
     "short_conv": Spec("short_conv"),
 }
 HELD_OUT = 2**31  # a seed that no training takes

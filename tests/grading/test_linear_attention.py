@@ -320,7 +320,53 @@ def test_even_a_mask_of_the_whole_text_is_a_square() -> None:
 
     score = check("06.3", with_a_mask)
     assert earned(score) == [1, 2, 1, 1, 0]
-    assert "T = 13" in score.rows[4].came
+    assert "T = 25" in score.rows[4].came
+
+
+def test_a_square_made_piece_by_piece_is_a_square() -> None:
+    def by_torch_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
+        state, outs = torch.zeros(*q.shape[:2], k.shape[3], v.shape[3]), []
+        for a, b, c in zip(*(x.chunk(chunk, 2) for x in (q, k, v)), strict=True):
+            outs.append(a @ state + (a @ b.mT).tril() @ c)
+            state = state + b.mT @ c
+        return torch.cat(outs, 2), state
+
+    def token_by_token(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
+        rows = [(q[:, :, [t]] @ k[:, :, : t + 1].mT) @ v[:, :, : t + 1] for t in range(q.shape[2])]
+        return torch.cat(rows, 2), k.mT @ v
+
+    for answer, name in (
+        (by_torch_chunk, "the size of a chunk taken for the number of chunks"),
+        (token_by_token, "the square in strips"),
+    ):
+        score = check("06.3", answer)
+        assert earned(score) == [1, 2, 1, 1, 0]
+        assert names(score) == [name]
+
+
+def test_a_step_with_a_large_number_in_its_normaliser_is_wrong_on_every_draw() -> None:
+    def padded(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, ...]:
+        memory, normaliser = memory + phi(k)[..., None] * v[..., None, :], normaliser + phi(k)
+        above = (phi(q)[..., None] * memory).sum(-2)
+        return above / ((phi(q) * normaliser).sum(-1, keepdim=True) + 1e-3), memory, normaliser
+
+    for seed in range(20):
+        assert judge(find_exercise("06.2"), [padded], seed).rows[0].earned == 0
+
+
+def test_an_error_among_the_pairs_alone_is_named() -> None:
+    def pairs(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Outs]:
+        def answer(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
+            c, (_, last) = log_decay.cumsum(-1), decay_by_loop(q, k, v, log_decay, state)
+            fade = change(c, log_decay).exp().tril()
+            return (q @ k.mT * fade) @ v + c.exp()[..., None] * (q @ state), last
+
+        return answer
+
+    score = check("06.4", pairs(lambda c, g: c[..., :, None] - (c - g)[..., None, :]))
+    assert names(score) == ["a factor too many for each pair"]
+    score = check("06.4", pairs(lambda c, g: c[..., None, :] - c[..., :, None]))
+    assert names(score) == ["the distances with the wrong sign"]
 
 
 def test_products_that_are_patched_where_they_underflow_are_still_wrong() -> None:

@@ -342,6 +342,41 @@ def test_a_state_of_another_kind_is_not_called_the_old_one() -> None:
     assert (earned(score), names(score)) == ([1, 1, 1, 1, 0, 0, 1], [])
 
 
+def test_full_layers_rounded_to_the_nearest_are_wrong_on_every_draw() -> None:
+    def nearest(model: dict[str, Any], attention: dict[str, Any]) -> dict[str, int]:
+        (right_count,) = right(find_exercise("06.8"))
+        full = round(model["layers"] / model.get("full_every", 10**9))
+        whole = {key: value for key, value in model.items() if key != "full_every"}
+        layers = {"layers": attention["layers"] - full}
+        return right_count(whole | {"layers": model["layers"] - full}, attention | layers)
+
+    for seed in range(10):
+        assert judge(find_exercise("06.8"), [nearest], seed).rows[4].earned == 0
+
+
+def test_qwen3_nexts_equal_widths_do_not_give_one_mistake_anothers_name() -> None:
+    """Its values are as wide as queries and keys together, so that half of them look like no queries."""
+
+    def narrow(model: dict[str, Any], attention: dict[str, Any]) -> dict[str, int]:
+        (right_count,) = right(find_exercise("06.8"))
+        sizes = right_count(model, attention)
+        if model["kind"] == "gated_delta":
+            full = model["layers"] // model.get("full_every", 10**9)
+            heads = model["value_heads"] - model["key_heads"]
+            past = 2 * (model["conv_width"] - 1) * heads * model["value_dim"]
+            sizes["state"] -= (model["layers"] - full) * past
+            sizes["tokens"] = sizes["state"] // sizes["per_token"] + 1
+        return sizes
+
+    assert names(graded("06.8", narrow)) == ["values counted by key heads in the convolution"]
+
+
+def test_a_bonus_that_is_taken_without_its_sign_is_wrong() -> None:
+    (answer,) = right(find_exercise("06.7"))
+    score = graded("06.7", lambda w, u, k, v: answer(w, u.abs(), k, v))
+    assert earned(score) == [1, 1, 1, 0, 1, 1, 1]
+
+
 def test_the_table_says_what_overflowed() -> None:
     def plain(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         a = b = torch.zeros_like(k[:, 0])

@@ -80,14 +80,20 @@ def state(t: Trial, chunked_attention: Answer) -> None:
 
 @EXERCISE.requirement(1, "no square of the text", rounds=1)
 def no_square(t: Trial, chunked_attention: Answer) -> None:
-    """a longer text, T = 16 chunks and a bit: the same outputs, and no tensor on the way has T·T numbers"""
+    """a longer text, T = 32 chunks of 8 and a bit: the same outputs, and no T·T numbers are made, neither at
+    once nor piece by piece (all tensors on the way together have fewer than T·T/4)"""
     chunk = 8
-    T = 16 * chunk + t.integer(1, 7)
-    qkv = tuple(t.randn(1, 1, T, n) / 2 for n in (4, 4, 6))
+    T = 32 * chunk + t.integer(1, 3)
+    qkv = tuple(t.randn(1, 1, T, n) / 2 for n in (2, 2, 1))
     with new_tensors() as made:
         out = run(t, chunked_attention, qkv, chunk)[0]
     t.close(out, sums(*qkv)[0], "out:", tolerance=3e-4)
-    largest = largest_new_tensor(made)
+    largest, together = largest_new_tensor(made), sum(one.numel for one in made)
     if largest.numel >= T * T:
         came = f"{largest.op} made one of shape {largest.shape}; T = {T}"
         t.note("square", Difference("", f"fewer than {T * T:,} numbers in any tensor", came))
+    elif together >= T * T / 4:
+        came = f"{together:,}; the largest, by {largest.op}, has shape {largest.shape}; T = {T}"
+        side = max(largest.shape)  # of the largest product, which tells how the text was cut
+        kind = "blocks" if side == -(-T // chunk) else "strips" if side > T / 2 else "another size"
+        t.note(kind, Difference("", f"fewer than {T * T // 4:,} numbers in all tensors together", came))

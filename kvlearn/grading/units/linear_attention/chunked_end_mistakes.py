@@ -97,6 +97,44 @@ def square(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
     return own(q, k, v), k.mT @ v
 
 
+@EXERCISE.misconception("the square in strips")
+def strips(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
+    """The numbers are right, but each chunk met all keys before it, one strip of the square after the other:
+    less memory, and the same T·T products. What the earlier chunks left is in the state, of the same size
+    however many they were: q @ state."""
+    outs = []
+    for start in range(0, q.shape[2], chunk):
+        end = start + chunk
+        weights = q[:, :, start:end] @ k[:, :, :end].mT
+        outs.append(weights.tril(start) @ v[:, :, :end])
+    return torch.cat(outs, 2), k.mT @ v
+
+
+@EXERCISE.misconception("the size of a chunk taken for the number of chunks")
+def number_of_chunks(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
+    """The numbers are right, but there were `chunk` chunks, however long the text (as `torch.chunk` cuts):
+    each is T / chunk long, and its square grows with T². `chunk` is how many tokens are in one:
+    `q.split(chunk, dim=2)`."""
+    return chunks(q, k, v, -(-q.shape[2] // chunk))
+
+
+@EXERCISE.misconception("a shorter last chunk without the state")
+def last_alone(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
+    """The tokens behind the last whole chunk were worked out for themselves, and did not read the state. The
+    last chunk is like the others, but for its length."""
+    out, state = chunks(q, k, v, chunk)
+    n = q.shape[2] // chunk * chunk
+    return torch.cat((out[:, :, :n], own(q[:, :, n:], k[:, :, n:], v[:, :, n:])), 2), state
+
+
+@EXERCISE.misconception("the state of the last chunk alone")
+def last_state(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
+    """The outputs are right, but the state returned is kᵀv of the last chunk. It is the sum over all tokens:
+    the state as the next chunk would read it."""
+    last = (q.shape[2] - 1) % chunk + 1
+    return chunks(q, k, v, chunk)[0], k[:, :, -last:].mT @ v[:, :, -last:]
+
+
 @EXERCISE.misconception("the state of chunk c - 1 for chunk c + 1")
 def one_late(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Outs:
     """The state arrives one chunk late: the chunk right before the own one is missing from it. (States were

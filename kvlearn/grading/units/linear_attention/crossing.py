@@ -151,7 +151,7 @@ def hybrid(t: Trial, crossing: Answer) -> None:
     """every full_every-th of `layers` is full: state counts the other layers, and per_token what these would
     hold, were they full; measured by your own count for a model without full layers"""
     every = t.integer(3, 6)
-    layers = every * t.integer(5, 9) + t.integer(1, every - 1)
+    layers = every * t.integer(6, 10) - 1  # where rounding to the nearest is rounding up
     recurrent = sum((i + 1) % every != 0 for i in range(layers))
     model = draw(t, "mamba" if t.round == 1 else "gated_delta") | {"layers": layers}
     attention = draw_attention(t, layers)

@@ -1,4 +1,4 @@
-"""06.8: the mistakes that people make with keys and values beside a state, and with the crossing."""
+"""06.8: the mistakes with keys and values beside a state, in a convolution too, and with the crossing."""
 
 from kvlearn.grading.units.linear_attention.crossing import EXERCISE, Config, Sizes
 from kvlearn.grading.units.linear_attention.crossing_mistakes import Count
@@ -92,12 +92,32 @@ def exchanged(model: Config, attention: Config) -> Sizes:
 
 @EXERCISE.misconception("full layers rounded up")
 def rounded_up(model: Config, attention: Config) -> Sizes:
-    """A full layer too many was counted where full_every does not divide the number of layers. The layer at i
-    is full if (i + 1) % full_every is 0: layers // full_every of them, rounded down."""
+    """A full layer too many was counted where full_every does not divide the number of layers. Layers are
+    full where their number, from 1 on, is a multiple of full_every: layers // full_every, rounded down."""
     count = Count(model, attention)
     if count.full:
         more = int(model["layers"] % model["full_every"] > 0)
         count.layers, count.attention_layers = count.layers - more, count.attention_layers - more
+    return count.done()
+
+
+@EXERCISE.misconception("values counted by key heads in the convolution")
+def narrow_values(model: Config, attention: Config) -> Sizes:
+    """Gated delta's convolution was counted with key_heads heads of values. Queries and keys have that many,
+    values have value_heads."""
+    count = Count(model, attention)
+    if model["kind"] == "gated_delta":
+        count.channels = model["key_heads"] * (2 * model["key_dim"] + model["value_dim"])
+    return count.done()
+
+
+@EXERCISE.misconception("the values not convolved")
+def no_values(model: Config, attention: Config) -> Sizes:
+    """Only queries and keys were counted in gated delta's convolution. Values go through it as well, and
+    their past is kept too."""
+    count = Count(model, attention)
+    if model["kind"] == "gated_delta":
+        count.channels = 2 * model["key_heads"] * model["key_dim"]
     return count.done()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlearn.grading.units.linear_attention.decay import EXERCISE
+from kvlearn.grading.units.linear_attention.features import nearby
 from kvlearn.grading.units.linear_attention.given import outer
 
 __all__ = ["EXERCISE", "Outs", "plain", "turns"]
@@ -54,7 +55,8 @@ def after_read(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
 
 @EXERCISE.misconception("read before it is written")
 def before_write(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
-    """The state was read before the new token was in it, so no token sees itself. Fade, write, read."""
+    """The state was read before the new token was in it (or the diagonal of the pairs was hidden), so no
+    token sees itself. Fade, write, read."""
     return turns(q, k, v, log_decay.exp(), state, lambda q, a, wrote, state: (a * state, a * state + wrote))
 
 
@@ -110,6 +112,18 @@ def one_place_late(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
     were shifted by one (or made without their own term). What token t finds fades by a_t."""
     late = torch.cat((torch.zeros_like(log_decay[..., :1]), log_decay[..., :-1]), -1)
     return turns(q, k, v, late.exp(), state, plain)
+
+
+@EXERCISE.misconception("a scale that was not asked for")
+def scaled(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
+    """Queries were divided by √K. Nothing is scaled here: out = Sᵀq."""
+    return turns(q * q.shape[-1] ** -0.5, k, v, log_decay.exp(), state, plain)
+
+
+@EXERCISE.misconception("a feature map that was not asked for")
+def features(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
+    """φ was applied to queries and keys. Here they are taken as they come."""
+    return turns(nearby(q), nearby(k), v, log_decay.exp(), state, plain)
 
 
 @EXERCISE.misconception("the state came back as it was")

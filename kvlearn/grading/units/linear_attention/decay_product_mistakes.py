@@ -63,6 +63,31 @@ def from_beginning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
     return pairs(q, k, v, fade, c.exp(), c.exp(), state)
 
 
+@EXERCISE.misconception("a factor too many for each pair")
+def own_factor(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
+    """Among the pairs token s has faded by a_s as well, and so has the token itself, on the diagonal: sums of
+    logarithms that start one place too early. It is a_{s+1} ⋯ a_t = exp(c_t − c_s), and 1 on the diagonal."""
+    c, d = distances(log_decay)
+    return pairs(q, k, v, (d + log_decay[..., None, :]).exp(), c.exp(), (c[..., -1:] - c).exp(), state)
+
+
+@EXERCISE.misconception("the distances with the wrong sign")
+def wrong_sign(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
+    """Pairs were weighed with exp(c_s − c_t), or with sums made from the end: what is long past grows instead
+    of fading. It is exp(c_t − c_s), t down and s across."""
+    c, d = distances(log_decay)
+    return pairs(q, k, v, (-d).exp().tril(), c.exp(), (c[..., -1:] - c).exp(), state)
+
+
+@EXERCISE.misconception("the state handed in not read")
+def state_unread(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
+    """The state returned is right, but no output has read what was handed in: qᵀS, faded by a_0 ⋯ a_t, is
+    missing from the sum."""
+    c, d = distances(log_decay)
+    out, _ = pairs(q, k, v, d.exp(), c.exp(), (c[..., -1:] - c).exp(), torch.zeros_like(state))
+    return out, turns(q, k, v, log_decay.exp(), state, plain)[1]
+
+
 @EXERCISE.misconception("the state handed in left out")
 def state_ignored(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
     """The recurrence began with zeros: what was handed in is not in the outputs nor in the last state. A text
@@ -148,10 +173,10 @@ def first_head(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
     return turns(q, k, v, log_decay[:, :1].expand_as(log_decay).exp(), state, plain)
 
 
-@EXERCISE.misconception("the state changed in place")
+@EXERCISE.misconception("an input changed in place")
 def in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Outs:
-    """The numbers are right, but `state *= a` and `state += …` changed the tensor that was handed in. Make
-    new ones: `state = a * state + …`."""
+    """The numbers are right, but something that was handed in has changed, most likely the state (`*=`,
+    `+=`). Make new tensors: `state = a * state + …`."""
 
     def turn(q: Tensor, a: Tensor, wrote: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         state *= a

@@ -103,9 +103,9 @@ def wrong_side(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
 
 @EXERCISE.misconception("written in place")
 def in_place(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
-    """The numbers are right, but `memory += …` changed the tensor that was handed in. Whoever goes on from
-    the same past a second time (another sample, a test) finds a token in it that is not theirs. Make new
-    tensors: `memory = memory + …`."""
+    """The numbers are right, but something that was handed in has changed, most likely the memory or the
+    normaliser (`+=`, `add_`). Whoever goes on from the same past a second time (another sample, a test) finds
+    a token in it that is not theirs. Make new tensors: `memory = memory + …`."""
     S += outer(nearby(k), v)
     z += nearby(k)
     return read(nearby(q), S, z), S, z

@@ -48,6 +48,22 @@ def no_features(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
     return read(q, S, z), S, z
 
 
+@EXERCISE.misconception("keys without their feature map")
+def raw_keys(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
+    """Memory and normaliser took k as it is, and only the query went through φ: weights may be negative.
+    φ(k) goes into both sums."""
+    S, z = S + outer(k, v), z + k
+    return read(nearby(q), S, z), S, z
+
+
+@EXERCISE.misconception("query and key exchanged")
+def exchanged(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
+    """φ(q) was written, and φ(k) used to read. A token leaves its *key* behind, by which later queries find
+    it."""
+    S, z = S + outer(nearby(q), v), z + nearby(q)
+    return read(nearby(k), S, z), S, z
+
+
 @EXERCISE.misconception("elu without + 1")
 def plain_elu(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
     """φ was elu alone, which goes down to −1: the normaliser may come near 0. φ is elu + 1."""
@@ -102,6 +118,13 @@ def swapped(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
     """The three tensors came back in another order. It is (out, memory, normaliser)."""
     S, z = S + outer(nearby(k), v), z + nearby(k)
     return read(nearby(q), S, z), z, S
+
+
+@EXERCISE.misconception("(V, K) returned")
+def returned_transposed(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> Outs:
+    """The output is right, but the memory came back transposed. It is (B, H, K, V), as it was handed in."""
+    S, z = S + outer(nearby(k), v), z + nearby(k)
+    return read(nearby(q), S, z), S.mT, z
 
 
 @EXERCISE.misconception("one head's key for all")

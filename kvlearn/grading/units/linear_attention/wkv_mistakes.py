@@ -50,7 +50,29 @@ def bonus_on_past(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def bonus_factor(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The token's own weight was u e^k. u stands in the exponent, e^(u + k): so it may be any number, and the
     weight stays positive."""
-    return by_exponents(w, (u.abs() + 1e-30).log(), k, v, exponents)
+    outs = []
+    for t in range(k.shape[1]):
+        weights = exponents(w, torch.zeros_like(u), k, t).softmax(1)
+        weights[:, -1] *= u
+        outs.append((weights * v[:, : t + 1]).sum(1) / weights.sum(1))
+    return torch.stack(outs, 1)
+
+
+@EXERCISE.misconception("the token's own weight without its key")
+def bonus_alone(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The token's own weight was e^u, whatever its key. u is added to the key: e^(u + k)."""
+
+    def give(w: Tensor, u: Tensor, k: Tensor, t: int) -> Tensor:
+        return torch.cat((exponents(w, u, k, t)[:, :-1], u.expand(len(k), 1, -1)), 1)
+
+    return by_exponents(w, u, k, v, give)
+
+
+@EXERCISE.misconception("faded twice a step")
+def faded_twice(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The past fades by e^(−2w) a step: the decay was put into the running maximum, m − w, and once more into
+    the sums. e^(m − w − n) holds it already."""
+    return by_exponents(2 * w, u, k, v, exponents)
 
 
 @EXERCISE.misconception("the decay off by one")

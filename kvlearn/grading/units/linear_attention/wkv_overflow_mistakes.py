@@ -31,11 +31,12 @@ def running(
     rescale: tuple[bool, bool] = (True, True),
     fades: bool = True,
     bonus: bool = True,
+    start: float = NONE,
 ) -> Tensor:
     """The recurrence with a running maximum; what is written may forget to be rescaled to the new one, and
     the maximum to fade, or the one to read with to look at the bonus."""
     a = b = torch.zeros_like(k[:, 0])
-    outs, m = [], torch.full_like(a, NONE)
+    outs, m = [], torch.full_like(a, start)
     for t in range(k.shape[1]):
         n = torch.maximum(m, u + k[:, t] if bonus else k[:, t])
         old, own = (m - n).exp(), (u + k[:, t] - n).exp()
@@ -89,6 +90,21 @@ def stuck_maximum(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     until they are 0 in fp32, and new small keys are 0 beside that maximum as well: 0/0. The largest exponent
     of the past fades with the past: m − w."""
     return running(w, u, k, v, fades=False)
+
+
+@EXERCISE.misconception("one maximum of the keys for everything")
+def one_maximum(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The largest key so far was used to read and to write. It knows nothing of the decay, so beside a large
+    key of long ago everything is 0, 0/0; nor of the bonus, so that e^(u + k) may overflow. To read take
+    max(m, u + k), to write max(m − w, k)."""
+    return running(w, u, k, v, fades=False, bonus=False)
+
+
+@EXERCISE.misconception("the maximum starts at 0")
+def starts_at_zero(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The largest exponent of an empty past was 0. That is the exponent of a token that is not there; beside
+    it keys far below 0 have no weight, and the average is 0/0. Start at −∞, or at −1e38."""
+    return running(w, u, k, v, start=0.0)
 
 
 @EXERCISE.misconception("the sums not rescaled to the new maximum")
