@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import right
+from answers import earned, names, right
 from torch import Tensor
 
 from kvlearn.attention import GatedDeltaNet, Mamba, Rwkv7
@@ -21,14 +21,6 @@ from kvlearn.grading.units.linear_attention import crossing, delta, mamba, wkv
 
 def graded(exercise: str, *answers: Any, seed: int = 1) -> Score:
     return judge(find_exercise(exercise), answers, seed)
-
-
-def earned(score: Score) -> list[int]:
-    return [int(row.earned) for row in score.rows]
-
-
-def names(score: Score) -> list[str]:
-    return [mistake.name for mistake in score.mistakes]
 
 
 # Right answers of other styles

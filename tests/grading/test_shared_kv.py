@@ -7,24 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import right
+from answers import full_marks, right
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from kvlearn.attention import core
-from kvlearn.grading import Score, check, find_exercise, judge
+from kvlearn.grading import Score, check, find_exercise
 
 Mask = Tensor | None
 
 
 def row(score: Score, name: str) -> Any:
     return next(row for row in score.rows if row.name.startswith(name))
-
-
-def full_marks(exercise: str, *answers: Any) -> bool:
-    scores = [judge(find_exercise(exercise), answers, seed) for seed in (1, 20, 300)]
-    assert all(score.status == "passed" for score in scores), scores[0].to_text()
-    return True
 
 
 def by_einsum(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:

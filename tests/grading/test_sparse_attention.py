@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import right
+from answers import earned, full_marks, names, right
 from torch import Tensor
 
 from kvlearn.attention.sparse.fixed import SparseAttention
@@ -20,25 +20,11 @@ from kvlearn.attention.sparse.sentences import (
     sparse_transformer,
     sparse_transformer_fixed,
 )
-from kvlearn.grading import Score, check, find_exercise, judge
+from kvlearn.grading import check, find_exercise
 from kvlearn.grading.units.sparse_attention import bytes as byte_counts
 from kvlearn.grading.units.sparse_attention import classic, evict, select
 
 IDS = [f"05.{n}" for n in range(1, 8)]
-
-
-def full_marks(exercise: str, *answers: Any) -> bool:
-    scores = [judge(find_exercise(exercise), answers, seed) for seed in (1, 20, 300)]
-    assert all(score.status == "passed" for score in scores), scores[0].to_text()
-    return True
-
-
-def earned(score: Score) -> list[float]:
-    return [row.earned for row in score.rows]
-
-
-def names(score: Score) -> list[str]:
-    return [mistake.name for mistake in score.mistakes]
 
 
 # Right answers of other styles

@@ -1,16 +1,16 @@
 """The benchmark ``linear`` at a size where it takes no time: what it measures, and that it checks before."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from bench_tools import small_and_timed
 from torch import Tensor
 
 from kvlearn import plots
 from kvlearn.attention import REGISTRY, LinearAttention, StateCache, StateMechanism
-from kvlearn.measure import Comparison
 from kvlearn.measure.bench import Row, run_benchmark
 from kvlearn.measure.linear_bench import cores, designs, endurance, layers, peers, scaling, sizes, steps
 from kvlearn.measure.shared_bench.growth import label
@@ -30,20 +30,7 @@ STATES = designs.state_names()
 
 @pytest.fixture(autouse=True)
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Small sizes, and a clock that shows what stands here under a contestant's name: else one second."""
-    shown: dict[str, float] = {}
-
-    def compare(fns: Mapping[str, Callable[[], Tensor]], *, rounds: int, **_: Any) -> Comparison:
-        for fn in fns.values():
-            fn()
-        return Comparison({name: rounds * (shown.get(name, 1.0),) for name in fns})
-
-    for module, values in SMALL.items():
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
-        if hasattr(module, "compare"):
-            monkeypatch.setattr(module, "compare", compare)
-    return shown
+    return small_and_timed(monkeypatch, SMALL)
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_tools import small_and_timed
 from torch import Tensor, nn
 
 from kvlearn.attention import KV, REGISTRY, RingCache, SlotCache, SparseAttention, WindowAttention
@@ -49,20 +50,7 @@ EVERYONE = {**DESIGNS, **WITH_SINKS}
 
 @pytest.fixture(autouse=True)
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Small sizes, and a clock that shows what stands here under a contestant's name: else one second."""
-    shown: dict[str, float] = {}
-
-    def compare(fns: Mapping[str, Callable[[], Tensor]], *, rounds: int, **_: Any) -> Comparison:
-        for fn in fns.values():
-            fn()
-        return Comparison({name: rounds * (shown.get(name, 1.0),) for name in fns})
-
-    for module, values in SMALL.items():
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
-        if hasattr(module, "compare"):
-            monkeypatch.setattr(module, "compare", compare)
-    return shown
+    return small_and_timed(monkeypatch, SMALL)
 
 
 def grows(seconds: dict[str, float], name: str, power: float) -> None:
