@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.cache import KV, Cache
 
 
@@ -38,11 +38,11 @@ class Mechanism(nn.Module, ABC):
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int | None) -> None:
         super().__init__()
-        self.d_model = expect.positive("d_model", d_model)
+        self.d_model = validate.positive("d_model", d_model)
         if head_dim is None:
-            head_dim = d_model // expect.divides("n_heads", n_heads, "d_model", d_model)
-        self.n_heads = expect.positive("n_heads", n_heads)
-        self.head_dim = expect.positive("head_dim", head_dim)
+            head_dim = d_model // validate.divides("n_heads", n_heads, "d_model", d_model)
+        self.n_heads = validate.positive("n_heads", n_heads)
+        self.head_dim = validate.positive("head_dim", head_dim)
 
     @abstractmethod
     def forward(
@@ -118,11 +118,11 @@ class Mechanism(nn.Module, ABC):
     def check(self, x: Tensor, cache: Cache | None, kind: type[Cache]) -> None:
         """The door of ``forward``: shape, dtype and device of ``x``, and a cache of this mechanism's kind."""
         dtype, device = self.dtype_and_device()
-        expect.tensor("x", x, ("batch", "time", self.d_model), dtype=dtype, device=device)
-        expect.at_least("x.shape[1] (time)", x.shape[1], 1)
+        validate.tensor("x", x, ("batch", "time", self.d_model), dtype=dtype, device=device)
+        validate.at_least("x.shape[1] (time)", x.shape[1], 1)
         if cache is None:
             return
-        expect.instance("cache", cache, kind)
+        validate.instance("cache", cache, kind)
         if cache.batch != len(x):
             raise ValueError(f"x: expected the cache's batch of {cache.batch}, got {len(x)}")
         if cache.device != device:

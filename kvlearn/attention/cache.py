@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 
 
 class Cache(ABC):
@@ -21,8 +21,8 @@ class Cache(ABC):
     can_trim = True  # False where what was seen cannot be forgotten: a state, a ring that wrote over its past
 
     def __init__(self, batch: int, max_len: int, device: torch.device | str) -> None:
-        self.batch = expect.positive("batch", batch)
-        self.max_len = expect.positive("max_len", max_len)
+        self.batch = validate.positive("batch", batch)
+        self.max_len = validate.positive("max_len", max_len)
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
         self.length = 0  # of the longest row
         self.lengths: Int[Tensor, "B"] | None = None  # of every row, where they differ
@@ -72,7 +72,7 @@ class Cache(ABC):
                 f"cache: a {type(self).__name__} cannot forget what it has seen, not even "
                 "padding: feed prompts of different lengths each with a cache of its own"
             )
-        expect.tensor("lengths", lengths, (self.batch,))
+        validate.tensor("lengths", lengths, (self.batch,))
         if lengths.is_floating_point():
             raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
         lengths = lengths.to(self.device, torch.int64, copy=True)
@@ -142,7 +142,7 @@ class KVCache(TokenCache):
         """Write new keys and values behind the old ones; return views of all of them, never a copy."""
         n_heads, head_dim = self.k.shape[1], self.k.shape[3]
         for name, new in (("k", k), ("v", v)):
-            expect.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
+            validate.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
         self.expect_room(k.shape[2])
         positions = self.positions(k.shape[2])
         for buffer, new in ((self.k, k), (self.v, v)):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 
 
 def attention(
@@ -42,7 +42,7 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device | str | None =
     Query t stands at position n_keys - n_queries + t and sees the keys up to and including its own.
     Raises ValueError for more queries than keys.
     """
-    expect.at_most("n_queries", n_queries, n_keys, "n_keys: each query has a key of its own")
+    validate.at_most("n_queries", n_queries, n_keys, "n_keys: each query has a key of its own")
     positions = torch.arange(n_keys - n_queries, n_keys, device=device)
     return positions[:, None] >= torch.arange(n_keys, device=device)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism
 from kvlearn.attention.cache import KV, Cache, KVCache, NoCache, TokenCache
 from kvlearn.attention.core import causal_attention, merge_heads, split_heads, upcast
@@ -44,7 +44,7 @@ class KVAttention(Mechanism):
         reader: bool,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.n_kv_heads = expect.positive("n_kv_heads", n_kv_heads)
+        self.n_kv_heads = validate.positive("n_kv_heads", n_kv_heads)
         self.reader = reader
         self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         if not reader:
@@ -99,12 +99,12 @@ class KVAttention(Mechanism):
 
     def check_source(self, source: KV | None, x: Tensor) -> KV:
         """The door for another layer's keys and values."""
-        kv: KV = expect.instance("source", source, KV)
-        expect.tensor("source.k", kv.k, (len(x), self.n_kv_heads, "tokens", self.head_dim), device=x.device)
-        expect.tensor("source.v", kv.v, tuple(kv.k.shape), device=x.device)
-        expect.tensor("source.positions", kv.positions, ("1 or batch", x.shape[1]))
+        kv: KV = validate.instance("source", source, KV)
+        validate.tensor("source.k", kv.k, (len(x), self.n_kv_heads, "tokens", self.head_dim), device=x.device)
+        validate.tensor("source.v", kv.v, tuple(kv.k.shape), device=x.device)
+        validate.tensor("source.positions", kv.positions, ("1 or batch", x.shape[1]))
         if kv.key_positions is not None:
-            expect.tensor("source.key_positions", kv.key_positions, ("1 or batch", kv.k.shape[2]))
+            validate.tensor("source.key_positions", kv.key_positions, ("1 or batch", kv.k.shape[2]))
         return kv
 
     def rotate(self, heads: Float[Tensor, "B H T D"], positions: Tensor) -> Float[Tensor, "B H T D"]:
@@ -138,7 +138,7 @@ class KVAttention(Mechanism):
         device: torch.device | str | None = None,
     ) -> Cache:
         dtype, at = self.dtype_and_device(dtype, device)
-        sizes = expect.positive("batch", batch), expect.positive("max_len", max_len)
+        sizes = validate.positive("batch", batch), validate.positive("max_len", max_len)
         return NoCache(*sizes, at) if self.reader else self.own_cache(*sizes, dtype, at)
 
     def own_cache(self, batch: int, max_len: int, dtype: torch.dtype, at: torch.device) -> TokenCache:
@@ -147,7 +147,7 @@ class KVAttention(Mechanism):
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """2 · B · G · D · the tokens kept of ``max_len`` · bytes a number; of a reader, 0."""
-        kept = self.tokens_kept(expect.positive("max_len", max_len))
+        kept = self.tokens_kept(validate.positive("max_len", max_len))
         return 0 if self.reader else self.kv_bytes(kept, batch, dtype)
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
@@ -157,7 +157,7 @@ class KVAttention(Mechanism):
         (PyTorch's attention wants one dtype: a cache in another than the weights' is converted at every step,
         which saves memory and costs time. A kernel can read it as it is.)
         """
-        return self.kv_bytes(self.tokens_read(expect.positive("length", length)), batch, dtype)
+        return self.kv_bytes(self.tokens_read(validate.positive("length", length)), batch, dtype)
 
     def tokens_kept(self, max_len: int) -> int:
         """How many tokens a cache for ``max_len`` has room for."""
@@ -169,5 +169,5 @@ class KVAttention(Mechanism):
 
     def kv_bytes(self, tokens: int, batch: int, dtype: torch.dtype | None) -> int:
         """2 · B · G · tokens · D · bytes a number."""
-        numbers = 2 * expect.positive("batch", batch) * self.n_kv_heads * self.head_dim
+        numbers = 2 * validate.positive("batch", batch) * self.n_kv_heads * self.head_dim
         return numbers * tokens * self.dtype_and_device(dtype)[0].itemsize

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Rope(nn.Module):
 
     def __init__(self, head_dim: int, config: RopeConfig) -> None:
         super().__init__()
-        expect.instance("rope", config, RopeConfig)
-        if expect.positive("head_dim", head_dim) % 2:
+        validate.instance("rope", config, RopeConfig)
+        if validate.positive("head_dim", head_dim) % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
         if not config.theta > 1:
             raise ValueError(f"rope.theta: expected a number above 1, got {config.theta}")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.cache import KV, TokenCache
 
 
@@ -36,7 +36,7 @@ class SlotCache(TokenCache):
         super().__init__(batch, max_len, device)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
-        self.n_slots, self.first_reuse = expect.positive("n_slots", n_slots), first_reuse
+        self.n_slots, self.first_reuse = validate.positive("n_slots", n_slots), first_reuse
         self.k = torch.zeros(batch, n_heads, n_slots, head_dim, dtype=dtype, device=device)
         self.v = self.k if shared else torch.zeros_like(self.k)
         self.held = torch.full((1, n_slots), -1, device=device)  # a row each where rows differ
@@ -67,7 +67,7 @@ class SlotCache(TokenCache):
         B, n_heads, _, head_dim = self.k.shape
         T = k.shape[2]
         for name, new in (("k", k), ("v", v)):
-            expect.tensor(name, new, (B, n_heads, T, head_dim), device=self.device)
+            validate.tensor(name, new, (B, n_heads, T, head_dim), device=self.device)
         self.expect_room(T)
         positions = self.positions(T)
         everything = None if T == 1 else self._behind(k, v, positions)

@@ -17,7 +17,7 @@ from torch import Tensor
 import kvlearn
 
 HOME = os.path.dirname(os.path.abspath(kvlearn.__file__))
-FREE_ROOMS = (os.path.join(HOME, "grading"), os.path.join(HOME, "expect.py"))
+FREE_ROOMS = (os.path.join(HOME, "grading"), os.path.join(HOME, "validate.py"))
 LIBRARIES = (
     "<frozen ",
     *(os.path.join(path, "") for path in (HOME, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))),

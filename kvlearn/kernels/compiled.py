@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.runtime import HAS_TRITON
 
 CARDS = {80: "A100", 90: "H100, H200", 100: "B200"}
@@ -64,7 +64,7 @@ def report(targets: tuple[int, ...] = tuple(CARDS), only: str = "") -> tuple[Com
     fails.
     """
     for target in targets:
-        expect.one_of("target", target, CARDS)
+        validate.one_of("target", target, CARDS)
     if not HAS_TRITON:
         raise RuntimeError("compiled: expected Triton, which exists for Linux only")
     with ThreadPoolExecutor(os.cpu_count()) as pool:

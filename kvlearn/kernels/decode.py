@@ -11,7 +11,6 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from kvlearn import expect
 from kvlearn.kernels.inputs import Request, check_shapes, check_values, expect_tensors, split_scale
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.operator import decode_operator, fill
@@ -155,7 +154,7 @@ def decode_latent(
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
     """
     expect_tensors(q_latent=q_latent, q_rope=q_rope, lengths=lengths)
-    cache = expect.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
+    cache = validate.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
     if isinstance(k_scale, Tensor) and k_scale.dim() == 2:
         k_scale = k_scale.unsqueeze(1)
     factor, k_scale = split_scale("k_scale", k_scale, cache)
@@ -202,14 +201,14 @@ def _decode(
     if validate or (validate is None and on_cpu and not tracing):
         check_values(request)
     if num_splits is not None:
-        expect.positive("num_splits", num_splits)
-    if expect.one_of("backend", backend, ("auto", "torch", "triton")) == "auto":
+        validate.positive("num_splits", num_splits)
+    if validate.one_of("backend", backend, ("auto", "torch", "triton")) == "auto":
         backend = "torch" if on_cpu else "triton"
     shape = (request.batch, request.n_heads, request.value_dim)
     if out is None:
         out = request.q.new_empty(shape)
     else:
-        expect.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
+        validate.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
         if 0 in out.stride() and out.numel() > 1:
             raise ValueError(f"out: expected memory of its own for every number, got strides {out.stride()}")
     rows = request.batch * request.n_heads

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -76,41 +76,43 @@ class Request:
 def expect_tensors(**arguments: object) -> None:
     """TypeError for an argument that is no tensor at all."""
     for name, value in arguments.items():
-        expect.instance(name, value, Tensor)
+        validate.instance(name, value, Tensor)
 
 
 def check_shapes(request: Request) -> None:
     """Shapes, dtypes and devices; ValueError or TypeError names the argument."""
     q, k, device = request.q, request.k, request.q.device
-    expect.tensor("q", q, ("batch", "heads", "width"))
-    expect.one_of("q.dtype", q.dtype, FLOATS)
+    validate.tensor("q", q, ("batch", "heads", "width"))
+    validate.one_of("q.dtype", q.dtype, FLOATS)
     batch, n_heads, width = q.shape
     for dimension, size in enumerate(q.shape):
-        expect.positive(f"q.shape[{dimension}]", size)
+        validate.positive(f"q.shape[{dimension}]", size)
     if request.q_rope is not None:
         rope = (batch, n_heads, "width")
-        width += expect.tensor("q_rope", request.q_rope, rope, dtype=q.dtype, device=device).shape[2]
+        width += validate.tensor("q_rope", request.q_rope, rope, dtype=q.dtype, device=device).shape[2]
     rows: int | str = batch if request.block_table is None else "pages"
-    expect.tensor("k_cache", k, (rows, "KV heads", "slots", width), device=device)
-    expect.divides("k_cache.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
+    validate.tensor("k_cache", k, (rows, "KV heads", "slots", width), device=device)
+    validate.divides("k_cache.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
     if request.v is not None:
-        expect.tensor("v_cache", request.v, (*k.shape[:3], "width"), dtype=k.dtype, device=device)
+        validate.tensor("v_cache", request.v, (*k.shape[:3], "width"), dtype=k.dtype, device=device)
     # fp32 queries can take any number as it is; fp16 cannot hold all of bf16's.
     floats = FLOATS if q.dtype == torch.float32 else (q.dtype,)
-    expect.one_of("k_cache.dtype", k.dtype, (*floats, *QUANTISED))
+    validate.one_of("k_cache.dtype", k.dtype, (*floats, *QUANTISED))
     for dimension in range(3):
-        expect.positive(f"k_cache.shape[{dimension}]", k.shape[dimension])
-    expect.tensor("lengths", request.lengths, (batch,), dtype=torch.int32, device=device)
+        validate.positive(f"k_cache.shape[{dimension}]", k.shape[dimension])
+    validate.tensor("lengths", request.lengths, (batch,), dtype=torch.int32, device=device)
     if request.window is not None:
-        expect.positive("window", request.window)
-    expect.at_least("n_sinks", request.n_sinks, 0)
+        validate.positive("window", request.window)
+    validate.at_least("n_sinks", request.n_sinks, 0)
     if request.sink_logits is not None:
-        expect.tensor("sink_logits", request.sink_logits, (n_heads,), device=device)
+        validate.tensor("sink_logits", request.sink_logits, (n_heads,), device=device)
     if request.block_table is not None:
-        expect.tensor("block_table", request.block_table, (batch, "pages"), dtype=torch.int32, device=device)
+        validate.tensor(
+            "block_table", request.block_table, (batch, "pages"), dtype=torch.int32, device=device
+        )
     for name, given in (("k_scale", request.k_scale), ("v_scale", request.v_scale)):
         if given is not None:
-            expect.tensor(name, given, tuple(k.shape[:3]), device=device)
+            validate.tensor(name, given, tuple(k.shape[:3]), device=device)
 
 
 def check_values(request: Request) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.inputs import Request
 from kvlearn.kernels.runtime import INTERPRETED, capability, multiprocessors, require_triton, shared_memory
 from kvlearn.kernels.tiling import Tiling, choose_latent_tiling, choose_splits, choose_tiling
@@ -39,11 +39,11 @@ class Workspace:
 
         A step whose rows would be cut into more pieces than ``max_splits`` is cut into that many.
         """
-        expect.positive("batch", batch)
-        expect.positive("n_heads", n_heads)
-        slots = batch * n_heads * expect.positive("max_splits", max_splits)
+        validate.positive("batch", batch)
+        validate.positive("n_heads", n_heads)
+        slots = batch * n_heads * validate.positive("max_splits", max_splits)
         return cls(
-            torch.empty(slots * expect.positive("head_dim", head_dim), device=device),
+            torch.empty(slots * validate.positive("head_dim", head_dim), device=device),
             torch.empty(slots, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
             torch.empty(batch * n_heads, device=device),

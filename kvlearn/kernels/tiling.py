@@ -8,7 +8,7 @@ The numbers come from what the compiler reports (``python -m kvlearn.kernels.com
 import functools
 from dataclasses import dataclass, replace
 
-from kvlearn import expect
+from kvlearn import validate
 
 KIB = 1024
 WALK = 2  # stages more, for a load that waits for another one: of the number of its page
@@ -118,9 +118,9 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
     are taken, of those that fill one wave and one more.
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
-        expect.positive(name, value)
-    slots = multiprocessors * expect.positive("per_multiprocessor", per_multiprocessor)
-    most = max(min(expect.at_least("tiles", tiles, 0), slots // programs + 1), 1)
+        validate.positive(name, value)
+    slots = multiprocessors * validate.positive("per_multiprocessor", per_multiprocessor)
+    most = max(min(validate.at_least("tiles", tiles, 0), slots // programs + 1), 1)
 
     def time(splits: int) -> int:
         return -(-programs * splits // slots) * (-(-tiles // splits) + START)

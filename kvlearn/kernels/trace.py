@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.runtime import INTERPRETED, require_triton
 
 
@@ -105,7 +105,7 @@ def trace(**tensors: Tensor) -> Iterator[Trace]:
     from triton.runtime.interpreter import interpreter_builder as builder
 
     for name, tensor in tensors.items():
-        expect.positive(f"{name}.numel()", expect.instance(name, tensor, Tensor).numel())
+        validate.positive(f"{name}.numel()", validate.instance(name, tensor, Tensor).numel())
     seen = Trace(tensors)
 
     def on_launch(*grid: int) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from kvlearn import expect
+from kvlearn import validate
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerShape:
     def __post_init__(self) -> None:
         for name in ("window", "head_dim", "latent"):
             if (value := getattr(self, name)) is not None:
-                expect.positive(name, value)
+                validate.positive(name, value)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "head_dim", "n_parameters", "context"):
-            expect.positive(name, getattr(self, name))
-        expect.divides("n_kv_heads", self.n_kv_heads, "n_heads", self.n_heads)
-        expect.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
+            validate.positive(name, getattr(self, name))
+        validate.divides("n_kv_heads", self.n_kv_heads, "n_heads", self.n_heads)
+        validate.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
 
     def layer(self, index: int) -> LayerShape:
         """The shape of layer ``index``, counted from 0."""
@@ -71,7 +71,7 @@ def elements_per_token(model: ModelShape, length: int = 1) -> int:
 
     At the default, the first token: every layer that stores anything counts, 2 · L · G · D for plain layers.
     """
-    expect.positive("length", length)
+    validate.positive("length", length)
     return _elements(model, length, "stored") - _elements(model, length - 1, "stored")
 
 
@@ -79,8 +79,8 @@ def cache_bytes(
     model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """STORED: bytes of cache for ``batch`` sequences of ``length`` tokens, windows as ring buffers."""
-    expect.at_least("length", length, 0)
-    return expect.positive("batch", batch) * _elements(model, length, "stored") * dtype.itemsize
+    validate.at_least("length", length, 0)
+    return validate.positive("batch", batch) * _elements(model, length, "stored") * dtype.itemsize
 
 
 def read_bytes(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -88,8 +88,8 @@ def read_bytes(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.d
 
     Every layer reads its own tokens once, all query heads together; a shared layer reads its owner's again.
     """
-    expect.at_least("length", length, 0)
-    return expect.positive("batch", batch) * _elements(model, length, "read") * dtype.itemsize
+    validate.at_least("length", length, 0)
+    return validate.positive("batch", batch) * _elements(model, length, "read") * dtype.itemsize
 
 
 def weights_bytes(model: ModelShape) -> int:
@@ -102,7 +102,7 @@ def users(model: ModelShape, device_bytes: float, length: int, *, dtype: torch.d
 
     0 where not even the weights and one sequence fit.
     """
-    expect.positive("length", length)
+    validate.positive("length", length)
     left = device_bytes - weights_bytes(model)
     return max(0, int(left // cache_bytes(model, length, dtype=dtype)))
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer
 
-from kvlearn import expect
+from kvlearn import validate
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Comparison:
 
     def time(self, name: str) -> Quartiles:
         """Seconds a call."""
-        return Quartiles.of(self.rounds[expect.one_of("name", name, list(self.rounds))])
+        return Quartiles.of(self.rounds[validate.one_of("name", name, list(self.rounds))])
 
     def ratio(self, name: str, base: str) -> Quartiles:
         """How many times as long ``name`` takes as ``base``, round by round."""
         for given in (name, base):
-            expect.one_of("name", given, list(self.rounds))
+            validate.one_of("name", given, list(self.rounds))
         return Quartiles.of([a / b for a, b in zip(self.rounds[name], self.rounds[base], strict=True)])
 
 
@@ -73,7 +73,7 @@ def compare(
     In each round every function runs once, or as often as fills ``min_block_time`` seconds; the order turns
     from round to round, so that none always runs behind the same other.
     """
-    expect.positive("rounds", rounds)
+    validate.positive("rounds", rounds)
     if not fns:
         raise ValueError("fns: expected at least one function, got none")
     calls = {}

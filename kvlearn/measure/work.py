@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvlearn import expect
+from kvlearn import validate
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def attention_work(
     pairs = new · cached + new · (new + 1) / 2. Bytes: keys and values of all tokens, 2 · B · G · D · (cached
     + new) numbers, and queries and outputs, 2 · B · H · D · new.
     """
-    expect.positive("new", new)
-    expect.at_least("cached", cached, 0)
+    validate.positive("new", new)
+    validate.at_least("cached", cached, 0)
     pairs = new * cached + new * (new + 1) // 2
     numbers = 2 * batch * head_dim * (n_kv_heads * (cached + new) + n_heads * new)
     return Work(4 * batch * n_heads * head_dim * pairs, numbers * dtype.itemsize)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any, Literal
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention import REGISTRY, LinearScaling, Llama3Scaling, Pattern, RopeConfig, YarnScaling
 
 SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
@@ -21,16 +21,16 @@ class Spec:
     """
 
     def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
-        self.name = expect.one_of("layers", name, REGISTRY)
+        self.name = validate.one_of("layers", name, REGISTRY)
         self.known = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
         if reads is not None and "reader" not in self.known:
             raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
         if isinstance(reads, int):
-            expect.at_most("layers: reads", reads, -1, "an earlier layer; -1 is the one before")
+            validate.at_most("layers: reads", reads, -1, "an earlier layer; -1 is the one before")
         elif reads is not None:
-            expect.one_of("layers: reads", reads, ["last"])
+            validate.one_of("layers: reads", reads, ["last"])
         for option in options:
-            expect.one_of(f"layers: option of {name!r}", option, [k for k in self.known if k != "reader"])
+            validate.one_of(f"layers: option of {name!r}", option, [k for k in self.known if k != "reader"])
         self.reads = reads
         self.options: dict[str, Any] = {
             k: str(v) if isinstance(v, Pattern) else tuple(v) if isinstance(v, list) else v
@@ -76,13 +76,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
-            expect.positive(name, getattr(self, name))
+            validate.positive(name, getattr(self, name))
         if self.head_dim is not None:
-            expect.positive("head_dim", self.head_dim)
+            validate.positive("head_dim", self.head_dim)
         if self.d_ff is not None:
-            expect.at_least("d_ff", self.d_ff, 0)
-        expect.one_of("norm", self.norm, ("rms", "layer"))
-        expect.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
+            validate.at_least("d_ff", self.d_ff, 0)
+        validate.one_of("norm", self.norm, ("rms", "layer"))
+        validate.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
         pattern = tuple(layer if isinstance(layer, Spec) else Spec(layer) for layer in self.layers)
         if not pattern:
             raise ValueError("layers: expected at least one mechanism, got none")

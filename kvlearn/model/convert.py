@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention import (
     REGISTRY,
     FullAttention,
@@ -72,7 +72,7 @@ def convert(
 
     Sources: Ainslie et al., "GQA" (2023), section 2.1; low_rank.py for the latents.
     """
-    expect.instance("model", model, Decoder)
+    validate.instance("model", model, Decoder)
     if any(spec.name != "full" or spec.reads is not None for spec in model.config.specs):
         raise ValueError(f'model: expected "full" layers with keys of their own, got {model.config.layers}')
     config, head_dim = replace(model.config, layers=tuple(layers)), model.mixers[0].head_dim
@@ -202,12 +202,12 @@ INITS: dict[str, dict[str, Init]] = {
 
 
 def _init_of(init: str, spec: Spec, is_read: bool) -> Init:
-    inits = INITS[expect.one_of("layers", spec.name, INITS)]
-    expect.one_of("init", init, {**SHARED, **LATENT})
+    inits = INITS[validate.one_of("layers", spec.name, INITS)]
+    validate.one_of("init", init, {**SHARED, **LATENT})
     keeps_heads = inits is SHARED and spec.name in SIGHTS and "n_kv_heads" not in spec.options
     if keeps_heads and not is_read:
         return SHARED["first"]  # nothing to choose: a copy
-    return inits[expect.one_of(f"init for {spec.name!r}", init, inits)]
+    return inits[validate.one_of(f"init for {spec.name!r}", init, inits)]
 
 
 def _fitted(spec: Spec, config: ModelConfig, head_dim: int) -> Spec:
@@ -221,7 +221,7 @@ def _fitted(spec: Spec, config: ModelConfig, head_dim: int) -> Spec:
         rope_dim: int = REGISTRY[spec.name](config.d_model, config.n_heads, **options).rope_dim  # type: ignore
     if not rope_dim:
         return spec
-    expect.at_most("layers: rope_dim", rope_dim, head_dim, "head_dim: the rotary pairs there are")
+    validate.at_most("layers: rope_dim", rope_dim, head_dim, "head_dim: the rotary pairs there are")
     rope = replace(config.rope, theta=config.rope.theta ** (rope_dim / head_dim))
     whole, factor = angular_frequencies(head_dim, config.rope)
     part, _ = angular_frequencies(rope_dim, rope)

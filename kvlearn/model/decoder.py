@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, LatentStep, Mechanism, NoCache
 from kvlearn.model.config import ModelConfig
 
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T M"]:
         """What the last layer says of each token, normalised: all of ``forward`` but the output matrix."""
-        expect.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
+        validate.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
         if tokens.device.type == "cpu" and tokens.numel():  # elsewhere a look at the values would synchronise
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(f"tokens: expected 0 to {self.config.vocab_size - 1}, got {least} to {most}")
         if cache is not None:
-            layers = expect.instance("cache", cache, DecoderCache).layers
+            layers = validate.instance("cache", cache, DecoderCache).layers
             if len(layers) != len(self.blocks):
                 raise ValueError(f"cache: expected {len(self.blocks)} layers, got {len(layers)}")
             lengths = [owner.length for owner in cache.owners]

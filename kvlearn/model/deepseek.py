@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.families import FAMILIES, LLAMA, Family, rope
 
@@ -117,8 +117,8 @@ def interleave(weight: Float[Tensor, "N M"], rope_dim: int, n_heads: int = 1) ->
 
 
 def _reorder(weight: Tensor, rope_dim: int, n_heads: int, pairs: tuple[int, int]) -> Tensor:
-    rows = len(weight) // expect.divides("n_heads", n_heads, "rows", len(weight))
-    expect.at_most("rope_dim", expect.positive("rope_dim", rope_dim), rows, "rows of a head")
+    rows = len(weight) // validate.divides("n_heads", n_heads, "rows", len(weight))
+    validate.at_most("rope_dim", validate.positive("rope_dim", rope_dim), rows, "rows of a head")
     still, turned = weight.unflatten(0, (n_heads, -1)).split((rows - rope_dim, rope_dim), dim=1)
     turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
     return torch.cat((still, turned), dim=1).flatten(0, 1)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.model.decoder import Decoder
 
 
@@ -31,14 +31,14 @@ def generate(
     prompt are fed at a time (all at once by default). ``use_cache=False`` computes everything again at every
     step: the same tokens, and the price of having no cache.
     """
-    expect.tensor("tokens", tokens, ("batch", "time"))
-    expect.at_least("tokens.shape[1] (time)", tokens.shape[1], 1)
-    expect.positive("n_new", n_new)
+    validate.tensor("tokens", tokens, ("batch", "time"))
+    validate.at_least("tokens.shape[1] (time)", tokens.shape[1], 1)
+    validate.positive("n_new", n_new)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a probability above 0 and at most 1, got {top_p}")
-    chunk = expect.positive("chunk", tokens.shape[1] if chunk is None else chunk)
+    chunk = validate.positive("chunk", tokens.shape[1] if chunk is None else chunk)
 
     generator = torch.Generator(tokens.device)
     generator.seed() if seed is None else generator.manual_seed(seed)

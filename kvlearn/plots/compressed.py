@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.measure import Quartiles, format_seconds
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
@@ -29,7 +29,7 @@ def roads(
     ``crossover``: where the lines meet on paper; None or infinity where they do not.
     """
     for name in (*flops, *(times or {})):
-        expect.one_of("road", name, ROADS)
+        validate.one_of("road", name, ROADS)
     with drawing(1, 2 if times else 1, size=(7.8, 3.7), squeeze=False) as (figure, grid):
         panels = grid[0]
         for name, counts in flops.items():
@@ -87,7 +87,7 @@ def spectrum(
     ``energies``: name -> squared singular values, largest first. A dot stands where a curve reaches
     ``share``; names in ``wrong`` are drawn as mistakes. Source: Eckart & Young (1936).
     """
-    expect.positive("len(energies)", len(energies))
+    validate.positive("len(energies)", len(energies))
     curves = {}
     for name, given in energies.items():
         values = np.asarray(given, dtype=float)
@@ -136,7 +136,7 @@ def rope_on_latent(
 
     ``scores``: name -> a score for each of ``shifts``, by default 0, 1, 2 …; names in ``wrong`` are mistakes.
     """
-    expect.positive("len(scores)", len(scores))
+    validate.positive("len(scores)", len(scores))
     curves = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
     spread = {name: float(np.ptp(curve)) for name, curve in curves.items()}
     palette = cycle(COLOURS[family] for family in ("compressed", "full", "shared", "memory"))

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.trace import Trace
 from kvlearn.measure import Quartiles
 from kvlearn.plots.picture import COLOURS, Picture, drawing
@@ -22,7 +22,7 @@ def access_pattern(traces: Mapping[str, Trace], *, columns: int = 3) -> Picture:
     A trace holds the reads of ``k`` and ``v``, (1, G, S, D); programs stand in the order in which they ran.
     Where it holds ``part`` too, or another launch follows, the programs that merge are marked.
     """
-    expect.positive("len(traces)", len(traces))
+    validate.positive("len(traces)", len(traces))
     rows = -(-len(traces) // columns)
     data = {}
     with drawing(rows, columns, size=(3.1 * columns, 2.75 * rows), squeeze=False) as (figure, axes):
@@ -92,7 +92,7 @@ def achieved_bandwidth(
     ``points``: (series, bytes, seconds), the most important series first. The floor's curve is
     bytes / (bytes / bandwidth + t_fixed); ``bar`` = (share, seconds) adds that of share · bandwidth.
     """
-    expect.positive("len(points)", len(points))
+    validate.positive("len(points)", len(points))
     nbytes = np.array([n for _, n, _ in points], dtype=float)
     reach = np.geomspace(nbytes.min() / 1.6, nbytes.max() * 1.6, 200)
     curves = {f"floor: {t_fixed * 1e6:.3g} µs + bytes / bandwidth": reach / (reach / bandwidth + t_fixed)}

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.path import Path
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.measure import format_bytes
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
@@ -25,11 +25,11 @@ def across_layers(
     ``owners`` and ``kinds`` as in a ModelConfig: whose keys and values a layer reads, and its mechanism.
     Without ``stored``, the bytes a layer, the picture counts layers that store.
     """
-    n_layers = expect.positive("len(owners)", len(owners))
+    n_layers = validate.positive("len(owners)", len(owners))
     kinds = ["keys and values"] * n_layers if kinds is None else list(kinds)
     for i, owner in enumerate(owners):
-        expect.at_least(f"owners[{i}]", owner, 0)
-        expect.at_most(f"owners[{i}]", owner, i, "the layer itself or an earlier one")
+        validate.at_least(f"owners[{i}]", owner, 0)
+        validate.at_most(f"owners[{i}]", owner, i, "the layer itself or an earlier one")
     amounts = [float(owner == i) for i, owner in enumerate(owners)] if stored is None else list(stored)
     for name, values in (("kinds", kinds), ("stored", amounts)):
         if len(values) != n_layers:

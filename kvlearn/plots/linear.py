@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.linear.decay import linear_attention
 from kvlearn.attention.linear.delta_rule import delta_rule
 from kvlearn.plots.picture import COLOURS, Picture, drawing
@@ -52,9 +52,9 @@ def state_memory(
     """
     if keys is None or values is None:
         keys, values = _example()
-    N, K = expect.tensor("keys", keys, ("writes", "numbers of a key")).shape
-    expect.at_most("len(keys)", N, 9, "panels side by side")
-    V = expect.tensor("values", values, (N, "numbers of a value")).shape[1]
+    N, K = validate.tensor("keys", keys, ("writes", "numbers of a key")).shape
+    validate.at_most("len(keys)", N, 9, "panels side by side")
+    V = validate.tensor("values", values, (N, "numbers of a value")).shape[1]
     keys, values = keys.double(), values.double()
     states = _states(keys, values, decay, beta)
     first = [next(j for j in range(i + 1) if torch.equal(keys[i], keys[j])) for i in range(N)]

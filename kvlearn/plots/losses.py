@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, NullLocator
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
 Points = Sequence[tuple[float, float, float]]  # (tokens or rank, loss, its standard error), in any order
@@ -25,7 +25,7 @@ def conversion_curves(
     ``curves``: text -> initialisation -> (tokens, loss, standard error). ``control`` names the curve of the
     model that was not converted and trained on as long; ``base`` is the loss before all of this, a text.
     """
-    expect.positive("len(curves)", len(curves))
+    validate.positive("len(curves)", len(curves))
     losses = [loss for panel in curves.values() for points in panel.values() for _, loss, _ in points]
     losses += (base or {}).values()
     with drawing(1, len(curves), size=(3.9 * len(curves), 4.2), sharey=True, squeeze=False) as (figure, axes):
@@ -60,7 +60,7 @@ def uptraining(
     """
     labels = {**names, control: f"{control}, trained on"}
     for name in labels:
-        expect.one_of("names", name, {row["run"] for row in rows})
+        validate.one_of("names", name, {row["run"] for row in rows})
     curves = {
         text: {
             label: [
@@ -87,7 +87,7 @@ def loss_over_rank(
 
     ``curves``: initialisation -> (rank, loss, standard error); ``base``: the loss of the model converted.
     """
-    expect.positive("len(curves)", len(curves))
+    validate.positive("len(curves)", len(curves))
     losses = [loss for points in curves.values() for _, loss, _ in points]
     at = sorted({x for points in curves.values() for x, _, _ in points})
     with drawing(size=(7.5, 3.8)) as (figure, axes):
@@ -114,7 +114,7 @@ def draw_curves(
 
     ``control`` is drawn as full attention, what is called random as a mistake, ``base`` as a dotted line.
     """
-    colour = COLOURS[expect.one_of("family", family, COLOURS)]
+    colour = COLOURS[validate.one_of("family", family, COLOURS)]
     styles = cycle((("-", "o", colour), ("--", "s", "none"), ("-.", "^", colour), (":", "v", "none")))
     for name, points in curves.items():
         if name == control:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention import Pattern, parse
 from kvlearn.attention.sparse.pattern import words
 from kvlearn.attention.sparse.plan import live_tokens, n_slots
@@ -44,7 +44,7 @@ def gallery(
             "stored": n_slots(pattern, n_tokens),
             "read": int(sees[-1].sum()),
         }
-    columns = min(columns, expect.positive("len(patterns)", len(patterns)))
+    columns = min(columns, validate.positive("len(patterns)", len(patterns)))
     rows = -(-len(patterns) // columns)
     with drawing(rows, columns, size=(2.75 * columns, 3.25 * rows), squeeze=False) as (figure, axes):
         for panel in axes.flat[len(patterns) :]:
@@ -100,7 +100,7 @@ def lifetimes(
     """
     parsed = {name: parse(pattern) for name, pattern in patterns.items()}
     data: dict[str, Any] = {}
-    columns = min(columns, expect.positive("len(patterns)", len(patterns)))
+    columns = min(columns, validate.positive("len(patterns)", len(patterns)))
     rows = -(-len(patterns) // columns)
     with drawing(rows, columns, size=(2.75 * columns, 3.4 * rows), squeeze=False) as (figure, axes):
         for panel in axes.flat[len(patterns) :]:
@@ -130,7 +130,7 @@ def lifetimes(
 def selections(chosen: Mapping[str, np.ndarray | torch.Tensor], *, title: str = "") -> Picture:
     """Which keys the queries of one head selected by content: a grid each, a row a query."""
     grids = {name: torch.as_tensor(grid) for name, grid in chosen.items()}
-    expect.positive("len(chosen)", len(grids))
+    validate.positive("len(chosen)", len(grids))
     figure: Figure
     with drawing(1, len(grids), size=(2.75 * len(grids), 3.6), squeeze=False) as (figure, axes):
         for panel, (name, grid) in zip(axes[0], grids.items(), strict=True):

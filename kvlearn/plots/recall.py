@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.measure import format_bytes
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 from kvlearn.plots.scaling import STYLES
@@ -24,7 +24,7 @@ NAMES = {"full": "full attention", "short_conv": "short convolution alone"}
 
 def recall_curves(runs: Mapping[str, Run]) -> Picture:
     """The share of right answers over the steps of training, a line a run of ``recall.train``."""
-    expect.positive("len(runs)", len(runs))
+    validate.positive("len(runs)", len(runs))
     curves = {name: [(point.step, point.accuracy) for point in run.curve] for name, run in runs.items()}
     with drawing(size=(7.5, 3.8)) as (figure, axes):
         for name, style in _styles(runs).items():
@@ -50,10 +50,10 @@ def recall_over_state(rows: Sequence[Mapping[str, Any]], *, designs: Iterable[st
     """
     cells = compare(rows)
     known = list(dict.fromkeys(cell.design for cell in cells if cell.design not in OTHERS))
-    wanted = known if designs is None else [expect.one_of("designs", name, known) for name in designs]
+    wanted = known if designs is None else [validate.one_of("designs", name, known) for name in designs]
     styles = _styles(wanted)
     pairs = sorted({cell.n_pairs for cell in cells})
-    expect.positive("len(designs)", len(wanted))
+    validate.positive("len(designs)", len(wanted))
     size = 3.6 * len(pairs) + 2.2, 3.8
     with drawing(1, len(pairs), size=size, sharey=True, squeeze=False) as (figure, axes):
         for panel, n in zip(axes[0], pairs, strict=True):

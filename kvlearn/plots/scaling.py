@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.measure import format_bytes, format_seconds
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
@@ -33,11 +33,11 @@ def scaling(
     that were fitted.
     """
     end = "_time_exponent"
-    expect.one_of("part", part, [w.removesuffix(end) for row in rows if (w := row["what"]).endswith(end)])
+    validate.one_of("part", part, [w.removesuffix(end) for row in rows if (w := row["what"]).endswith(end)])
     found = [row for row in rows if row["what"].startswith(f"{part}_")]
     known = list(dict.fromkeys(row["name"] for row in found if row["what"] == f"{part}_time"))
-    wanted = known if names is None else [expect.one_of("names", name, known) for name in names]
-    expect.positive("len(names)", len(wanted))
+    wanted = known if names is None else [validate.one_of("names", name, known) for name in names]
+    validate.positive("len(names)", len(wanted))
     lines = {name: _line([row for row in found if row["name"] == name], part) for name in wanted}
     with drawing(1, 2, size=(8.6, 4.4)) as (figure, axes):
         styles = _styles({name: line["family"] for name, line in lines.items()})
@@ -79,7 +79,7 @@ def _styles(families: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     styles = {}
     for name, family in families.items():
         ls, marker = next(turns[family])
-        colour = COLOURS[expect.one_of("family", family, COLOURS)]
+        colour = COLOURS[validate.one_of("family", family, COLOURS)]
         fill = colour if marker in "o^v" else "none"
         styles[name] = {"color": colour, "ls": ls, "marker": marker, "mfc": fill}
     return styles

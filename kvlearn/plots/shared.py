@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.measure import format_bytes
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
@@ -25,7 +25,7 @@ def pools(
     reads the keys and values of the first. Under each stand the numbers stored and read for every token in
     the cache, a layer.
     """
-    columns = min(columns, expect.positive("len(designs)", len(designs)))
+    columns = min(columns, validate.positive("len(designs)", len(designs)))
     rows = -(-len(designs) // columns)
     data: dict[str, Any] = {}
     size = (max(2.6 * columns, 4.0), 2.3 * rows + (0.4 if columns > 2 else 0.6))
@@ -66,7 +66,7 @@ def _routes(name: str, given: Route | Sequence[Route]) -> list[list[int]]:
         raise ValueError(f"designs[{name!r}]: expected a pool for each query head, got none")
     if len(routes) > 2:
         raise ValueError(f"designs[{name!r}]: expected the routes of one layer or two, got {len(routes)}")
-    return [[expect.at_least(f"designs[{name!r}]", pool, 0) for pool in route] for route in routes]
+    return [[validate.at_least(f"designs[{name!r}]", pool, 0) for pool in route] for route in routes]
 
 
 def _draw_pools(panel: Axes, routes: list[list[int]], n_kv_heads: int) -> None:
@@ -113,7 +113,7 @@ def stored_and_read(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Pi
     A row has ``name``, ``stored`` and ``read``, as the last of a decoder's table, and may have a ``family``:
     a key of COLOURS, "shared" unless given. The axis is logarithmic where amounts lie more than 32x apart.
     """
-    expect.positive("len(rows)", len(rows))
+    validate.positive("len(rows)", len(rows))
     amounts = [row[column] for row in rows for column in ("stored", "read")]
     positive = [amount for amount in amounts if amount > 0]
     if not positive:
@@ -122,7 +122,7 @@ def stored_and_read(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Pi
     start = min(positive) / 4 if log else 0
     with drawing(size=(7.8, 0.5 * len(rows) + 1.1)) as (figure, axes):
         for y, row in enumerate(rows):
-            colour = COLOURS[expect.one_of("family", _family(row), COLOURS)]
+            colour = COLOURS[validate.one_of("family", _family(row), COLOURS)]
             for column, place in (("stored", -0.18), ("read", 0.18)):
                 hatched = {"fc": "none", "ec": colour, "hatch": "////"}
                 style = {"color": colour} if column == "stored" else hatched

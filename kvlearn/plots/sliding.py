@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention import RingCache
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
@@ -60,7 +60,7 @@ def _frames(window: int, n_sinks: int, n_tokens: int) -> list[list[int]]:
     """Which position every slot holds, after each token."""
     cache = RingCache(1, 1, n_tokens, 1, window, n_sinks, torch.float32, torch.device("cpu"))
     token, frames = torch.zeros(1, 1, 1, 1), []
-    for _ in range(expect.positive("n_tokens", n_tokens)):
+    for _ in range(validate.positive("n_tokens", n_tokens)):
         cache.append(token, token)
         frames.append(cache.held[0].tolist())
     return frames
@@ -113,8 +113,8 @@ def _sees(query: int, window: int | None, n_sinks: int) -> list[int]:
 
 def _heard(windows: Sequence[int | None], n_tokens: int, n_sinks: int) -> list[list[int]]:
     """Level by level from the input up: the positions that the last token's output can depend on."""
-    expect.positive("len(windows)", len(windows))
-    levels = [[expect.positive("n_tokens", n_tokens) - 1]]
+    validate.positive("len(windows)", len(windows))
+    levels = [[validate.positive("n_tokens", n_tokens) - 1]]
     for window in reversed(windows):
         levels.append(sorted({key for query in levels[-1] for key in _sees(query, window, n_sinks)}))
     return levels[::-1]
@@ -166,7 +166,7 @@ def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: 
     Each point is the mean over ``width`` positions.
     """
     models = list(dict.fromkeys(row["run"] for row in rows))
-    expect.positive("len(rows)", len(rows))
+    validate.positive("len(rows)", len(rows))
     data: dict[str, Any] = {model: {} for model in models}
     with drawing(1, len(models), size=(4.2 * len(models), 3.6), sharey=True, squeeze=False) as (figure, axes):
         for panel, model in zip(axes[0], models, strict=True):

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
 KEYS, VALUES = to_rgba(COLOURS["full"], 0.9), to_rgba(COLOURS["full"], 0.5)
@@ -24,11 +24,13 @@ def squeeze(
     numbers a token. ``n_tokens`` is S, the tokens in the cache.
     """
     for name, value in {"n_heads": n_heads, "head_dim": head_dim, "rank": rank, "n_tokens": n_tokens}.items():
-        expect.positive(name, value)
-    expect.at_most("rank", rank, n_heads * head_dim, "n_heads · head_dim, half of what is squeezed")
-    expect.at_least("rope_dim", rope_dim, 0)
-    expect.at_most("rope_dim", rope_dim, head_dim, "head_dim")
-    expect.at_least("n_tokens", n_tokens, rank + rope_dim)  # else the folded query is larger than the scores
+        validate.positive(name, value)
+    validate.at_most("rank", rank, n_heads * head_dim, "n_heads · head_dim, half of what is squeezed")
+    validate.at_least("rope_dim", rope_dim, 0)
+    validate.at_most("rope_dim", rope_dim, head_dim, "head_dim")
+    validate.at_least(
+        "n_tokens", n_tokens, rank + rope_dim
+    )  # else the folded query is larger than the scores
     full, cached = 2 * n_heads * head_dim, rank + rope_dim
     largest = {"naive": n_tokens * full, "absorbed": n_tokens * n_heads}
     with drawing(size=(7.8, 5.5)) as (figure, axes):

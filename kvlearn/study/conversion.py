@@ -16,7 +16,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.model import Decoder, Spec, card, convert
 from kvlearn.study.base import PATH, base_model
 from kvlearn.study.curve import Point, train_and_measure
@@ -95,8 +95,8 @@ def convert_and_uptrain(
 
     Raises ValueError for a ``share`` that is not above 0 or is less than one step, and what ``convert`` does.
     """
-    expect.positive("batch", batch)
-    seen = card(PATH)["tokens"] if seen is None else expect.positive("seen", seen)
+    validate.positive("batch", batch)
+    seen = card(PATH)["tokens"] if seen is None else validate.positive("seen", seen)
     steps = round(share * seen / (batch * length))
     if steps < 1:
         raise ValueError(

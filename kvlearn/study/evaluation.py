@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.model import Decoder
 
 
@@ -36,12 +36,12 @@ def evaluate(
     model: Decoder, text: UInt8[Tensor, "N"], *, length: int, n_windows: int = 64, batch: int = 16
 ) -> Evaluation:
     """The loss over ``n_windows`` windows of ``length`` bytes, spread evenly over ``text``."""
-    expect.positive("n_windows", n_windows)
+    validate.positive("n_windows", n_windows)
     if len(text) <= length:
         raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
     starts = torch.linspace(0, len(text) - length - 1, n_windows, dtype=torch.float64).long()
     losses = []
-    for some in starts.split(expect.positive("batch", batch)):
+    for some in starts.split(validate.positive("batch", batch)):
         window = text[some[:, None] + torch.arange(length + 1)].long().to(model.embed.weight.device)
         logits = model(window[:, :-1]).float()
         losses.append(F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.model import Decoder, ModelConfig, Spec
 from kvlearn.study.training import TrainConfig
 
@@ -48,13 +48,13 @@ class Recall:
     n_values: int = 32
 
     def __post_init__(self) -> None:
-        expect.positive("n_pairs", self.n_pairs)
+        validate.positive("n_pairs", self.n_pairs)
         for name in ("n_keys", "n_values"):
             if getattr(self, name) < self.n_pairs:
                 raise ValueError(
                     f"{name}: expected at least n_pairs={self.n_pairs}, got {getattr(self, name)}"
                 )
-        expect.at_least("length", self.length, 3 * self.n_pairs)
+        validate.at_least("length", self.length, 3 * self.n_pairs)
 
     @property
     def vocab_size(self) -> int:

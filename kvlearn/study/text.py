@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 
 SYMPY_VERSION = "1.14.0"
 CHECKSUM = "3ba4ae46b05ffe5bb4f98fef40cd6c360c0150b94334f03dd85071ec3fcf9e89"
@@ -95,6 +95,6 @@ def windows(
     """
     if len(text) <= length:
         raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + expect.at_least("step", step, 0))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + validate.at_least("step", step, 0))
     starts = torch.randint(len(text) - length, (batch,), generator=generator)
     return text[starts[:, None] + torch.arange(length + 1)].long()

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.model import Decoder
 from kvlearn.study.text import windows
 
@@ -36,7 +36,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "length"):
-            expect.positive(name, getattr(self, name))
+            validate.positive(name, getattr(self, name))
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
 
@@ -82,7 +82,7 @@ def train(
     Raises FloatingPointError at the first loss or gradient that is not finite, before it reaches a weight or
     the checkpoint; ValueError where the checkpoint belongs to another run.
     """
-    expect.positive("every", every)
+    validate.positive("every", every)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
     history: list[Step] = []
     if checkpoint is not None and Path(checkpoint).exists():

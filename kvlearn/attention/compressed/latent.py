@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.cache import Cache
 from kvlearn.attention.core import causal_attention
 
@@ -38,8 +38,8 @@ class LatentCache(Cache):
         super().__init__(batch, max_len, device)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
-        self.rank = expect.positive("rank", rank)
-        width = rank + expect.at_least("rope_dim", rope_dim, 0)
+        self.rank = validate.positive("rank", rank)
+        width = rank + validate.at_least("rope_dim", rope_dim, 0)
         # Zeros, not whatever the memory held: a masked slot weighs 0, and 0 · NaN would be NaN.
         self.latents = torch.zeros(batch, max_len, width, dtype=dtype, device=device)
 
@@ -48,9 +48,9 @@ class LatentCache(Cache):
 
     def append(self, latent: Float[Tensor, "B T R"], k_rope: Float[Tensor, "B T Dr"]) -> Tensor:
         """Write new tokens behind the old ones; return a view of all rows so far, (B, S, R + Dr)."""
-        expect.tensor("latent", latent, (self.batch, "time", self.rank), device=self.device)
+        validate.tensor("latent", latent, (self.batch, "time", self.rank), device=self.device)
         n_tokens, rope_dim = latent.shape[1], self.latents.shape[2] - self.rank
-        expect.tensor("k_rope", k_rope, (self.batch, n_tokens, rope_dim), device=self.device)
+        validate.tensor("k_rope", k_rope, (self.batch, n_tokens, rope_dim), device=self.device)
         self.expect_room(n_tokens)
         new = torch.cat((latent, k_rope), dim=-1).detach().to(self.latents.dtype)
         if self.lengths is None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism
 from kvlearn.attention.compressed.latent import LatentCache
 from kvlearn.attention.rope import Rope, RopeConfig
@@ -49,13 +49,13 @@ class LatentMemory(Mechanism):
         scale: float | None = None,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.v_head_dim = self.head_dim if v_head_dim is None else expect.positive("v_head_dim", v_head_dim)
+        self.v_head_dim = self.head_dim if v_head_dim is None else validate.positive("v_head_dim", v_head_dim)
         width = self.n_heads * (self.head_dim + self.v_head_dim)
-        self.rank = expect.positive("rank", self.default_rank() if rank is None else rank)
-        expect.at_most("rank", self.rank, width, "the heads' width, n_heads · (head_dim + v_head_dim)")
+        self.rank = validate.positive("rank", self.default_rank() if rank is None else rank)
+        validate.at_most("rank", self.rank, width, "the heads' width, n_heads · (head_dim + v_head_dim)")
         if rope_dim is None:
             rope_dim = 0 if rope is None else max(self.head_dim // 4 * 2, 2)
-        self.rope_dim = expect.at_least("rope_dim", rope_dim, 0)
+        self.rope_dim = validate.at_least("rope_dim", rope_dim, 0)
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim: expected an even number, got {rope_dim}")
         self.scale = (self.head_dim + self.rope_dim) ** -0.5 if scale is None else float(scale)
@@ -122,8 +122,8 @@ class LatentMemory(Mechanism):
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · max_len · (R + Dr) · bytes a number."""
-        expect.positive("max_len", max_len)
-        expect.positive("batch", batch)
+        validate.positive("max_len", max_len)
+        validate.positive("batch", batch)
         width = self.rank + self.rope_dim
         return batch * max_len * width * self.dtype_and_device(dtype)[0].itemsize
 
@@ -132,5 +132,5 @@ class LatentMemory(Mechanism):
 
         (The absorbed road reads no more; the naive one also writes and reads what it decompresses.)
         """
-        expect.positive("length", length)
+        validate.positive("length", length)
         return self.cache_bytes(length, batch=batch, dtype=dtype)

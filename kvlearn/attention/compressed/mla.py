@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.compressed.latent_attention import LatentAttention
 from kvlearn.attention.compressed.latent_memory import Compressed
@@ -50,7 +50,7 @@ class MultiHeadLatentAttention(LatentAttention):
             scale=scale,
         )
         width = self.n_heads * (self.head_dim + self.rope_dim)
-        self.q_rank = None if q_rank is None else expect.positive("q_rank", q_rank)
+        self.q_rank = None if q_rank is None else validate.positive("q_rank", q_rank)
         if self.q_rank is None:
             self.q_proj = nn.Linear(d_model, width, bias=False)
         else:

@@ -8,7 +8,7 @@ causal mask lets through P = new · cached + new · (new + 1) / 2 pairs. A multi
 import math
 from typing import Literal
 
-from kvlearn import expect
+from kvlearn import validate
 
 Road = Literal["naive", "absorbed"]
 
@@ -108,10 +108,10 @@ def _check(
     batch: int,
 ) -> int:
     """The door of all of these; returns the width of a head's value."""
-    expect.one_of("road", road, ("naive", "absorbed"))
+    validate.one_of("road", road, ("naive", "absorbed"))
     sizes = {"n_heads": n_heads, "head_dim": head_dim, "rank": rank, "new": new, "batch": batch}
     for name, value in sizes.items():
-        expect.positive(name, value)
+        validate.positive(name, value)
     for name, value in {"rope_dim": rope_dim, "cached": cached}.items():
-        expect.at_least(name, value, 0)
-    return head_dim if v_head_dim is None else expect.positive("v_head_dim", v_head_dim)
+        validate.at_least(name, value, 0)
+    return head_dim if v_head_dim is None else validate.positive("v_head_dim", v_head_dim)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.delta_rule import delta_rule
@@ -52,9 +52,9 @@ class DeltaNet(StateMechanism):
         conv: int | None = 4,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.key_dim = expect.positive("key_dim", self.head_dim if key_dim is None else key_dim)
+        self.key_dim = validate.positive("key_dim", self.head_dim if key_dim is None else key_dim)
         n_key_heads = self.n_heads if n_key_heads is None else n_key_heads
-        self.n_key_heads = expect.divides("n_key_heads", n_key_heads, "n_heads", self.n_heads)
+        self.n_key_heads = validate.divides("n_key_heads", n_key_heads, "n_heads", self.n_heads)
         keys, values = self.n_key_heads * self.key_dim, self.n_heads * self.head_dim
         self.widths = [keys, keys, values]
         self.q_proj = nn.Linear(d_model, keys, bias=False)
@@ -62,7 +62,7 @@ class DeltaNet(StateMechanism):
         self.v_proj = nn.Linear(d_model, values, bias=False)
         self.b_proj = nn.Linear(d_model, self.n_heads, bias=False)
         self.conv = (
-            None if conv is None else ShortConvolution(sum(self.widths), expect.at_least("conv", conv, 2))
+            None if conv is None else ShortConvolution(sum(self.widths), validate.at_least("conv", conv, 2))
         )
         self.norm = HeadNorm(self.head_dim)
         self.o_proj = nn.Linear(values, d_model, bias=False)

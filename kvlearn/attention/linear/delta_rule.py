@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.linear.decay import decay_mask
 from kvlearn.attention.linear.forms import Outcome, by_form, check_inputs, check_log_decay
 
@@ -54,7 +54,7 @@ def delta_rule(
 
 def check_beta(beta: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """The door for step sizes: finite numbers."""
-    expect.tensor("beta", beta, shape, device=device)
+    validate.tensor("beta", beta, shape, device=device)
     if beta.device.type == "cpu" and not bool(beta.isfinite().all()):  # elsewhere a look would synchronise
         raise ValueError("beta: expected finite numbers, got NaN or infinity among them")
 

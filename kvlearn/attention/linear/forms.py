@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 
 FORMS = ("parallel", "recurrent", "chunked")
 Outcome = tuple[Tensor, Tensor]  # outputs (B, H, T, V), and the state (B, H, K, V) behind the last token
@@ -35,8 +35,8 @@ def by_form(
     handed the state of the one before. The last chunk may be shorter. What a chunk needs for itself lives no
     longer than the chunk (but for gradients), so memory stays linear in T.
     """
-    expect.one_of("form", form, FORMS)
-    expect.positive("chunk", chunk)
+    validate.one_of("form", form, FORMS)
+    validate.positive("chunk", chunk)
     size, outs = chunk if form == "chunked" else inputs[0].shape[2], []
     with no_autocast(state.device):
         if form == "recurrent":
@@ -57,11 +57,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Float[Tensor, "B H K V"]:
     """The door for queries, keys and values; the state as ``check_state`` gives it."""
-    expect.tensor("q", q, ("batch", "heads", "time", "features"))
-    expect.at_least("q.shape[2] (time)", q.shape[2], 1)
+    validate.tensor("q", q, ("batch", "heads", "time", "features"))
+    validate.at_least("q.shape[2] (time)", q.shape[2], 1)
     B, H, T, K = q.shape
-    expect.tensor("k", k, (B, H, T, K), dtype=q.dtype, device=q.device)
-    expect.tensor("v", v, (B, H, T, "values"), dtype=q.dtype, device=q.device)
+    validate.tensor("k", k, (B, H, T, K), dtype=q.dtype, device=q.device)
+    validate.tensor("v", v, (B, H, T, "values"), dtype=q.dtype, device=q.device)
     return check_state(state, (B, H, K, v.shape[3]), q)
 
 
@@ -70,7 +70,7 @@ def check_state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> T
     inside = torch.promote_types(like.dtype, torch.float32)
     if state is None:
         return torch.zeros(shape, dtype=inside, device=like.device)
-    expect.tensor("state", state, shape, device=like.device)
+    validate.tensor("state", state, shape, device=like.device)
     if not state.is_floating_point():
         raise TypeError(f"state: expected a floating-point type, got {state.dtype}")
     return state.to(inside)
@@ -78,7 +78,7 @@ def check_state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> T
 
 def check_log_decay(log_decay: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """The door for decays: logarithms of numbers in (0, 1]."""
-    expect.tensor("log_decay", log_decay, shape, device=device)
+    validate.tensor("log_decay", log_decay, shape, device=device)
     if log_decay.device.type == "cpu":  # elsewhere a look at the values would synchronise
         least, most = (float(bound) for bound in log_decay.detach().aminmax())
         if not (-math.inf < least and most <= 0):  # NaN fails too

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.linear.channel_decay import after, faded_products
 from kvlearn.attention.linear.forms import Outcome, by_form, check_inputs, check_log_decay
 
@@ -39,7 +39,7 @@ def generalised_delta_rule(
     """
     state = check_inputs(q, k, v, state)
     for name, x in (("probe", probe), ("rewrite", rewrite)):
-        expect.tensor(name, x, q.shape, dtype=q.dtype, device=q.device)
+        validate.tensor(name, x, q.shape, dtype=q.dtype, device=q.device)
     check_log_decay(log_decay, q.shape, q.device)
     inputs = (q, k, v, probe, rewrite, log_decay)
     return by_form(form, parallel, recurrent, inputs, state, chunk)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.channel_decay import gated_linear_attention
@@ -40,8 +40,10 @@ class GatedLinearAttention(StateMechanism):
         rank: int = 16,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.key_dim = expect.positive("key_dim", max(self.head_dim // 2, 1) if key_dim is None else key_dim)
-        expect.positive("rank", rank)
+        self.key_dim = validate.positive(
+            "key_dim", max(self.head_dim // 2, 1) if key_dim is None else key_dim
+        )
+        validate.positive("rank", rank)
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.v_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.delta import unit
@@ -47,12 +47,12 @@ class KimiDeltaAttention(StateMechanism):
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         width = self.n_heads * self.head_dim
-        rank = expect.positive("rank", self.head_dim if rank is None else rank)
+        rank = validate.positive("rank", self.head_dim if rank is None else rank)
         self.q_proj = nn.Linear(d_model, width, bias=False)
         self.k_proj = nn.Linear(d_model, width, bias=False)
         self.v_proj = nn.Linear(d_model, width, bias=False)
         self.b_proj = nn.Linear(d_model, self.n_heads, bias=False)
-        self.conv = ShortConvolution(3 * width, expect.at_least("conv", conv, 2))
+        self.conv = ShortConvolution(3 * width, validate.at_least("conv", conv, 2))
         self.decay_down = nn.Linear(d_model, rank, bias=False)
         self.decay_up = nn.Linear(rank, width, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.n_heads))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.decay import linear_attention
@@ -78,8 +78,8 @@ class LinearAttention(StateMechanism):
         features: str = "elu",
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.key_dim = expect.positive("key_dim", self.head_dim if key_dim is None else key_dim)
-        self.features = FEATURES[expect.one_of("features", features, FEATURES)]
+        self.key_dim = validate.positive("key_dim", self.head_dim if key_dim is None else key_dim)
+        self.features = FEATURES[validate.one_of("features", features, FEATURES)]
         self.n_features = len(self.features(torch.empty(self.key_dim, device="meta")))
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)

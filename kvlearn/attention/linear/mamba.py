@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import upcast
 from kvlearn.attention.linear.scan import FORMS, selective_scan
@@ -47,11 +47,11 @@ class Mamba(StateMechanism):
         dt_rank: int | None = None,
     ) -> None:
         super().__init__(d_model, n_heads, None)
-        self.d_inner = expect.positive("expand", expand) * self.d_model
-        self.d_state = expect.positive("d_state", d_state)
-        self.dt_rank = expect.positive("dt_rank", -(-self.d_model // 16) if dt_rank is None else dt_rank)
+        self.d_inner = validate.positive("expand", expand) * self.d_model
+        self.d_state = validate.positive("d_state", d_state)
+        self.dt_rank = validate.positive("dt_rank", -(-self.d_model // 16) if dt_rank is None else dt_rank)
         self.in_proj = nn.Linear(self.d_model, 2 * self.d_inner, bias=False)
-        self.conv = ShortConvolution(self.d_inner, expect.at_least("conv", conv, 2), bias=conv_bias)
+        self.conv = ShortConvolution(self.d_inner, validate.at_least("conv", conv, 2), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.decay import linear_attention
@@ -62,13 +62,13 @@ class Mamba2(StateMechanism):
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         if head_dim is None:
-            self.head_dim *= expect.positive("expand", expand)
-        self.d_state = expect.positive("d_state", d_state)
-        self.n_groups = expect.divides("n_groups", n_groups, "n_heads", self.n_heads)
+            self.head_dim *= validate.positive("expand", expand)
+        self.d_state = validate.positive("d_state", d_state)
+        self.n_groups = validate.divides("n_groups", n_groups, "n_heads", self.n_heads)
         self.d_inner, shared = self.n_heads * self.head_dim, self.n_groups * self.d_state
         self.widths = self.d_inner, shared, shared  # of x, B and C
         self.in_proj = nn.Linear(self.d_model, self.d_inner + sum(self.widths) + self.n_heads, bias=False)
-        self.conv = ShortConvolution(sum(self.widths), expect.at_least("conv", conv, 2), bias=conv_bias)
+        self.conv = ShortConvolution(sum(self.widths), validate.at_least("conv", conv, 2), bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))

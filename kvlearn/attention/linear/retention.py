@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads
 from kvlearn.attention.linear.decay import linear_attention
@@ -20,7 +20,7 @@ def log_decays(n_heads: int, decay: Sequence[float] | None) -> tuple[float, ...]
     """log γ of every head; γ_h = 1 - 2^(-5 - h) unless given."""
     if decay is None:
         return tuple(math.log1p(-(2.0 ** (-5 - h))) for h in range(n_heads))
-    given = tuple(float(a) for a in expect.instance("decay", decay, Iterable))
+    given = tuple(float(a) for a in validate.instance("decay", decay, Iterable))
     if len(given) != n_heads or not all(0 < a <= 1 for a in given):
         raise ValueError(f"decay: expected {n_heads} numbers in (0, 1], one a head, got {given}")
     return tuple(map(math.log, given))
@@ -56,7 +56,7 @@ class Retention(StateMechanism):
         decay: Sequence[float] | None = None,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.key_dim = expect.positive("key_dim", self.head_dim if key_dim is None else key_dim)
+        self.key_dim = validate.positive("key_dim", self.head_dim if key_dim is None else key_dim)
         if rope is not None and self.key_dim % 2:
             raise ValueError(f"key_dim: expected an even number for RoPE, got {self.key_dim}")
         self.log_decays = log_decays(self.n_heads, decay)

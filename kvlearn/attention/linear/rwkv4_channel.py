@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import upcast
 from kvlearn.attention.linear.state import State, StateMechanism
@@ -30,7 +30,7 @@ class Rwkv4ChannelMix(StateMechanism):
 
     def __init__(self, d_model: int, n_heads: int, *, hidden: int | None = None) -> None:
         super().__init__(d_model, n_heads, None)
-        self.hidden = expect.positive("hidden", 4 * d_model if hidden is None else hidden)
+        self.hidden = validate.positive("hidden", 4 * d_model if hidden is None else hidden)
         self.time_mix_key = nn.Parameter(torch.empty(d_model))
         self.time_mix_receptance = nn.Parameter(torch.empty(d_model))
         self.k_proj = nn.Linear(d_model, self.hidden, bias=False)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.linear.generalised_delta_rule import generalised_delta_rule
@@ -43,7 +43,7 @@ class Rwkv7(StateMechanism):
         super().__init__(d_model, n_heads, head_dim)
         width = self.n_heads * self.head_dim
         suggested = max(32, round(2.5 * d_model**0.5 / 32) * 32)
-        self.rank = expect.positive("rank", suggested if rank is None else rank)
+        self.rank = validate.positive("rank", suggested if rank is None else rank)
         self.time_mix = nn.Parameter(torch.empty(6, d_model))
         self.r_proj = nn.Linear(d_model, width, bias=False)
         self.k_proj = nn.Linear(d_model, width, bias=False)

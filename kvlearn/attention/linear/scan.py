@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.linear.forms import Outcome, check_state, no_autocast
 
 FORMS = ("recurrent", "chunked")
@@ -46,8 +46,8 @@ def selective_scan(
     one of zeros. Raises ValueError or TypeError for tensors that do not fit each other, for dt below 0, and
     for A above 0 or infinite.
     """
-    expect.one_of("form", form, FORMS)
-    expect.positive("chunk", chunk)
+    validate.one_of("form", form, FORMS)
+    validate.positive("chunk", chunk)
     state = _check(x, dt, A, B, C, D, state)
     x, dt, A, B, C, D = (t.to(state.dtype).contiguous() for t in (x, dt, A, B, C, D))
     if form == "recurrent":
@@ -157,14 +157,14 @@ def _check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None
 ) -> Float[Tensor, "B E N"]:
     """The door of the scan; the state in the dtype of its sums, zeros for None."""
-    expect.tensor("x", x, ("batch", "time", "channels"))
-    expect.at_least("x.shape[1] (time)", x.shape[1], 1)
+    validate.tensor("x", x, ("batch", "time", "channels"))
+    validate.at_least("x.shape[1] (time)", x.shape[1], 1)
     rows, time, E = x.shape
-    N = expect.tensor("A", A, (E, "state"), device=x.device).shape[1]
-    expect.tensor("dt", dt, (rows, time, E), device=x.device)
-    expect.tensor("B", B, (rows, time, N), device=x.device)
-    expect.tensor("C", C, (rows, time, N), device=x.device)
-    expect.tensor("D", D, (E,), device=x.device)
+    N = validate.tensor("A", A, (E, "state"), device=x.device).shape[1]
+    validate.tensor("dt", dt, (rows, time, E), device=x.device)
+    validate.tensor("B", B, (rows, time, N), device=x.device)
+    validate.tensor("C", C, (rows, time, N), device=x.device)
+    validate.tensor("D", D, (E,), device=x.device)
     if x.device.type == "cpu":  # elsewhere a look at the values would synchronise
         if not bool((dt >= 0).all()):  # NaN fails too
             raise ValueError(f"dt: expected at least 0, got {float(dt.detach().min())}")

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.linear.state import State, StateMechanism
 
@@ -16,7 +16,7 @@ class ShortConvolution(nn.Conv1d):
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False) -> None:
-        expect.at_least("width", width, 2)
+        validate.at_least("width", width, 2)
         super().__init__(channels, channels, width, groups=channels, bias=bias)
 
     @property

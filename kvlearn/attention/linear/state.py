@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.linear.forms import FORMS
@@ -124,9 +124,9 @@ class StateMechanism(Mechanism):
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · the numbers of the state · 4 bytes (8 in fp64), whatever ``max_len`` is."""
-        expect.positive("max_len", max_len)
+        validate.positive("max_len", max_len)
         numbers = sum(torch.Size(shape).numel() for shape in self.state_shapes.values())
-        return expect.positive("batch", batch) * numbers * self.state_dtype(dtype).itemsize
+        return validate.positive("batch", batch) * numbers * self.state_dtype(dtype).itemsize
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.core import upcast
 
 LOWEST = -1e38  # the exponent of an empty sum: finite, so that differences of two such are no NaN
@@ -61,16 +61,16 @@ def wkv(
     ``form`` is "recurrent", a bare loop, or "chunked": ``blocked``, over ``chunk`` tokens at a time. Raises
     ValueError or TypeError for tensors that do not fit each other, and for w below 0 or not finite.
     """
-    expect.tensor("k", k, ("batch", "time", "channels"))
-    expect.at_least("k.shape[1] (time)", k.shape[1], 1)
+    validate.tensor("k", k, ("batch", "time", "channels"))
+    validate.at_least("k.shape[1] (time)", k.shape[1], 1)
     B, T, M = k.shape
-    expect.tensor("v", v, (B, T, M), dtype=k.dtype, device=k.device)
+    validate.tensor("v", v, (B, T, M), dtype=k.dtype, device=k.device)
     for name, x in (("w", w), ("u", u)):
-        expect.tensor(name, x, (M,), device=k.device)
+        validate.tensor(name, x, (M,), device=k.device)
     if w.device.type == "cpu" and not bool(((w >= 0) & w.isfinite()).all()):  # elsewhere it would synchronise
         raise ValueError(f"w: expected finite numbers of at least 0, decays e^-w in (0, 1], got {w.tolist()}")
-    expect.one_of("form", form, ("recurrent", "chunked"))
-    expect.positive("chunk", chunk)
+    validate.one_of("form", form, ("recurrent", "chunked"))
+    validate.positive("chunk", chunk)
     k, v = upcast(k), upcast(v)
     w, u = w.to(k.dtype), u.to(k.dtype)
     if state is None:
@@ -79,7 +79,9 @@ def wkv(
         if len(state) != len(Sums._fields):
             raise ValueError(f"state: expected {', '.join(Sums._fields)}, got {len(state)} tensors")
         parts = zip(Sums._fields, state, strict=True)
-        sums = Sums(*(expect.tensor(f"state.{n}", x, (B, M), device=k.device).to(k.dtype) for n, x in parts))
+        sums = Sums(
+            *(validate.tensor(f"state.{n}", x, (B, M), device=k.device).to(k.dtype) for n, x in parts)
+        )
     if form == "recurrent":
         return recurrent(w, u, k, v, sums)
     outs = []

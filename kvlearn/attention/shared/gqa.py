@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.kv_attention import KVAttention
@@ -32,7 +32,7 @@ class GroupedQueryAttention(KVAttention):
         rope: RopeConfig | None = RopeConfig(),
         reader: bool = False,
     ) -> None:
-        expect.divides("n_kv_heads", n_kv_heads, "n_heads", expect.positive("n_heads", n_heads))
+        validate.divides("n_kv_heads", n_kv_heads, "n_heads", validate.positive("n_heads", n_heads))
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
 
     @classmethod

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV
 from kvlearn.attention.core import merge_heads, split_heads, upcast
@@ -43,7 +43,7 @@ class RoutedAttention(KVAttention):
         reader: bool = False,
     ) -> None:
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
-        expect.at_most("n_kv_heads", n_kv_heads, n_heads, "n_heads: each pool needs a reader")
+        validate.at_most("n_kv_heads", n_kv_heads, n_heads, "n_heads: each pool needs a reader")
         self.route_logits = nn.Parameter(MARGIN * torch.eye(n_kv_heads)[super().pools])  # neighbours
 
     @property
@@ -59,8 +59,10 @@ class RoutedAttention(KVAttention):
         if len(pools) != self.n_heads:
             raise ValueError(f"pools: expected one for each of n_heads={self.n_heads}, got {len(pools)}")
         for h, pool in enumerate(pools):
-            expect.at_least(f"pools[{h}]", pool, 0)
-            expect.at_most(f"pools[{h}]", pool, self.n_kv_heads - 1, f"n_kv_heads={self.n_kv_heads}, from 0")
+            validate.at_least(f"pools[{h}]", pool, 0)
+            validate.at_most(
+                f"pools[{h}]", pool, self.n_kv_heads - 1, f"n_kv_heads={self.n_kv_heads}, from 0"
+            )
         with torch.no_grad():
             self.route_logits.copy_(MARGIN * torch.eye(self.n_kv_heads)[pools])
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV
 from kvlearn.attention.core import merge_heads, split_heads, upcast
@@ -42,7 +42,7 @@ class TokenRoutedAttention(KVAttention):
         reader: bool = False,
     ) -> None:
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
-        expect.at_most("n_kv_heads", n_kv_heads, n_heads, "n_heads")
+        validate.at_most("n_kv_heads", n_kv_heads, n_heads, "n_heads")
         self.router = nn.Linear(d_model, n_heads * n_kv_heads, bias=False)
 
     def choice(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B H G T 1"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.columns import attend_columns
@@ -73,12 +73,12 @@ class WindowAttention(KVAttention):
         rope: RopeConfig | None = RopeConfig(),
         reader: bool = False,
     ) -> None:
-        n_kv_heads = expect.positive("n_heads", n_heads) if n_kv_heads is None else n_kv_heads
-        expect.divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
+        n_kv_heads = validate.positive("n_heads", n_heads) if n_kv_heads is None else n_kv_heads
+        validate.divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
-        self.window = expect.positive("window", window)
-        self.n_sinks = expect.at_least("n_sinks", n_sinks, 0)
-        expect.at_most(
+        self.window = validate.positive("window", window)
+        self.n_sinks = validate.at_least("n_sinks", n_sinks, 0)
+        validate.at_most(
             "n_sinks", n_sinks, window, f"window={window}: tokens that stay, beside a window that turns"
         )
         self.sight = Window(self.window, self.n_sinks)

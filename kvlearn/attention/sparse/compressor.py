@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.core import upcast
 from kvlearn.attention.rope import Rope, RopeConfig
 
@@ -62,7 +62,7 @@ class Compressor(nn.Module):
         norm_eps: float,
     ) -> None:
         super().__init__()
-        self.width, self.rate, self.overlap = width, expect.positive("rate", rate), overlap
+        self.width, self.rate, self.overlap = width, validate.positive("rate", rate), overlap
         both = 2 * width if overlap else width
         self.kv_proj = nn.Linear(d_model, both, bias=False)
         self.gate_proj = nn.Linear(d_model, both, bias=False)

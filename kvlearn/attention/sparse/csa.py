@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.core import upcast
 from kvlearn.attention.rope import RopeConfig
@@ -68,7 +68,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
             rope=rope,
         )
         index_dim = max(self.head_dim // 4, self.rope_dim, 1) if index_dim is None else index_dim
-        expect.at_most("rope_dim", self.rope_dim, expect.positive("index_dim", index_dim), "index_dim")
+        validate.at_most("rope_dim", self.rope_dim, validate.positive("index_dim", index_dim), "index_dim")
         index_heads = self.n_heads if index_heads is None else index_heads
         compressor = self.new_compressor(index_dim)
         self.indexer = EntryIndexer(d_model, self.q_rank or d_model, index_heads, top_k, compressor)
@@ -113,7 +113,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         With ``dense`` it goes over all whole blocks. Tokens before the first of them do not count. Holds
         (H, T, E) numbers. Raises ValueError for a sequence without a whole block.
         """
-        expect.at_least("x.shape[1] (time)", x.shape[1], self.rate)
+        validate.at_least("x.shape[1] (time)", x.shape[1], self.rate)
         positions = torch.arange(x.shape[1], device=x.device)[None]
         a, from_first = self.latent(x), slice(self.rate - 1, None)
         with torch.no_grad():

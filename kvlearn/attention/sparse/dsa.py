@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import register
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.compressed.latent import absorbed_attention, fold_up
@@ -202,7 +202,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · (length · Di + min(length, top_k) · (R + Dr)) · bytes a number."""
-        expect.positive("length", length)
+        validate.positive("length", length)
         index_keys = batch * length * self.indexer.index_dim * self.dtype_and_device(dtype)[0].itemsize
         read = min(length, self.indexer.top_k)
         return super().cache_bytes(read, batch=batch, dtype=dtype) + index_keys

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.core import split_heads
 from kvlearn.attention.sparse.compressor import Compressor
 from kvlearn.attention.sparse.indexer import Indexer, Request
@@ -22,7 +22,10 @@ class EntryIndexer(Indexer):
         self, d_model: int, query_width: int, n_heads: int, top_k: int, compressor: Compressor
     ) -> None:
         super().__init__()
-        self.n_heads, self.top_k = expect.positive("index_heads", n_heads), expect.positive("top_k", top_k)
+        self.n_heads, self.top_k = (
+            validate.positive("index_heads", n_heads),
+            validate.positive("top_k", top_k),
+        )
         self.q_proj = nn.Linear(query_width, self.n_heads * compressor.width, bias=False)
         self.weight_proj = nn.Linear(d_model, self.n_heads, bias=False)
         self.compressor = compressor

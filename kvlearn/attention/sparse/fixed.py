@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.columns import attend_columns
@@ -46,10 +46,10 @@ class SparseAttention(KVAttention):
         rope: RopeConfig | None = RopeConfig(),
         reader: bool = False,
     ) -> None:
-        n_kv_heads = expect.positive("n_heads", n_heads) if n_kv_heads is None else n_kv_heads
-        expect.divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
+        n_kv_heads = validate.positive("n_heads", n_heads) if n_kv_heads is None else n_kv_heads
+        validate.divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader)
-        self.pattern, self.block = parse(pattern), expect.positive("block", block)
+        self.pattern, self.block = parse(pattern), validate.positive("block", block)
         if not self.pattern.sees_itself:
             raise ValueError(
                 f"pattern: expected one in which every token sees itself, as by local(1); got {self.pattern}"

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.core import grouped_partial, merge, merge_heads, split_heads, upcast, with_sinks
@@ -57,14 +57,14 @@ class HeavilyCompressedAttention(Mechanism):
         rope: RopeConfig | None = RopeConfig(),
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        self.window, self.rate = expect.positive("window", window), expect.positive("rate", rate)
+        self.window, self.rate = validate.positive("window", window), validate.positive("rate", rate)
         rope_dim = max(self.head_dim // 16 * 2, 2) if rope_dim is None else rope_dim
-        self.rope_dim = 0 if rope is None else expect.positive("rope_dim", rope_dim)
-        expect.at_most("rope_dim", self.rope_dim, self.head_dim, "head_dim")
+        self.rope_dim = 0 if rope is None else validate.positive("rope_dim", rope_dim)
+        validate.at_most("rope_dim", self.rope_dim, self.head_dim, "head_dim")
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim: expected an even number, got {rope_dim}")
         self.rope_config, self.norm_eps = rope, norm_eps
-        self.q_rank = None if q_rank is None else expect.positive("q_rank", q_rank)
+        self.q_rank = None if q_rank is None else validate.positive("q_rank", q_rank)
         if self.q_rank is not None:
             self.q_down = nn.Linear(d_model, self.q_rank, bias=False)
             self.q_norm = nn.RMSNorm(self.q_rank, eps=norm_eps)
@@ -197,25 +197,25 @@ class HeavilyCompressedAttention(Mechanism):
         device: torch.device | str | None = None,
     ) -> CompressedCache:
         dtype, at = self.dtype_and_device(dtype, device)
-        expect.positive("max_len", max_len)
+        validate.positive("max_len", max_len)
         window = RingCache(batch, 1, max_len, self.head_dim, self.window, 0, dtype, at, shared=True)
         memories = [Entries(compressor, batch, max_len, dtype, at) for compressor in self.compressors]
         return CompressedCache(window, memories, self.sizes)
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · (min(max_len, W) · D + what each compressor stores) · bytes a number."""
-        numbers = min(expect.positive("max_len", max_len), self.window) * self.head_dim
+        numbers = min(validate.positive("max_len", max_len), self.window) * self.head_dim
         numbers += sum(compressor.stored_numbers(max_len) for compressor in self.compressors)
-        return expect.positive("batch", batch) * numbers * self.dtype_and_device(dtype)[0].itemsize
+        return validate.positive("batch", batch) * numbers * self.dtype_and_device(dtype)[0].itemsize
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · (min(length, W) · D + what is read of ⌊length / m⌋ entries) · bytes a number.
 
         Of the waiting tokens nothing: one step in m reads them, to make the next entry.
         """
-        numbers = min(expect.positive("length", length), self.window) * self.head_dim
+        numbers = min(validate.positive("length", length), self.window) * self.head_dim
         numbers += self.read_numbers(length // self.rate)
-        return expect.positive("batch", batch) * numbers * self.dtype_and_device(dtype)[0].itemsize
+        return validate.positive("batch", batch) * numbers * self.dtype_and_device(dtype)[0].itemsize
 
     def read_numbers(self, n_entries: int) -> int:
         """Of so many entries: here all."""

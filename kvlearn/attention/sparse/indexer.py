@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.compressed.latent import LatentCache
 from kvlearn.attention.core import split_heads, upcast, visible
 from kvlearn.attention.rope import Rope, RopeConfig
@@ -80,12 +80,12 @@ class LightningIndexer(Indexer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.index_heads = expect.positive("index_heads", index_heads)
-        self.index_dim = expect.positive("index_dim", index_dim)
-        self.top_k = expect.positive("top_k", top_k)
+        self.index_heads = validate.positive("index_heads", index_heads)
+        self.index_dim = validate.positive("index_dim", index_dim)
+        self.top_k = validate.positive("top_k", top_k)
         self.rope = None
         if rope is not None:
-            expect.at_most("rope_dim", rope_dim, index_dim, "index_dim")
+            validate.at_most("rope_dim", rope_dim, index_dim, "index_dim")
             self.rope = Rope(rope_dim, rope)
         self.q_proj = nn.Linear(query_width, self.index_heads * self.index_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.index_dim, bias=False)
@@ -130,7 +130,7 @@ class IndexedLatentCache(LatentCache):
         device: torch.device | str,
     ) -> None:
         super().__init__(batch, max_len, rank, rope_dim, dtype, device)
-        self.index_dim = expect.positive("index_dim", index_dim)
+        self.index_dim = validate.positive("index_dim", index_dim)
         self.index_keys = torch.zeros(batch, max_len, index_dim, dtype=dtype, device=device)
 
     def tensors(self) -> list[Tensor]:
@@ -144,7 +144,7 @@ class IndexedLatentCache(LatentCache):
     ) -> tuple[Tensor, Tensor]:
         """``append`` with the tokens' index keys; returns views of both: (B, S, R + Dr) and (B, S, Di)."""
         shape = (self.batch, latent.shape[1], self.index_dim)
-        expect.tensor("index_key", index_key, shape, device=self.device)
+        validate.tensor("index_key", index_key, shape, device=self.device)
         positions = self.positions(latent.shape[1]).expand(self.batch, -1)
         latents = self.append(latent, k_rope)
         new = index_key.detach().to(self.index_keys.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV, Cache, KVCache
 from kvlearn.attention.core import merge_heads, split_heads, upcast
@@ -95,10 +95,10 @@ class MixtureOfBlockAttention(KVAttention):
         rope: RopeConfig | None = RopeConfig(),
     ) -> None:
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        expect.divides("n_kv_heads", n_kv_heads, "n_heads", expect.positive("n_heads", n_heads))
+        validate.divides("n_kv_heads", n_kv_heads, "n_heads", validate.positive("n_heads", n_heads))
         super().__init__(d_model, n_heads, n_kv_heads, head_dim, rope, reader=False)
-        self.block = expect.positive("block", block)
-        self.n_blocks = expect.positive("n_blocks", n_blocks)
+        self.block = validate.positive("block", block)
+        self.n_blocks = validate.positive("n_blocks", n_blocks)
 
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
@@ -110,7 +110,7 @@ class MixtureOfBlockAttention(KVAttention):
     def project(self, x: Float[Tensor, "B T M"], cache: Cache | None) -> tuple[Tensor, KV, Tensor]:
         """Queries; keys and values of all tokens; the means of the blocks that are before someone's own."""
         if isinstance(cache, BlockCache):
-            expect.tensor("cache.k", cache.k, (cache.batch, self.n_kv_heads, cache.max_len, self.head_dim))
+            validate.tensor("cache.k", cache.k, (cache.batch, self.n_kv_heads, cache.max_len, self.head_dim))
             if cache.block != self.block:
                 raise ValueError(f"cache: expected one with block={self.block}, got block={cache.block}")
         kv = super().kv(x, cache)
@@ -162,7 +162,7 @@ class MixtureOfBlockAttention(KVAttention):
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · G · D · (2 · max_len + ⌊max_len / block⌋) · bytes a number."""
-        blocks = expect.positive("max_len", max_len) // self.block
+        blocks = validate.positive("max_len", max_len) // self.block
         return self.kv_bytes(max_len, batch, dtype) + self.kv_bytes(blocks, batch, dtype) // 2
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
@@ -171,7 +171,7 @@ class MixtureOfBlockAttention(KVAttention):
         Of past blocks a KV head reads (n_blocks - 1) · H/G *at most*: fewer where its readers agree, which
         only the content decides.
         """
-        past, filled = divmod(expect.positive("length", length) - 1, self.block)
+        past, filled = divmod(validate.positive("length", length) - 1, self.block)
         blocks = min(past, (self.n_blocks - 1) * (self.n_heads // self.n_kv_heads))
         read = self.kv_bytes(blocks * self.block + filled + 1, batch, dtype)
         return read + self.kv_bytes(past, batch, dtype) // 2

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.base import Mechanism, register
 from kvlearn.attention.cache import KV, Cache
 from kvlearn.attention.columns import attend_columns
@@ -60,14 +60,14 @@ class NativeSparseAttention(Mechanism):
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
-        expect.divides("n_kv_heads", self.n_kv_heads, "n_heads", n_heads)
-        self.block = expect.positive("block", block)
-        expect.at_most("compress", expect.positive("compress", compress), block, "block")
+        validate.divides("n_kv_heads", self.n_kv_heads, "n_heads", n_heads)
+        self.block = validate.positive("block", block)
+        validate.at_most("compress", validate.positive("compress", compress), block, "block")
         for name, length in (("compress", compress), ("block", block)):
-            expect.divides("stride", stride, name, length)
-        self.n_local = expect.positive("n_local", n_local)
-        self.n_blocks = expect.at_least("n_blocks", n_blocks, n_local + 1)
-        self.sizes = Sizes(compress, stride, expect.positive("window", window))
+            validate.divides("stride", stride, name, length)
+        self.n_local = validate.positive("n_local", n_local)
+        self.n_blocks = validate.at_least("n_blocks", n_blocks, n_local + 1)
+        self.sizes = Sizes(compress, stride, validate.positive("window", window))
 
         width = 3 * self.n_kv_heads * self.head_dim  # for compression, selection, window
         self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
@@ -99,7 +99,7 @@ class NativeSparseAttention(Mechanism):
         T = x.shape[1]
         if isinstance(cache, SparseCache):
             shape = (cache.batch, self.n_kv_heads, cache.max_len, self.head_dim)
-            expect.tensor("cache.tokens.k", cache.tokens.k, shape)
+            validate.tensor("cache.tokens.k", cache.tokens.k, shape)
             if cache.sizes != self.sizes:
                 raise ValueError(f"cache: expected one with {self.sizes}, got {cache.sizes}")
             cache.expect_room(T)
@@ -202,7 +202,7 @@ class NativeSparseAttention(Mechanism):
         """2 · B · G · D · (max_len + min(max_len, window) + C + min(l - 1, max_len)) · bytes a number, where
         C = ⌊(max_len - l) / d⌋ + 1 compressed blocks become whole.
         """
-        ring = min(expect.positive("max_len", max_len), self.sizes.window)
+        ring = min(validate.positive("max_len", max_len), self.sizes.window)
         waiting = min(self.sizes.compress - 1, max_len)
         return self.kv_bytes(max_len + ring + self.sizes.whole(max_len) + waiting, batch, dtype)
 
@@ -210,7 +210,7 @@ class NativeSparseAttention(Mechanism):
         """All compressed blocks, the selected blocks and the window; and of a step that makes a compressed
         block whole, one in d, the l - 1 tokens that waited for it.
         """
-        past, filled = divmod(expect.positive("length", length) - 1, self.block)
+        past, filled = divmod(validate.positive("length", length) - 1, self.block)
         whole = self.sizes.whole(length)
         waited = self.sizes.compress - 1 if whole > self.sizes.whole(length - 1) else 0
         selected = min(past, self.n_blocks - 1) * self.block + filled + 1
@@ -218,7 +218,7 @@ class NativeSparseAttention(Mechanism):
 
     def kv_bytes(self, tokens: int, batch: int, dtype: torch.dtype | None) -> int:
         """A key and a value for so many tokens, in each KV head."""
-        numbers = 2 * expect.positive("batch", batch) * self.n_kv_heads * self.head_dim
+        numbers = 2 * validate.positive("batch", batch) * self.n_kv_heads * self.head_dim
         return tokens * numbers * self.dtype_and_device(dtype)[0].itemsize
 
     @classmethod

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.cache import KV, Cache, KVCache
 from kvlearn.attention.sliding.ring import RingCache
 
@@ -109,7 +109,7 @@ class SparseCache(Cache):
         """
         _, n_heads, _, head_dim = self.tokens.k.shape
         for name, new in (("k", k), ("v", v)):
-            expect.tensor(name, new, (self.batch, 2 * n_heads, k.shape[2], head_dim), device=self.device)
+            validate.tensor(name, new, (self.batch, 2 * n_heads, k.shape[2], head_dim), device=self.device)
         (k_slc, k_win), (v_slc, v_win) = k.chunk(2, dim=1), v.chunk(2, dim=1)
         self.advance(k.shape[2])
         return self.tokens.append(k_slc, v_slc), self.ring.append(k_win, v_win)

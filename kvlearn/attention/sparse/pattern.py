@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.columns import allowed
 
 
@@ -39,7 +39,7 @@ class Pattern(ABC):
 
     def mask(self, n_tokens: int) -> Bool[Tensor, "n_tokens n_tokens"]:
         """All pairs of ``n_tokens`` tokens, row by row of queries."""
-        positions = torch.arange(expect.positive("n_tokens", n_tokens))
+        positions = torch.arange(validate.positive("n_tokens", n_tokens))
         return allowed(self, positions, positions)
 
     def picture(self, n_tokens: int) -> str:
@@ -48,7 +48,7 @@ class Pattern(ABC):
         return "\n".join("".join("·#"[seen] for seen in row[: i + 1]) for i, row in enumerate(rows))
 
     def __or__(self, other: "Pattern") -> "Pattern":
-        return Union((*words(self), *words(expect.instance("pattern", other, Pattern))))
+        return Union((*words(self), *words(validate.instance("pattern", other, Pattern))))
 
     def __str__(self) -> str:
         """The sentence; ``parse`` reads it."""

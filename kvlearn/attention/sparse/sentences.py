@@ -13,7 +13,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.sparse.pattern import Pattern
 from kvlearn.attention.sparse.words import Fixed, Global, Local, Random, Strided
 
@@ -29,12 +29,12 @@ def parse(sentence: str | Pattern) -> Pattern:
     """
     if isinstance(sentence, Pattern):
         return sentence
-    return reduce(or_, map(_word, expect.instance("pattern", sentence, str).split("|")))
+    return reduce(or_, map(_word, validate.instance("pattern", sentence, str).split("|")))
 
 
 def _word(text: str) -> Pattern:
     name, _, options = text.strip().partition("(")
-    kind = WORDS[expect.one_of("pattern", name, WORDS)]
+    kind = WORDS[validate.one_of("pattern", name, WORDS)]
     known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
     not_understood = f"pattern: {text.strip()!r} is not understood; {name} takes {known}"
     try:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.attention.sparse.pattern import Pattern
 
 
@@ -25,7 +25,7 @@ class Local(Pattern):
     block: int = 1
 
     def __post_init__(self) -> None:
-        expect.divides("local: block", self.block, "size", expect.positive("local: size", self.size))
+        validate.divides("local: block", self.block, "size", validate.positive("local: size", self.size))
 
     def sees(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return queries // self.block - keys // self.block < self.size // self.block
@@ -45,7 +45,7 @@ class Strided(Pattern):
     stride: int
 
     def __post_init__(self) -> None:
-        expect.positive("strided: stride", self.stride)
+        validate.positive("strided: stride", self.stride)
 
     def sees(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (queries - keys) % self.stride == 0
@@ -70,8 +70,10 @@ class Fixed(Pattern):
     summary: int = 1
 
     def __post_init__(self) -> None:
-        expect.positive("fixed: block", self.block)
-        expect.at_most("fixed: summary", expect.positive("fixed: summary", self.summary), self.block, "block")
+        validate.positive("fixed: block", self.block)
+        validate.at_most(
+            "fixed: summary", validate.positive("fixed: summary", self.summary), self.block, "block"
+        )
 
     def sees(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (queries // self.block == keys // self.block) | self._sums_up(keys)
@@ -101,10 +103,10 @@ class Global(Pattern):
     sees_itself = False
 
     def __post_init__(self) -> None:
-        expect.at_least("global: first", self.first, 0)
+        validate.at_least("global: first", self.first, 0)
         object.__setattr__(self, "at", tuple(self.at))  # a list would have no hash
         for position in self.at:
-            expect.at_least("global: at", position, 0)
+            validate.at_least("global: at", position, 0)
         if not self.first and not self.at:
             raise ValueError("global: expected at least one position, got none")
 
@@ -153,10 +155,10 @@ class Random(Pattern):
     sees_itself = False
 
     def __post_init__(self) -> None:
-        expect.positive("random: n_blocks", self.n_blocks)
-        expect.positive("random: block", self.block)
+        validate.positive("random: n_blocks", self.n_blocks)
+        validate.positive("random: block", self.block)
         for name in ("skip_first", "skip_last", "seed"):
-            expect.at_least(f"random: {name}", getattr(self, name), 0)
+            validate.at_least(f"random: {name}", getattr(self, name), 0)
 
     def draw(self, number: int) -> list[int]:
         """The blocks that query block ``number`` sees, in order."""

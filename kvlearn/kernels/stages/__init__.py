@@ -18,7 +18,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 
 # Before any stage imports Triton: without a GPU it turns on the interpreter.
 from kvlearn.kernels.runtime import require_triton
@@ -109,6 +109,6 @@ def new_lines(stage: str, before: str) -> str:
 
 def _body(name: str) -> list[str]:
     """The lines of a stage's kernel behind its signature, which ends with ``# fmt: skip``."""
-    module = STAGES[expect.one_of("stage", name, STAGES)].module
+    module = STAGES[validate.one_of("stage", name, STAGES)].module
     _, _, body = inspect.getsource(module.decode_kernel.fn).partition("# fmt: skip\n")
     return inspect.cleandoc(body).splitlines()

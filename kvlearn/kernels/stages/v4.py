@@ -26,7 +26,7 @@ import triton.language as tl
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.runtime import INTERPRETED, multiprocessors
 from kvlearn.kernels.stages.inputs import check, check_heads
 from kvlearn.kernels.stages.v2 import tile
@@ -128,22 +128,22 @@ def decode(
     n_blocks, n_kv_heads, page, _ = k.shape
     group = n_heads // n_kv_heads
     sizes = tile(group, head_dim, k.element_size())
-    expect.tensor("lengths", lengths, (batch,), dtype=torch.int32, device=q.device)
+    validate.tensor("lengths", lengths, (batch,), dtype=torch.int32, device=q.device)
     if block_table is None:
         check(q, k, v)
         n_slots = page
     else:
-        expect.tensor("k", k, ("blocks", "KV heads", "page", head_dim), device=q.device)
+        validate.tensor("k", k, ("blocks", "KV heads", "page", head_dim), device=q.device)
         check_heads(q, k, v)
-        expect.tensor("block_table", block_table, (batch, "pages"), dtype=torch.int32, device=q.device)
+        validate.tensor("block_table", block_table, (batch, "pages"), dtype=torch.int32, device=q.device)
         block_table = block_table.contiguous()
         n_slots = page * block_table.shape[1]
         sizes["NUM_STAGES"] += 2  # a tile can set out only when its table entries have come
-    window = n_slots if window is None else expect.positive("window", window)
-    expect.at_least("n_sinks", n_sinks, 0)
+    window = n_slots if window is None else validate.positive("window", window)
+    validate.at_least("n_sinks", n_sinks, 0)
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
         if given is not None:
-            expect.tensor(name, given, (n_kv_heads,), dtype=torch.float32, device=q.device)
+            validate.tensor(name, given, (n_kv_heads,), dtype=torch.float32, device=q.device)
     if n_splits is None:
         room = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device)
         tiles = triton.cdiv(min(n_slots, window + n_sinks), sizes["BLOCK_N"])

@@ -32,7 +32,7 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.runtime import INTERPRETED, multiprocessors
 from kvlearn.kernels.stages.inputs import check
 from kvlearn.kernels.stages.v2 import tile
@@ -150,7 +150,7 @@ def decode(
     check(q, k, v)
     batch, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[1]
-    expect.tensor("lengths", lengths, (batch,), dtype=torch.int32, device=q.device)
+    validate.tensor("lengths", lengths, (batch,), dtype=torch.int32, device=q.device)
     group = n_heads // n_kv_heads
     sizes = tile(group, head_dim, k.element_size())
     if workspace is None:
@@ -158,7 +158,7 @@ def decode(
         n_splits = n_splits or max(1, min(room, triton.cdiv(k.shape[2], sizes["BLOCK_N"])))
         workspace = new_workspace(batch, n_heads, head_dim, n_splits, q.device)
     n_splits = workspace.part.shape[2]
-    expect.tensor("workspace.part", workspace.part, (batch, n_heads, n_splits, head_dim), device=q.device)
+    validate.tensor("workspace.part", workspace.part, (batch, n_heads, n_splits, head_dim), device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     scale = head_dim**-0.5 if scale is None else scale
     decode_kernel[(batch * n_kv_heads, n_splits)](

@@ -28,7 +28,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.kernels.runtime import INTERPRETED, multiprocessors
 from kvlearn.kernels.stages.v3 import merge
 
@@ -107,14 +107,16 @@ def decode(
     ``block_h`` heads share a tile, 16 or 64: 16 for up to 16 heads, 64 for more, unless given. Types,
     strides, lengths and errors as in v5.
     """
-    batch, n_heads, rank = expect.tensor("q_latent", q_latent, ("batch", "heads", "rank")).shape
-    rope_dim = expect.tensor("q_rope", q_rope, (batch, n_heads, "rope dim"), device=q_latent.device).shape[2]
-    expect.tensor("cache", cache, (batch, "slots", rank + rope_dim), device=q_latent.device)
-    expect.tensor("lengths", lengths, (batch,), dtype=torch.int32, device=q_latent.device)
+    batch, n_heads, rank = validate.tensor("q_latent", q_latent, ("batch", "heads", "rank")).shape
+    rope_dim = validate.tensor("q_rope", q_rope, (batch, n_heads, "rope dim"), device=q_latent.device).shape[
+        2
+    ]
+    validate.tensor("cache", cache, (batch, "slots", rank + rope_dim), device=q_latent.device)
+    validate.tensor("lengths", lengths, (batch,), dtype=torch.int32, device=q_latent.device)
     for name, x in (("q_latent", q_latent), ("q_rope", q_rope), ("cache", cache)):
         if x.stride(-1) != 1:
             raise ValueError(f"{name}: expected a contiguous last dimension, got stride {x.stride(-1)}")
-    expect.one_of("block_h", block_h, (None, 16, 64))
+    validate.one_of("block_h", block_h, (None, 16, 64))
     block_h = block_h or (16 if n_heads <= 16 else 64)
     programs = batch * triton.cdiv(n_heads, block_h)
     block_n = 32 if cache.element_size() <= 2 else 16

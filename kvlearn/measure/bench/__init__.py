@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from kvlearn import expect
+from kvlearn import validate
 from kvlearn.measure.results import Recorded
 from kvlearn.measure.table import Table
 from kvlearn.measure.timing import Quartiles
@@ -81,7 +81,7 @@ class Row:
 
 def run_benchmark(name: str, device: torch.device | str | None = None) -> Iterator[Row]:
     """The rows of benchmark ``name``, as they are measured; on the GPU where there is one, unless told."""
-    expect.one_of("name", name, list(BENCHMARKS))
+    validate.one_of("name", name, list(BENCHMARKS))
     yield from import_module(f"{__name__}.{name}").run(torch.device(device or default_device()))
 
 

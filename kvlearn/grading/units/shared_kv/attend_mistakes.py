@@ -204,5 +204,5 @@ def inverted(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
 @EXERCISE.misconception("the result in fp32")
 def in_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """The values are right, but the result comes in fp32 whatever the queries' dtype is. Computing in fp32 is
-    sound; give the result back in the dtype of q, which the next layer's weights expect."""
+    sound; give the result back in the dtype of q, which the next layer's weights validate."""
     return grouped(q.float(), k.float(), v.float(), mask)

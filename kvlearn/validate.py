@@ -1,4 +1,4 @@
-"""The doors: every check of what a caller passes in, so that the mathematics stays free of checks.
+"""Argument checks: every check of what a caller passes in, so that the mathematics stays free of checks.
 
 Each function returns the value it was given, or raises an error that names the argument, says what came
 and says what was expected: ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
