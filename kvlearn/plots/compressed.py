@@ -1,7 +1,6 @@
 """Pictures of chapter 03: where the two roads of decode cross, what is low-rank, what RoPE breaks."""
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import cycle
 from math import isfinite
 from typing import Any
 
@@ -10,9 +9,9 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from kvlearn import validate
 from kvlearn.measure import Quartiles, format_seconds
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, MISTAKES, Line, Picture, drawing, line_styles
 
-ROADS = {"naive": (COLOURS["memory"], "s--"), "absorbed": (COLOURS["compressed"], "o-")}
+ROADS = {"naive": Line(COLOURS["memory"], "--", "s"), "absorbed": Line(COLOURS["compressed"], "-", "o")}
 
 
 def roads(
@@ -33,16 +32,14 @@ def roads(
     with drawing(1, 2 if times else 1, size=(7.8, 3.7), squeeze=False) as (figure, grid):
         panels = grid[0]
         for name, counts in flops.items():
-            colour, style = ROADS[name]
-            panels[0].plot(T, np.asarray(counts) / 1e9, style, color=colour, label=name)
+            panels[0].plot(T, np.asarray(counts) / 1e9, label=name, **ROADS[name].style())
         for name, measured in (times or {}).items():
-            colour, style = ROADS[name]
             median, q1, q3 = (
                 np.array([getattr(q, at) * 1e3 for q in measured]) for at in ("median", "q1", "q3")
             )
             bars = [median - q1, q3 - median]
-            at, look = T[: len(median)], {"fmt": style, "color": colour, "capsize": 3, "elinewidth": 1}
-            panels[1].errorbar(at, median, bars, label=name, **look)
+            look = {**ROADS[name].style(), "capsize": 3, "elinewidth": 1}
+            panels[1].errorbar(T[: len(median)], median, bars, label=name, **look)
         if crossover is not None and min(T) <= crossover <= max(T):
             panels[0].axvline(crossover, color="#8a8a8a", lw=1, ls=":")
             left = crossover > min(T) ** 0.3 * max(T) ** 0.7  # of the line, where the right has no room
@@ -80,50 +77,60 @@ def roads(
 
 
 def spectrum(
-    energies: Mapping[str, Any], *, share: float = 0.9, wrong: Collection[str] = ("keys after RoPE",)
+    energies: Mapping[str, Mapping[str, Any]],
+    *,
+    share: float = 0.9,
+    largest: int | None = None,
+    wrong: Collection[str] = ("keys after RoPE",),
 ) -> Picture:
     """Share of the energy that the best rank-r approximation keeps, over r: Σ_{i ≤ r} σ_i² / Σ σ_i².
 
-    ``energies``: name -> squared singular values, largest first. A dot stands where a curve reaches
-    ``share``; names in ``wrong`` are drawn as mistakes. Source: Eckart & Young (1936).
+    ``energies``: panel -> name -> squared singular values, largest first, the same names in every panel. A
+    marker stands where a curve reaches ``share``; names in ``wrong`` are drawn as mistakes. The axis ends at
+    ``largest``, the largest rank that the tables can have, by default the longest list. Source: Eckart &
+    Young (1936).
     """
     validate.positive("len(energies)", len(energies))
-    curves = {}
-    for name, given in energies.items():
-        values = np.asarray(given, dtype=float)
-        if (
-            values.ndim != 1
-            or len(values) == 0
-            or (np.diff(values) > 1e-6 * values[0]).any()
-            or values[0] <= 0
-        ):
-            raise ValueError(
-                f"energies[{name!r}]: expected squared singular values, largest first, above 0; "
-                f"got shape {values.shape}" + (" in another order" if values.ndim == 1 else "")
-            )
-        curves[name] = np.cumsum(values) / values.sum()
-    ranks = {name: int((curve < share - 1e-12).sum()) + 1 for name, curve in curves.items()}
-    palette = cycle(
-        COLOURS[family] for family in ("compressed", "full", "shared", "memory", "sparse", "linear")
+    curves = {
+        panel: {name: _shares(f"energies[{panel!r}][{name!r}]", values) for name, values in named.items()}
+        for panel, named in energies.items()
+    }
+    ranks = {
+        panel: {name: int((curve < share - 1e-12).sum()) + 1 for name, curve in named.items()}
+        for panel, named in curves.items()
+    }
+    names = list(dict.fromkeys(name for named in curves.values() for name in named))
+    end = largest or max(len(curve) for named in curves.values() for curve in named.values())
+    styles = line_styles(
+        names, family="compressed", fixed=dict.fromkeys([n for n in names if n in wrong], MISTAKES[0])
     )
-    with drawing(size=(7.5, 3.8)) as (figure, axes):
-        axes.axhline(share, color="#8a8a8a", lw=1, ls=":")
-        for (name, curve), line in zip(curves.items(), cycle(("-", "-.", (0, (5, 1)), "-")), strict=False):
-            colour, style = (COLOURS["mistake"], "--") if name in wrong else (next(palette), line)
-            label = f"{name}: {ranks[name]} of {len(curve)}"
-            axes.plot(np.arange(1, len(curve) + 1), curve, ls=style, color=colour, label=label)
-            axes.plot(ranks[name], curve[ranks[name] - 1], "o", color=colour)
-        axes.set(
-            ylim=(0, 1.04),
-            xlim=(0, None),
-            xlabel="rank: numbers kept a token",
-            ylabel="share of the energy kept",
+    with drawing(1, len(curves), size=(3.9 * len(curves), 4.3), sharey=True, squeeze=False) as (figure, axes):
+        for panel, (title, named) in zip(axes[0], curves.items(), strict=True):
+            panel.axhline(share, color="#8a8a8a", lw=1, ls=":")
+            for name, curve in named.items():
+                at, rank = np.arange(1, len(curve) + 1), ranks[title][name]
+                panel.plot(at, curve, label=f"{name}: {rank}", markevery=[rank - 1], **styles[name])
+            panel.set(title=title, xlim=(0, end), ylim=(0, 1.04), xlabel="rank: numbers kept a token")
+            panel.yaxis.set_major_formatter(PercentFormatter(1))
+            panel.legend(loc="lower right", title=f"rank that keeps {share:.0%}", title_fontsize=9)
+        axes[0, 0].set_ylabel("share of the energy kept")
+    listed = "; ".join(
+        f"{panel}: " + ", ".join(f"{name} {rank}" for name, rank in named.items())
+        for panel, named in ranks.items()
+    )
+    alt = f"Share of the energy kept over the rank, up to {end}. Rank that keeps {share:.0%}: {listed}."
+    return Picture(figure, alt, {"shares": curves, "ranks": ranks, "largest": end})
+
+
+def _shares(name: str, given: Any) -> np.ndarray:
+    """The running sum of the energies, as a share of all."""
+    values = np.asarray(given, dtype=float)
+    if values.ndim != 1 or len(values) == 0 or (np.diff(values) > 1e-6 * values[0]).any() or values[0] <= 0:
+        raise ValueError(
+            f"{name}: expected squared singular values, largest first, above 0; "
+            f"got shape {values.shape}" + (" in another order" if values.ndim == 1 else "")
         )
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(loc="lower right", title=f"rank that keeps {share:.0%}", title_fontsize=9)
-    listed = "; ".join(f"{name} {ranks[name]} of {len(curve)}" for name, curve in curves.items())
-    alt = f"Share of the energy kept over the rank. Rank that keeps {share:.0%}: {listed}."
-    return Picture(figure, alt, {"shares": curves, "ranks": ranks})
+    return np.cumsum(values) / values.sum()
 
 
 def rope_on_latent(
@@ -139,12 +146,13 @@ def rope_on_latent(
     validate.positive("len(scores)", len(scores))
     curves = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
     spread = {name: float(np.ptp(curve)) for name, curve in curves.items()}
-    palette = cycle(COLOURS[family] for family in ("compressed", "full", "shared", "memory"))
+    fixed = dict.fromkeys([name for name in curves if name in wrong], MISTAKES[0])
+    styles = line_styles(curves, family="compressed", fixed=fixed)
     with drawing(size=(7.5, 3.4)) as (figure, axes):
-        for (name, curve), style in zip(curves.items(), cycle(("-", "-.", (0, (1, 1)))), strict=False):
-            colour, line = (COLOURS["mistake"], "--") if name in wrong else (next(palette), style)
+        for name, curve in curves.items():
             at = np.arange(len(curve)) if shifts is None else np.asarray(shifts)
-            axes.plot(at, curve, ls=line, color=colour, label=f"{name}: moves by {spread[name]:.2g}")
+            label = f"{name}: moves by {spread[name]:.2g}"
+            axes.plot(at, curve, label=label, markevery=max(len(curve) // 10, 1), **styles[name])
         axes.set_xlabel("shift of both positions, in tokens: their distance stays")
         axes.set_ylabel("score")
         figure.legend(loc="outside lower center", ncols=2 if len(curves) == 4 else 1)

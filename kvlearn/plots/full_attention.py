@@ -1,14 +1,13 @@
 """Pictures of chapter 01: what attends to what, what the cache saves, and where the time goes."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.ticker import NullFormatter
 
 from kvlearn.measure import Quartiles, Roofline, Work
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, MECHANISMS, MISTAKES, Line, Picture, drawing, line_styles
 
 
 def cache_saves(n_tokens: int = 12) -> Picture:
@@ -74,7 +73,8 @@ def step_times(lengths: Sequence[int], times: Mapping[str, Sequence[Quartiles]])
 
     A list of times may be shorter than ``lengths``: what takes too long is not measured.
     """
-    colours = {"without a cache": COLOURS["memory"], "with a cache": COLOURS["full"]}
+    without = Line(COLOURS["memory"], "--", "s")
+    styles = line_styles(times, fixed={"with a cache": MECHANISMS["full"], "without a cache": without})
     with drawing() as (figure, axes):
         for name, values in times.items():
             median = np.array([q.median for q in values]) * 1e3
@@ -84,10 +84,9 @@ def step_times(lengths: Sequence[int], times: Mapping[str, Sequence[Quartiles]])
                 lengths[: len(values)],
                 median,
                 [low, high],
-                fmt="o-",
-                color=colours[name],
                 capsize=3,
                 label=name,
+                **styles[name],
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -117,9 +116,9 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
         axes.text(roofline.knee * 1.08, min(roof) * 1.3, f"knee: {roofline.knee:.0f} FLOP a byte", fontsize=9)
         axes.text(roofline.knee * 0.92, roof[-1] * 1.12, "bound by memory", ha="right", fontsize=9)
         axes.text(roofline.knee * 1.08, roof[-1] * 1.12, "bound by arithmetic", fontsize=9)
-        for (name, (work, _)), marker in zip(points.items(), cycle("osD^v"), strict=False):
-            kind = COLOURS["full"] if "decode" in name else COLOURS["memory"]
-            axes.plot(work.intensity, achieved[name] / 1e9, marker, color=kind, ms=9, label=name)
+        for name, style in line_styles(points, family="full").items():
+            point = {**style, "ls": "none", "ms": 9}
+            axes.plot(points[name][0].intensity, achieved[name] / 1e9, label=name, **point)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("FLOPs a byte moved")
@@ -151,17 +150,18 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
             axes.axvline(edge, color="#8a8a8a", lw=1, ls=":")
         axes.text(chunk * 1.03, 0.15, "second chunk", fontsize=9)
         at = np.arange(width / 2, length - length % width, width)
-        styles = zip(curves.items(), cycle("oXsD"), cycle(("-", "--", ":")), strict=False)
+        wrong = (name for name in curves if name != "right")
+        styles = line_styles(
+            curves, fixed={"right": MECHANISMS["full"], **dict(zip(wrong, MISTAKES, strict=False))}
+        )
         ends = {}
-        for (name, losses), marker, line in reversed(list(styles)):  # the first drawn last, on top
-            means = losses[: len(at) * width].reshape(len(at), width).mean(1)
-            colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
-            axes.plot(at, means, line, marker=marker, color=colour, label=name)
+        for name in reversed(list(curves)):  # the first drawn last, on top
+            means = curves[name][: len(at) * width].reshape(len(at), width).mean(1)
+            axes.plot(at, means, label=name, **styles[name])
             ends[name] = means[-1]
         axes.set_ylim(0)
         for name, y in zip(ends, spread(list(ends.values()), 0.06 * axes.get_ylim()[1]), strict=True):
-            colour = COLOURS["full"] if name == "right" else COLOURS["mistake"]
-            axes.text(at[-1] + width / 2, y, name, color=colour, va="center", fontsize=9)
+            axes.text(at[-1] + width / 2, y, name, color=styles[name]["color"], va="center", fontsize=9)
         axes.set_xlim(0, length * 1.28)
         axes.set_xticks(range(0, length + 1, chunk))
         axes.set_xlabel("position in the context")

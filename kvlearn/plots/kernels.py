@@ -1,7 +1,6 @@
 """Pictures of chapter 11: who reads which bytes, how splits fill a GPU, and what bandwidth was achieved."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 import numpy as np
 from matplotlib.colors import to_rgba
@@ -11,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from kvlearn import validate
 from kvlearn.kernels.trace import Trace
 from kvlearn.measure import Quartiles
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, Picture, drawing, line_styles
 
 ONCE, TWICE, MERGES = COLOURS["full"], COLOURS["sliding"], COLOURS["compressed"]
 
@@ -101,15 +100,14 @@ def achieved_bandwidth(
         label = f"bar: {seconds * 1e6:.3g} µs + bytes / {share:.2g} bandwidth"
         curves[label] = reach / (reach / bandwidth / share + seconds)
     series = list(dict.fromkeys(name for name, _, _ in points))
-    palette = [COLOURS[c] for c in ("full", "shared", "compressed", "sparse", "sliding", "linear", "hybrid")]
+    styles = line_styles(series, family="full")
     with drawing(size=(7.8, 4.6)) as (figure, axes):
         axes.axhline(bandwidth / 1e12, color="#8a8a8a", lw=1.2)
         label = f" read bandwidth: {bandwidth / 1e12:.2f} TB/s"
         axes.text(reach[0], bandwidth / 1e12, label, va="bottom", fontsize=9)
         for (label, curve), style in zip(curves.items(), ("--", ":"), strict=False):
             axes.plot(reach, curve / 1e12, style, color="#8a8a8a", lw=1.4, label=label)
-        styles = list(zip(series, cycle(palette), cycle("os^DvPX"), strict=False))
-        for name, colour, marker in reversed(styles):  # the first drawn last, on top
+        for name in reversed(series):  # the first drawn last, on top
             mine = [(n, time) for label, n, time in points if label == name]
             rate = np.array([n / time.median for n, time in mine]) / 1e12
             low = rate - np.array([n / time.q3 for n, time in mine]) / 1e12
@@ -118,13 +116,12 @@ def achieved_bandwidth(
                 [n for n, _ in mine],
                 rate,
                 [low, high],
-                fmt=marker,
-                color=colour,
                 ms=7 if name == series[0] else 5,
                 alpha=0.9,
-                lw=1,
+                elinewidth=1,
                 capsize=2,
                 label=name,
+                **{**styles[name], "ls": "none"},
             )
         axes.set_xscale("log")
         axes.set_xlim(reach[0], reach[-1])

@@ -1,16 +1,16 @@
 """Pictures of converting a trained model, chapters 02 and 03: what the loss does, with error bars."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, NullLocator
 
 from kvlearn import validate
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, MISTAKES, Line, Picture, drawing, line_styles
 
 Points = Sequence[tuple[float, float, float]]  # (tokens or rank, loss, its standard error), in any order
+CONTROL = Line(COLOURS["full"], "-", "d")
 
 
 def conversion_curves(
@@ -34,11 +34,8 @@ def conversion_curves(
             panel.set_title(text)
             panel.set_xlabel("tokens of uptraining")
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            handles, labels = _legend(
-                panel, {name: f": {max(p)[1]:.3f} ± {max(p)[2]:.3f}" for name, p in named.items()}
-            )
-            panel.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), title="at the end")
         _loss_axis(axes[0, 0], losses)
+        figure.legend(*_legend(axes[0, 0]), loc="outside lower center", ncols=3)
     alt = "Loss over the tokens of uptraining, in nats a byte. " + "; ".join(
         f"{text}: {_ends(named, (base or {}).get(text))}" for text, named in curves.items()
     )
@@ -97,7 +94,7 @@ def loss_over_rank(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(f"{xlabel}, logarithmic")
         _loss_axis(axes, [*losses, *([] if base is None else [base])])
-        figure.legend(*_legend(axes, {}), loc="outside right center")
+        figure.legend(*_legend(axes), loc="outside right center")
     alt = f"Loss in nats a byte over the {xlabel}, from {at[0]:g} to {at[-1]:g}. {_ends(curves, base)}."
     return Picture(figure, alt, {"curves": dict(curves), "base": base})
 
@@ -110,42 +107,30 @@ def draw_curves(
     control: str | None = None,
     base: float | None = None,
 ) -> None:
-    """Curves with error bars in the colour of their family, told apart by line and marker.
+    """Curves with error bars, the first of them in the colour of ``family``.
 
     ``control`` is drawn as full attention, what is called random as a mistake, ``base`` as a dotted line.
     """
-    colour = COLOURS[validate.one_of("family", family, COLOURS)]
-    styles = cycle((("-", "o", colour), ("--", "s", "none"), ("-.", "^", colour), (":", "v", "none")))
-    for name, points in curves.items():
-        if name == control:
-            ink, (line, marker, fill) = COLOURS["full"], ("-", "D", COLOURS["full"])
-        elif name.startswith("random"):
-            ink, (line, marker, fill) = COLOURS["mistake"], (":", "X", COLOURS["mistake"])
-        else:
-            ink, (line, marker, fill) = colour, next(styles)
-        x, loss, error = zip(*sorted(points), strict=True)
-        style: dict[str, Any] = {
-            "ls": line,
-            "marker": marker,
-            "mfc": fill,
-            "color": ink,
-            "capsize": 3,
-            "lw": 1.8,
-        }
-        axes.errorbar(x, loss, error, label=name, elinewidth=1, **style)
+    validate.one_of("family", family, COLOURS)
+    fixed = {name: MISTAKES[0] for name in curves if name.startswith("random")}
+    if control is not None:
+        fixed[control] = CONTROL
+    for name, style in line_styles(curves, family=family, fixed=fixed).items():
+        x, loss, error = zip(*sorted(curves[name]), strict=True)
+        axes.errorbar(x, loss, error, label=name, elinewidth=1, capsize=3, lw=1.8, ms=5, **style)
     if base is not None:
-        axes.axhline(base, color="#8a8a8a", lw=1.4, ls=":", label=f"base model: {base:.3f}")
+        axes.axhline(base, color="#8a8a8a", lw=1.4, ls=":", label="base model")
 
 
-def _legend(axes: Axes, last: Mapping[str, str]) -> tuple[list[Any], list[str]]:
-    """Lines without their error bars, names with what ``last`` adds; the base model at the end."""
+def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+    """Lines without their error bars; the base model at the end."""
     handles, labels = axes.get_legend_handles_labels()
     lines: dict[str, Any] = {
         label: handle[0] if isinstance(handle, tuple) else handle
         for handle, label in zip(handles, labels, strict=True)
     }
-    names = sorted(lines, key=lambda name: name.startswith("base model"))
-    return [lines[name] for name in names], [name + last.get(name, "") for name in names]
+    names = sorted(lines, key=lambda name: name == "base model")
+    return [lines[name] for name in names], names
 
 
 def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:

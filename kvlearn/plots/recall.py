@@ -1,7 +1,6 @@
 """Pictures of associative recall, chapter 06: learned while one looks, and over the size of the state."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,16 +8,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from kvlearn import validate
 from kvlearn.measure import format_bytes
-from kvlearn.plots.picture import COLOURS, Picture, drawing
-from kvlearn.plots.scaling import STYLES
+from kvlearn.plots.picture import Picture, drawing, line_styles
 from kvlearn.study.capacity import Cell, compare
 from kvlearn.study.recall import Run
 
-# What is no state of constant size; everything else has the colour of this chapter.
-OTHERS: dict[str, dict[str, Any]] = {
-    "full": {"color": COLOURS["full"], "ls": "-", "marker": "o"},
-    "short_conv": {"color": COLOURS["memory"], "ls": ":", "marker": "X"},
-}
+# What is no state of constant size: the ceiling and the floor.
 NAMES = {"full": "full attention", "short_conv": "short convolution alone"}
 
 
@@ -27,7 +21,7 @@ def recall_curves(runs: Mapping[str, Run]) -> Picture:
     validate.positive("len(runs)", len(runs))
     curves = {name: [(point.step, point.accuracy) for point in run.curve] for name, run in runs.items()}
     with drawing(size=(7.5, 3.8)) as (figure, axes):
-        for name, style in _styles(runs).items():
+        for name, style in line_styles(runs).items():
             share = f"{NAMES.get(name, name)}: {runs[name].accuracy:.0%}"
             axes.plot(*zip(*curves[name], strict=True), ms=4.5, lw=1.8, label=share, **style)
         _share_axis(axes)
@@ -49,20 +43,19 @@ def recall_over_state(rows: Sequence[Mapping[str, Any]], *, designs: Iterable[st
     that stands before every mechanism, alone, the floor. ``designs`` names those to draw, all unless given.
     """
     cells = compare(rows)
-    known = list(dict.fromkeys(cell.design for cell in cells if cell.design not in OTHERS))
+    known = list(dict.fromkeys(cell.design for cell in cells if cell.design not in NAMES))
     wanted = known if designs is None else [validate.one_of("designs", name, known) for name in designs]
-    styles = _styles(wanted)
+    styles = line_styles([*NAMES, *wanted])
     pairs = sorted({cell.n_pairs for cell in cells})
     validate.positive("len(designs)", len(wanted))
     size = 3.6 * len(pairs) + 2.2, 3.8
     with drawing(1, len(pairs), size=size, sharey=True, squeeze=False) as (figure, axes):
         for panel, n in zip(axes[0], pairs, strict=True):
             here = [cell for cell in cells if cell.n_pairs == n]
-            for name, style in OTHERS.items():
+            for name, label in NAMES.items():
                 for cell in (cell for cell in here if cell.design == name):
-                    panel.axhline(
-                        cell.accuracy, lw=1.8, color=style["color"], ls=style["ls"], label=NAMES[name]
-                    )
+                    level = {"color": styles[name]["color"], "ls": styles[name]["ls"], "lw": 1.8}
+                    panel.axhline(cell.accuracy, label=label, **level)
             for name in wanted:
                 points = sorted(_point(cell) for cell in here if cell.design == name)
                 at, share, error = zip(*points, strict=True)
@@ -82,19 +75,6 @@ def recall_over_state(rows: Sequence[Mapping[str, Any]], *, designs: Iterable[st
 
 def _point(cell: Cell) -> tuple[int, float, float]:
     return cell.state_bytes, cell.accuracy, cell.error
-
-
-def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """This chapter's colour, told apart by line and marker; ceiling and floor in colours of their own."""
-    turns, styles = cycle(STYLES), {}
-    for name in names:
-        if name in OTHERS:
-            styles[name] = OTHERS[name]
-        else:
-            ls, marker = next(turns)
-            fill = COLOURS["linear"] if marker in "o^v" else "none"
-            styles[name] = {"color": COLOURS["linear"], "ls": ls, "marker": marker, "mfc": fill}
-    return styles
 
 
 def _share_axis(axes: Axes) -> None:
@@ -121,7 +101,7 @@ def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
 
 def _told(cells: Sequence[Cell], designs: Sequence[str]) -> str:
     """Both ends of every line."""
-    parts = [f"{NAMES[c.design]} {c.accuracy:.0%}" for c in cells if c.design in OTHERS]
+    parts = [f"{NAMES[c.design]} {c.accuracy:.0%}" for c in cells if c.design in NAMES]
     for name in designs:
         ends = sorted(_point(cell) for cell in cells if cell.design == name)
         first, last = (f"{share:.0%} with {format_bytes(size)}" for size, share, _ in (ends[0], ends[-1]))

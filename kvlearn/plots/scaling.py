@@ -1,7 +1,6 @@
 """How time and memory grow with the text: chapters 04 and 05's plot of the exponents."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,16 +9,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from kvlearn import validate
 from kvlearn.measure import format_bytes, format_seconds
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import Picture, drawing, line_styles
 
-STYLES = (
-    ("-", "o"),
-    ("--", "s"),
-    ("-.", "^"),
-    (":", "D"),
-    ((0, (6, 1, 1, 1, 1, 1)), "v"),
-    ((0, (4, 3)), "P"),
-)
 QUANTITIES = {"time": format_seconds, "memory": format_bytes}
 
 
@@ -40,7 +31,7 @@ def scaling(
     validate.positive("len(names)", len(wanted))
     lines = {name: _line([row for row in found if row["name"] == name], part) for name in wanted}
     with drawing(1, 2, size=(8.6, 4.4)) as (figure, axes):
-        styles = _styles({name: line["family"] for name, line in lines.items()})
+        styles = line_styles(lines)
         for panel, quantity in zip(axes, QUANTITIES, strict=True):
             for name, line in lines.items():
                 _draw(panel, line[quantity], **styles[name])
@@ -59,7 +50,7 @@ def scaling(
 
 def _line(rows: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
     """Points (length, median, first and third quartile) of time and memory, and both exponents."""
-    line: dict[str, Any] = {"family": rows[0]["family"]}
+    line: dict[str, Any] = {}
     for quantity in QUANTITIES:
         line[quantity] = sorted(
             (row["length"], m := row["measured"], row.get("q1", m), row.get("q3", m))
@@ -71,18 +62,6 @@ def _line(rows: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
         if "q1" in fit:
             line[f"{quantity}_spread"] = (fit["q1"], fit["q3"])
     return line
-
-
-def _styles(families: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The colour of the family; its members are told apart by line and marker."""
-    turns = {family: cycle(STYLES) for family in families.values()}
-    styles = {}
-    for name, family in families.items():
-        ls, marker = next(turns[family])
-        colour = COLOURS[validate.one_of("family", family, COLOURS)]
-        fill = colour if marker in "o^v" else "none"
-        styles[name] = {"color": colour, "ls": ls, "marker": marker, "mfc": fill}
-    return styles
 
 
 def _draw(panel: Axes, points: Sequence[tuple[float, float, float, float]], **style: Any) -> None:

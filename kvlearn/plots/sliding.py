@@ -1,7 +1,6 @@
 """Pictures of chapter 04: the ring buffer frame by frame, and what a token can have heard of."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from kvlearn import validate
 from kvlearn.attention import RingCache
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, MECHANISMS, Picture, drawing, line_styles
 
 SLIDING, SINKS, FULL = COLOURS["sliding"], COLOURS["shared"], COLOURS["full"]
 
@@ -132,13 +131,14 @@ def influence(
     its windows let through.
     """
     reaches = reaches or {}
-    colours = dict(zip(curves, cycle((FULL, SLIDING, COLOURS["hybrid"], COLOURS["sparse"])), strict=False))
+    windows = [name for name in curves if name in reaches]
+    styles = line_styles(curves, fixed=dict.fromkeys(windows[:1], MECHANISMS["window"]))
     with drawing() as (figure, axes):
-        for (name, (distances, changes)), marker in zip(curves.items(), cycle("osD^"), strict=False):
+        for name, (distances, changes) in curves.items():
             shown = [change if change > NOISE else np.nan for change in changes]
-            axes.plot(distances, shown, marker=marker, ms=5, color=colours[name], label=name)
+            axes.plot(distances, shown, ms=5, label=name, **styles[name])
             if name in reaches:
-                axes.axvline(reaches[name], color=colours[name], lw=1.2, ls="--")
+                axes.axvline(reaches[name], color=styles[name]["color"], lw=1.2, ls="--")
                 text = f"the most that can\nreach: {reaches[name]} "
                 axes.text(
                     reaches[name], 0.97, text, transform=axes.get_xaxis_transform(), ha="right", va="top"
@@ -157,9 +157,6 @@ def influence(
     return Picture(figure, alt, {"curves": dict(curves), "reaches": dict(reaches)})
 
 
-STYLES = {"full": (FULL, "-", "o"), "window": (SLIDING, "--", "o")}  # others: the colour of sinks
-
-
 def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: int = 16) -> Picture:
     """Loss over the position, a panel a model and a line a variant: rows of ``kvlearn study sinks``.
 
@@ -168,16 +165,15 @@ def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: 
     models = list(dict.fromkeys(row["run"] for row in rows))
     validate.positive("len(rows)", len(rows))
     data: dict[str, Any] = {model: {} for model in models}
+    styles = line_styles((row["variant"] for row in rows), family="shared")  # the colour of sinks
     with drawing(1, len(models), size=(4.2 * len(models), 3.6), sharey=True, squeeze=False) as (figure, axes):
         for panel, model in zip(axes[0], models, strict=True):
-            others = cycle(((SINKS, "-.", "s"), (SINKS, ":", "^")))
             for row in (row for row in rows if row["run"] == model):
                 losses = np.array(row["by_position"])
                 means = losses[: len(losses) // width * width].reshape(-1, width).mean(1)
-                colour, line, marker = STYLES.get(row["variant"]) or next(others)
-                style = {"color": colour, "marker": marker, "ms": 5, "mfc": "none", "lw": 1.8}
+                style = {**styles[row["variant"]], "mfc": "none", "ms": 5, "lw": 1.8}
                 at = (np.arange(len(means)) + 0.5) * width
-                panel.plot(at, means, line, label=row["variant"], **style)
+                panel.plot(at, means, label=row["variant"], **style)
                 data[model][row["variant"]] = means
             panel.axvline(window, color="#8a8a8a", lw=1, ls=":")
             text = " the first token leaves"

@@ -41,11 +41,19 @@ def test_the_crossover_is_where_the_lines_meet() -> None:
 
 
 def test_the_share_of_the_energy_is_of_the_squares_summed() -> None:
-    data = plots.spectrum({"a": [8.0, 1.0, 1.0, 0.0], "flat": np.ones(4)}, share=0.9).data
-    assert data["shares"]["a"] == pytest.approx([0.8, 0.9, 1, 1])
-    assert data["ranks"] == {"a": 2, "flat": 4}
+    data = plots.spectrum({"here": {"a": [8.0, 1.0, 1.0, 0.0], "flat": np.ones(4)}}, share=0.9).data
+    assert data["shares"]["here"]["a"] == pytest.approx([0.8, 0.9, 1, 1])
+    assert data["ranks"] == {"here": {"a": 2, "flat": 4}}
     with pytest.raises(ValueError, match="another order"):
-        plots.spectrum({"already summed": [0.8, 0.9, 1.0]})
+        plots.spectrum({"here": {"already summed": [0.8, 0.9, 1.0]}})
+
+
+def test_the_axis_of_the_spectrum_ends_at_the_largest_possible_rank() -> None:
+    both = plots.spectrum(
+        {"here": {"a": [4.0, 2.0, 1.0, 0.0]}, "there": {"a": [3.0, 3.0, 1.0, 0.0]}}, largest=3
+    )
+    assert [panel.get_xlim() for panel in both.figure.axes] == [(0, 3), (0, 3)]
+    assert both.data["largest"] == 3
 
 
 def test_a_score_that_knows_only_distance_does_not_move() -> None:

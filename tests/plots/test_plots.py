@@ -135,7 +135,7 @@ PICTURES = {
         crossover=48,
     ),
     "spectrum": lambda: plots.spectrum(
-        {"keys before RoPE": [8.0, 1.0, 1.0, 0.0], "keys after RoPE": torch.ones(4)}
+        {"as they are": {"keys before RoPE": [8.0, 1.0, 1.0, 0.0], "keys after RoPE": torch.ones(4)}}
     ),
     "loss_over_rank": lambda: plots.loss_over_rank(
         {"SVD": [(8, 2.0, 0.1), (16, 1.5, 0.1)], "random": [(8, 6.0, 0.1), (16, 5.5, 0.1)]}, base=1.2

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kvlearn import plots
-from kvlearn.plots import COLOURS
+from kvlearn.plots.picture import MECHANISMS
 
 LENGTHS = (1024, 2048, 4096)
 DESIGNS = {
@@ -67,16 +67,13 @@ def test_the_legend_gives_both_exponents() -> None:
     assert texts[2] == "strided: time $N^{1.50}$, memory $N^{1.00}$"
 
 
-def test_no_two_designs_look_alike_and_families_keep_their_colour() -> None:
+def test_no_two_designs_look_alike_and_each_has_its_own_line() -> None:
     panel = plots.scaling(rows()).figure.axes[0]
     drawn = {
-        name: (to_hex(line.get_color()), line.get_linestyle(), line.get_marker())
+        name: (to_hex(line.get_color()).upper(), line.get_marker())
         for name, (line, *_) in zip(DESIGNS, panel.containers, strict=True)
     }
-    assert len(set(drawn.values())) == len(DESIGNS)
-    assert {name: colour.upper() for name, (colour, *_) in drawn.items()} == {
-        name: COLOURS[family].upper() for name, (family, _) in DESIGNS.items()
-    }
+    assert drawn == {name: (MECHANISMS[name].colour.upper(), MECHANISMS[name].marker) for name in DESIGNS}
 
 
 def test_the_words_are_drawn_from_the_rows() -> None:
