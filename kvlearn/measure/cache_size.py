@@ -1,10 +1,11 @@
 """The memory arithmetic: bytes of cache that a real model stores, and bytes that one decode step reads.
 
-    stored = batch · Σ_layers (elements per token) · min(length, window) · bytes per element
+    stored = batch · Σ_layers (elements per token) · min(length, window) · bytes per element  (+ index keys)
 
 Stored is not read: a layer that borrows another layer's cache stores nothing and still reads it every step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,18 +21,29 @@ class LayerShape:
     ``window``: keeps and reads only the last so many tokens (the current one counts). ``head_dim``: its own
     instead of the model's. ``latent``: one vector of so many numbers a token in place of all keys and values
     (multi-head latent attention: the latent's rank + the RoPE part). ``shared``: stores nothing and reads the
-    cache of an earlier layer of its kind.
+    cache of an earlier layer of its kind. ``index_dim``: an index key of so many numbers beside every token,
+    and ``top_k``: of the tokens a step reads only so many, which it finds by reading all index keys.
     """
 
     window: int | None = None
     head_dim: int | None = None
     latent: int | None = None
     shared: bool = False
+    index_dim: int | None = None
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "head_dim", "latent"):
+        for name in ("window", "head_dim", "latent", "index_dim", "top_k"):
             if (value := getattr(self, name)) is not None:
                 validate.positive(name, value)
+
+
+def index_key_bytes(index_dim: int) -> int:
+    """Bytes of one index key as DeepSeek-V3.2 keeps it: fp8 numbers, and an fp32 scale for each 128 of them.
+
+    Source: deepseek-ai/DeepSeek-V3.2-Exp, inference/model.py, Indexer.
+    """
+    return index_dim + 4 * -(-index_dim // 128)
 
 
 @dataclass(frozen=True)
@@ -70,26 +82,32 @@ def elements_per_token(model: ModelShape, length: int = 1) -> int:
     """Numbers that the token at place ``length`` adds to the cache; a full window adds none.
 
     At the default, the first token: every layer that stores anything counts, 2 · L · G · D for plain layers.
+    Numbers of index keys count too.
     """
     validate.positive("length", length)
-    return _elements(model, length, "stored") - _elements(model, length - 1, "stored")
+    numbers = [
+        _size(model, n, "stored", lambda width: width, lambda index: index) for n in (length, length - 1)
+    ]
+    return numbers[0] - numbers[1]
 
 
 def cache_bytes(
     model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """STORED: bytes of cache for ``batch`` sequences of ``length`` tokens, windows as ring buffers."""
-    validate.at_least("length", length, 0)
-    return validate.positive("batch", batch) * _elements(model, length, "stored") * dtype.itemsize
+    """STORED: bytes of cache for ``batch`` sequences of ``length`` tokens, windows as ring buffers.
+
+    ``dtype`` is that of keys, values and latents; index keys have a type of their own (``index_key_bytes``).
+    """
+    return _bytes(model, length, "stored", batch, dtype)
 
 
 def read_bytes(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
     """READ: bytes of cache that one decode step touches at ``length`` tokens, its own among them.
 
     Every layer reads its own tokens once, all query heads together; a shared layer reads its owner's again.
+    A layer with an index reads all index keys, and ``top_k`` tokens.
     """
-    validate.at_least("length", length, 0)
-    return validate.positive("batch", batch) * _elements(model, length, "read") * dtype.itemsize
+    return _bytes(model, length, "read", batch, dtype)
 
 
 def weights_bytes(model: ModelShape) -> int:
@@ -107,12 +125,33 @@ def users(model: ModelShape, device_bytes: float, length: int, *, dtype: torch.d
     return max(0, int(left // cache_bytes(model, length, dtype=dtype)))
 
 
-def _elements(model: ModelShape, length: int, what: Literal["stored", "read"]) -> int:
+def _bytes(
+    model: ModelShape, length: int, what: Literal["stored", "read"], batch: int, dtype: torch.dtype
+) -> int:
+    validate.at_least("length", length, 0)
+    one = _size(model, length, what, lambda width: width * dtype.itemsize, index_key_bytes)
+    return validate.positive("batch", batch) * one
+
+
+def _size(
+    model: ModelShape,
+    length: int,
+    what: Literal["stored", "read"],
+    of_token: Callable[[int], int],
+    of_index: Callable[[int], int],
+) -> int:
+    """The sum over layers and tokens of ``of_token(width)`` for keys and values, ``of_index(index_dim)``."""
     total = 0
-    for index in range(model.n_layers):
-        layer = model.layer(index)
+    for i in range(model.n_layers):
+        layer = model.layer(i)
         if layer.shared and what == "stored":
             continue
-        width = layer.latent or 2 * model.n_kv_heads * (layer.head_dim or model.head_dim)
-        total += width * min(length, layer.window or length)
+        n_tokens = min(length, layer.window or length)
+        if layer.index_dim is not None:
+            total += of_index(layer.index_dim) * n_tokens
+        if what == "read":
+            n_tokens = min(n_tokens, layer.top_k or n_tokens)
+        total += (
+            of_token(layer.latent or 2 * model.n_kv_heads * (layer.head_dim or model.head_dim)) * n_tokens
+        )
     return total

@@ -29,7 +29,7 @@ def memory_table(
     lines = {
         "weights": format_bytes(weights),
         "a token adds": f"{elements_per_token(shape):,} numbers, "
-        f"{format_bytes(elements_per_token(shape) * dtype.itemsize)}",
+        f"{format_bytes(cache_bytes(shape, 1, dtype=dtype))}",
         "cache of one user": format_bytes(stored // n_users),
         f"cache of {n_users}, stored": format_bytes(stored),
         f"cache of {n_users}, read by one step": format_bytes(read),

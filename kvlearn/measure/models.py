@@ -74,7 +74,7 @@ MODELS: dict[str, ModelShape] = {
             head_dim=128,
             n_parameters=46_702_792_704,
             context=32_768,
-            source="arXiv:2401.04088, table 1; no window",
+            source="arXiv:2401.04088, table 1; section 2: fully dense context, no window",
         ),
         ModelShape(
             "Qwen3 32B",
@@ -133,6 +133,18 @@ MODELS: dict[str, ModelShape] = {
             bytes_per_parameter=1.0,
             context=131_072,
             source="deepseek-ai/DeepSeek-V3: inference/configs/config_671B.json; fp8 weights",
+        ),
+        ModelShape(
+            "DeepSeek-V3.2",
+            n_layers=61,
+            n_heads=128,
+            n_kv_heads=128,
+            head_dim=128,
+            layers=(LayerShape(latent=512 + 64, index_dim=128, top_k=2048),),
+            n_parameters=671_877_929_216,
+            bytes_per_parameter=1.0,
+            context=131_072,
+            source="deepseek-ai/DeepSeek-V3.2-Exp: inference/config_671B_v3.2.json; fp8 weights",
         ),
         ModelShape(
             "Pythia 2.8B",

@@ -15,6 +15,7 @@ from kvlearn.measure import (
     ModelShape,
     cache_bytes,
     elements_per_token,
+    index_key_bytes,
     read_bytes,
     users,
     weights_bytes,
@@ -41,6 +42,23 @@ def test_llama_405b_as_the_article_tells_it() -> None:
 
 def test_a_latent_is_stored_once_for_keys_and_values() -> None:
     assert elements_per_token(MODELS["DeepSeek-V3"]) == 61 * 576
+
+
+def test_deepseek_v3_2_stores_an_index_key_of_132_bytes_beside_1152() -> None:
+    v3, v32 = (replace(MODELS[f"DeepSeek-V3{end}"], n_layers=1) for end in ("", ".2"))
+    assert index_key_bytes(128) == 132
+    assert cache_bytes(v3, 1) == 1152
+    assert cache_bytes(v32, 1) == 1152 + 132
+    assert round(100 * (cache_bytes(v32, 128 * K) / cache_bytes(v3, 128 * K) - 1)) == 11
+    assert cache_bytes(v32, 1, dtype=torch.float32) == 2 * 1152 + 132  # the index has its own type
+    assert elements_per_token(v32) == 576 + 128
+
+
+def test_deepseek_v3_2_reads_all_index_keys_and_2048_tokens() -> None:
+    one = replace(MODELS["DeepSeek-V3.2"], n_layers=1)
+    assert read_bytes(one, 128 * K) == 18.75 * 2**20
+    assert read_bytes(one, 128 * K) == 132 * 128 * K + 1152 * 2048
+    assert read_bytes(one, 2000) == cache_bytes(one, 2000)
 
 
 def test_a_window_stops_growing() -> None:

@@ -33,6 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 4 E2B": ("Gemma4Text", E2B),
     "gpt-oss-120b": ("GptOss", {}),
     "DeepSeek-V3": ("DeepseekV3", {}),
+    "DeepSeek-V3.2": ("DeepseekV32", {}),
     "Pythia 2.8B": ("GPTNeoX", {"hidden_size": 2560, "intermediate_size": 10_240, "vocab_size": 50_304}),
 }
 
