@@ -207,7 +207,7 @@ def decode_kernel(
 
 @triton.jit
 def whose(program, n_kv_heads, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A program's batch row, KV head and query heads, and which of these exist: tl.dot wants at least 16."""
+    """A program's batch row, KV head and query heads, and which of them exist (tensor cores take 16)."""
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     # Blocks of heads that share a KV head come one after the other, so that the second finds it in the L2.
     pair = program // HEAD_BLOCKS

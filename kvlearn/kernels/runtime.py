@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Only Linux has Triton; everything but the kernels works without it.
+# The pinned Triton is a Linux package; everything but the kernels works without it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if not torch.cuda.is_available():
@@ -29,7 +29,7 @@ ASSUMED_CAPABILITY = 90
 def require_triton() -> None:
     """Raise RuntimeError, with what to do, where a kernel cannot run in this process."""
     if not HAS_TRITON:
-        raise RuntimeError("backend: expected 'torch', since Triton is not installed (it exists for Linux)")
+        raise RuntimeError("backend: expected 'torch', since Triton is not installed (pinned for Linux)")
     if INTERPRETED:
         import triton.language as tl
         from triton.runtime.interpreter import InterpretedFunction

@@ -177,13 +177,11 @@ def kernels(triton: bool, cuda: bool, compiler: bool) -> Finding:
     """How chapter 11's Triton kernels run: compiled, interpreted, or not at all."""
     name = "chapter 11, kernels"
     if not triton:
-        value = (
-            "Triton is not there (it exists for Linux only): recorded results, the rest of the chapter runs"
-        )
+        value = "Triton is not there (the pinned one is for Linux): the cells without kernels run"
         return Finding("course", name, value)
     if not cuda:
         return Finding(
-            "course", name, "Triton's interpreter on the CPU: right but slow; speeds are recorded results"
+            "course", name, "Triton's interpreter on the CPU: right but slow, so it measures no speed"
         )
     if not compiler:
         return Finding(

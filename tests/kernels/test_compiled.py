@@ -21,7 +21,7 @@ BYTE_FORMATS = ("fp8, a scale a key", "int8, a scale a key")
 compiles = [
     pytest.mark.slow,
     pytest.mark.xdist_group("compiled"),
-    pytest.mark.skipif(not HAS_TRITON, reason="Triton exists for Linux only"),
+    pytest.mark.skipif(not HAS_TRITON, reason="the pinned Triton is for Linux"),
 ]
 
 
@@ -139,7 +139,7 @@ def test_an_unknown_card_is_refused() -> None:
         compiled.report((70,))
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton exists for Linux only")
+@pytest.mark.skipif(not HAS_TRITON, reason="the pinned Triton is for Linux")
 def test_the_interpreter_does_not_compile() -> None:
     code = "from kvlearn.kernels.compile_only import compile_only\nwith compile_only(90): pass"
     done = subprocess.run(

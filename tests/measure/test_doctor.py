@@ -61,7 +61,7 @@ def test_pins_that_are_not_met_are_named(tmp_path: Path) -> None:
         (True, True, True, "compiled, on the GPU"),
         (True, True, False, "no C compiler"),
         (True, False, True, "interpreter"),
-        (False, False, True, "recorded results"),
+        (False, False, True, "cells without kernels"),
     ],
 )
 def test_how_kernels_run(triton: bool, cuda: bool, compiler: bool, said: str) -> None:
