@@ -14,7 +14,7 @@ from kvlearn.attention import Pattern, parse
 from kvlearn.attention.sparse.pattern import words
 from kvlearn.attention.sparse.plan import live_tokens, n_slots
 from kvlearn.attention.sparse.words import Strided
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, PALETTE, Picture, drawing
 
 SPARSE = COLOURS["sparse"]
 
@@ -30,8 +30,8 @@ def gallery(
     """Each pattern as a grid, a row a query: the pairs it sees, and in pale what is computed besides.
 
     Queries are computed ``block`` at a time over all columns that one of them needs. Beneath: the tokens that
-    a cache must have room for, and those that the last step reads. ``families``: keys of COLOURS, by name;
-    "sparse" unless given.
+    a cache must have room for, and those that the last step reads. ``families``: by name, the mechanism or
+    family whose colour it takes; unless given, that of its own name, or of "sparse".
     """
     parsed = {name: parse(pattern) for name, pattern in patterns.items()}
     data: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def gallery(
         for panel in axes.flat[len(patterns) :]:
             panel.set_visible(False)
         for panel, (name, found) in zip(axes.flat, data.items(), strict=False):
-            colour = COLOURS[(families or {}).get(name, "sparse")]
+            colour = _colour(name, families)
             _grid(panel, found["computed"].int() + found["sees"].int(), colour)
             panel.set_title(name)
             panel.set_xlabel(f"stored {found['stored']}, read {found['read']} of {n_tokens}")
@@ -61,6 +61,11 @@ def gallery(
     )
     alt = f"Patterns over {n_tokens} tokens, a row a query, computed {block} queries at a time. {listed}."
     return Picture(figure, alt, data)
+
+
+def _colour(name: str, families: Mapping[str, str] | None) -> str:
+    own = name.lower() if name.lower() in PALETTE else "sparse"
+    return PALETTE[validate.one_of("families", (families or {}).get(name, own), PALETTE)]
 
 
 def _computed(pattern: Pattern, n_tokens: int, block: int) -> torch.Tensor:
@@ -107,7 +112,7 @@ def lifetimes(
             panel.set_visible(False)
         for panel, (name, pattern) in zip(axes.flat, parsed.items(), strict=False):
             last, live = pattern.last_readers(n_tokens), live_tokens(pattern, n_tokens)
-            born, colour = torch.arange(n_tokens), COLOURS[(families or {}).get(name, "sparse")]
+            born, colour = torch.arange(n_tokens), _colour(name, families)
             panel.hlines(born, born, torch.maximum(last, born) + 1, color=colour, lw=150 / n_tokens)
             panel.plot(born, born, color="#8a8a8a", lw=1)
             panel.axvline(int(live.argmax()) + 0.5, color="#8a8a8a", lw=1.2, ls="--")

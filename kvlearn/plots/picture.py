@@ -48,7 +48,7 @@ MECHANISMS = {
     "full": Line(COLOURS["full"], "-", "o"),
     "window": Line(COLOURS["sliding"], "--", "s"),
     "longformer": Line(COLOURS["sparse"], "-.", "^"),
-    "bigbird": Line(COLOURS["compressed"], ":", "D"),
+    "bigbird": Line(VIOLET, ":", "D"),
     "strided": Line(COLOURS["hybrid"], (6, 1, 1, 1, 1, 1), "v"),
     "fixed": Line(COLOURS["linear"], (4, 3), "P"),
     "linear": Line(COLOURS["linear"], "--", "s"),
@@ -61,6 +61,9 @@ MECHANISMS = {
     "rwkv4": Line(VIOLET, (2, 2), "p"),
     "short_conv": Line(COLOURS["memory"], ":", "X"),
 }
+
+PALETTE = {**{name: line.colour for name, line in MECHANISMS.items()}, **COLOURS}
+"""By name: the colour of a mechanism, or of a family of them where a figure shows no single one."""
 
 # Of a mechanism that is built wrongly, one line for each mistake; red is the first.
 MISTAKES = (

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
 from kvlearn import validate
 from kvlearn.measure import format_bytes
-from kvlearn.plots.picture import COLOURS, Picture, drawing
+from kvlearn.plots.picture import COLOURS, PALETTE, Picture, drawing
 
 Route = Sequence[int]  # which pool each query head reads
 
@@ -111,7 +111,8 @@ def stored_and_read(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Pi
     """What each design stores and what one step reads, in bytes: two bars a design.
 
     A row has ``name``, ``stored`` and ``read``, as the last of a decoder's table, and may have a ``family``:
-    a key of COLOURS, "shared" unless given. The axis is logarithmic where amounts lie more than 32x apart.
+    a family or mechanism of PALETTE, "shared" unless given. The axis is logarithmic where amounts lie more
+    than 32x apart.
     """
     validate.positive("len(rows)", len(rows))
     amounts = [row[column] for row in rows for column in ("stored", "read")]
@@ -122,7 +123,7 @@ def stored_and_read(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Pi
     start = min(positive) / 4 if log else 0
     with drawing(size=(7.8, 0.5 * len(rows) + 1.1)) as (figure, axes):
         for y, row in enumerate(rows):
-            colour = COLOURS[validate.one_of("family", _family(row), COLOURS)]
+            colour = PALETTE[validate.one_of("family", _family(row), PALETTE)]
             for column, place in (("stored", -0.18), ("read", 0.18)):
                 hatched = {"fc": "none", "ec": colour, "hatch": "////"}
                 style = {"color": colour} if column == "stored" else hatched
@@ -161,4 +162,4 @@ def stored_and_read(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Pi
 
 def _family(row: Mapping[str, Any]) -> str:
     """The family whose colour a row takes."""
-    return str(row.get("family", row["name"] if row["name"] in COLOURS else "shared"))
+    return str(row.get("family", row["name"] if row["name"] in PALETTE else "shared"))
