@@ -24,11 +24,11 @@ STUDIES = {
     "speed": "tokens/s of training",
     "convert": "the base model with other mechanisms, before and after 5% more training",
     "routing": "whether learning which pool a head reads pays, from nothing",
-    "sight": "the base model with windows and sparse patterns, before and after 5% more training",
+    "window_quality": "the base model with windows and sparse patterns, before and after 5% more training",
     "sinks": "what a window loses with the first token, where heads have made it their sink",
     "recall": "how many pairs of key and value a state of so many bytes gives back",
 }
-RECORDED = ("convert", "routing", "sight", "sinks", "recall")
+RECORDED = ("convert", "routing", "window_quality", "sinks", "recall")
 
 
 @app.command()
@@ -62,8 +62,8 @@ def _compare(name: str, record: bool) -> None:
     from kvlearn.measure import results
     from kvlearn.measure.provenance import collect_provenance
     from kvlearn.study import (
+        MASK_RUNS,
         RUNS,
-        SIGHTS,
         report,
         study_conversions,
         study_recall,
@@ -81,7 +81,7 @@ def _compare(name: str, record: bool) -> None:
         rows = list(study_recall(jobs=os.cpu_count() or 1))
         table = report.recall_table(rows)
     else:
-        runs = {"convert": RUNS, "sight": SIGHTS}[name]
+        runs = {"convert": RUNS, "window_quality": MASK_RUNS}[name]
         conversions = study_conversions(runs=runs, folder=Path("runs") / name)
         rows = [row for run in conversions for row in run]
         table = report.conversion_table(rows)

@@ -80,3 +80,10 @@ def tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     return value
+
+
+def floating(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A floating-point dtype."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point type, got {dtype}")
+    return dtype

@@ -15,7 +15,7 @@ jaxtyping.install_import_hook(["kvlearn.attention", "kvlearn.model", "kvlearn.st
 
 
 @pytest.fixture
-def doors() -> Iterator[None]:
+def unchecked_shapes() -> Iterator[None]:
     """Switches that hook off, for tests of what a caller sees who passes something wrong."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

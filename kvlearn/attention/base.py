@@ -1,4 +1,4 @@
-"""The contract: what every mechanism of the course offers, from full attention to Mamba.
+"""The contract: what every mechanism of the course offers, and the cache of keys and values.
 
     y = layer(x)                                   training: (batch, time, d_model) -> the same, causal
     cache = layer.new_cache(batch=2, max_len=4096)
@@ -6,21 +6,177 @@
     cache.nbytes                                   bytes really allocated
     layer.cache_bytes(max_len)                     STORED, by the formula on paper
     layer.read_bytes(length)                       READ by one decode step at this length
+    y = layer(x, cache, source=kv)                 reads another layer's keys and values, and stores 0 bytes
 
-The model, the measurements and the tests know a mechanism by these methods alone. Whoever registers a class
-here has it tested by tests/attention/test_contract.py.
+The model, the measurements and the tests know a mechanism by these methods alone. Every class in ``REGISTRY``
+is tested by tests/attention/test_contract.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvlearn import validate
-from kvlearn.attention.cache import KV, Cache
+
+
+class Cache(ABC):
+    """What one layer keeps of the tokens it has seen.
+
+    Rows of a batch may differ in length: prompts of different lengths are padded on the right, fed together,
+    and cut back to their own lengths by ``trim``.
+    """
+
+    can_trim = True  # False where what was seen cannot be forgotten: a state, a ring that wrote over its past
+
+    def __init__(self, batch: int, max_len: int, device: torch.device | str) -> None:
+        self.batch = validate.positive("batch", batch)
+        self.max_len = validate.positive("max_len", max_len)
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
+        self.length = 0  # of the longest row
+        self.lengths: Int[Tensor, "B"] | None = None  # of every row, where they differ
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All tensors that hold content. (``lengths``, 8 bytes per row, is not counted.)"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated for content, counted at the storages, each once."""
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.tensors())}
+        return sum(storages.values())
+
+    def positions(self, n_tokens: int) -> Int[Tensor, "#B T"]:
+        """Positions of the next ``n_tokens`` tokens, from 0: (1, T), or (B, T) if rows differ."""
+        start = self.length if self.lengths is None else self.lengths[:, None]
+        return start + torch.arange(n_tokens, device=self.device)[None]
+
+    def check_room(self, n_tokens: int) -> None:
+        """Raise ValueError where ``max_len`` has no room for ``n_tokens`` more; called before writing."""
+        if self.length + n_tokens > self.max_len:
+            raise ValueError(
+                f"cache: expected at most max_len={self.max_len} tokens, got {self.length} and {n_tokens} new"
+            )
+
+    def advance(self, n_tokens: int) -> None:
+        """Count ``n_tokens`` more in every row; called after writing."""
+        self.check_room(n_tokens)
+        self.length += n_tokens
+        if self.lengths is not None:
+            self.lengths = self.lengths + n_tokens
+
+    def trim(self, lengths: Int[Tensor, "B"]) -> None:
+        """Forget in each row what lies past its own length: right padding, or tokens that were rejected.
+
+        Raises ValueError for lengths that the rows never had, and where ``can_trim`` is False.
+        """
+        lengths = self.check_lengths(lengths)
+        self.length = int(lengths.max())
+        self.lengths = None if bool((lengths == self.length).all()) else lengths
+
+    def check_lengths(self, lengths: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """A copy of ``lengths`` for ``trim``, if the rows can be trimmed to these."""
+        if not self.can_trim:
+            raise ValueError(
+                f"cache: a {type(self).__name__} cannot forget what it has seen, not even "
+                "padding: feed prompts of different lengths each with a cache of its own"
+            )
+        validate.tensor("lengths", lengths, (self.batch,))
+        if lengths.is_floating_point():
+            raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+        lengths = lengths.to(self.device, torch.int64, copy=True)
+        current = torch.full_like(lengths, self.length) if self.lengths is None else self.lengths
+        if (lengths < 0).any() or (lengths > current).any():
+            raise ValueError(
+                f"lengths: expected 0 to {current.tolist()} in every row, got {lengths.tolist()}"
+            )
+        return lengths
+
+    def reset(self) -> None:
+        """Empty the cache; its memory stays allocated."""
+        self.length, self.lengths = 0, None
+        for t in self.tensors():
+            t.zero_()
+
+
+@dataclass(frozen=True)
+class KV:
+    """Keys and values that new tokens attend to, and the positions of these tokens: ``k, v, positions = kv``.
+
+    Slot s holds the key at position ``slot_positions[..., s]``, -1 where it is empty; with None it holds
+    position s. A layer passes these to another that reads them in place of its own (cross-layer sharing).
+    """
+
+    k: Float[Tensor, "B G S D"]
+    v: Float[Tensor, "B G S D"]
+    positions: Int[Tensor, "#B T"]
+    slot_positions: Int[Tensor, "#B S"] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.k, self.v, self.positions))
+
+    @property
+    def key_positions(self) -> Int[Tensor, "#B S"]:
+        """``slot_positions``, written out where slot s holds position s."""
+        if self.slot_positions is not None:
+            return self.slot_positions
+        return torch.arange(self.k.shape[2], device=self.k.device)[None]
+
+
+class KVCache(Cache):
+    """Keys and values of all tokens so far, in memory that is allocated once; slot s holds position s."""
+
+    def __init__(
+        self, batch: int, n_heads: int, max_len: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(batch, max_len, device)
+        validate.floating("dtype", dtype)
+        # Zeros, not whatever the memory held: a masked slot weighs 0, and 0 · NaN would be NaN.
+        self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v]
+
+    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
+        """Write new keys and values behind the old ones; return views of all of them, never a copy."""
+        n_heads, head_dim = self.k.shape[1], self.k.shape[3]
+        for name, new in (("k", k), ("v", v)):
+            validate.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
+        self.check_room(k.shape[2])
+        positions = self.positions(k.shape[2])
+        for buffer, new in ((self.k, k), (self.v, v)):
+            new = new.detach().to(buffer.dtype)
+            if self.lengths is None:
+                buffer[:, :, self.length : self.length + k.shape[2]] = new
+            else:
+                buffer.scatter_(2, positions[:, None, :, None].expand(new.shape), new)
+        self.advance(k.shape[2])
+        return KV(self.k[:, :, : self.length], self.v[:, :, : self.length], positions)
+
+
+class NoCache(Cache):
+    """The cache of a layer that reads another layer's: it holds nothing, and its ``length`` stays 0."""
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
+# One token per row over its cache: q (B, H, D), keys and values (B, G, S, D), lengths (B,) int32 ->
+# (B, H, D); kvlearn.kernels.decode_attention, for one.
+DecodeStep = Callable[..., Tensor]
+
+
+def decode_step(
+    decode: DecodeStep, q: Float[Tensor, "B H 1 D"], kv: KV, **options: Any
+) -> Float[Tensor, "B H 1 D"]:
+    """Attention of one token per row by ``decode``, over the first slots of each row, those in use."""
+    lengths = (kv.positions[:, 0] + 1).clamp_max(kv.k.shape[2]).expand(len(q)).to(torch.int32)
+    return decode(q[:, :, 0], kv.k, kv.v, lengths, **options).unsqueeze(2)
 
 
 class Mechanism(nn.Module, ABC):
@@ -33,8 +189,11 @@ class Mechanism(nn.Module, ABC):
 
     name: str  # in the registry
     chooses_by_content = False  # True where the output jumps when a choice between pools or tokens tips over
-    trained_apart: tuple[str, ...] = ()  # weights that only choose: the output has no gradient for them
-    undecayed: tuple[str, ...] = ()  # matrices that weight decay has to leave alone: 0 is no rest for them
+    auxiliary_parameters: tuple[str, ...] = ()  # they only choose: the output has no gradient for them
+    no_weight_decay: tuple[str, ...] = ()  # matrices that weight decay leaves alone
+    forms: tuple[str, ...] = ()  # of a recurrence: how it can go through its tokens (recurrent.py)
+    form = ""  # the one of these for more than one token
+    state_shapes: Mapping[str, tuple[int, ...]] | None = None  # of a recurrence, once a cache has been used
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int | None) -> None:
         super().__init__()
@@ -61,7 +220,10 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        """The slow and obvious form of ``forward(x)``: fp32, and a bare loop over time."""
+        """``forward(x)`` written again from the paper: fp32, and a bare loop over time.
+
+        It shares with ``forward`` the weights, and no code that could be wrong in both.
+        """
 
     @abstractmethod
     def new_cache(
@@ -79,7 +241,7 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """READ: bytes of cache that one decode step touches when ``length`` tokens stand in it."""
+        """READ: bytes of cache that one decode step touches when ``length`` tokens are in it."""
 
     @classmethod
     @abstractmethod
@@ -94,19 +256,14 @@ class Mechanism(nn.Module, ABC):
         """
         return None
 
-    def kv(self, x: Float[Tensor, "B T M"], cache: Cache | None = None) -> KV:
-        """Keys and values of ``x``, written behind what ``cache`` holds; for another layer's ``source``."""
+    def project_kv(self, x: Float[Tensor, "B T M"], cache: Cache | None = None) -> KV:
+        """Keys and values of ``x``, appended to ``cache``; another layer may read them as its ``source``."""
         raise TypeError(
             f"source: a layer of kind {self.name!r} has no keys and values that another could read"
         )
 
-    def refuse(self, source: KV | None) -> None:
-        """The door of a mechanism that cannot read another layer's keys and values."""
-        if source is not None:
-            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
-
     def initialise(self) -> None:
-        """Draw the weights that start in a way of the mechanism's own; a model calls it last."""
+        """Draw the weights that have a start of the mechanism's own; a model calls it last."""
 
     def dtype_and_device(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -115,8 +272,19 @@ class Mechanism(nn.Module, ABC):
         weight = next(self.parameters())
         return dtype or weight.dtype, torch.device(device) if device is not None else weight.device
 
-    def check(self, x: Tensor, cache: Cache | None, kind: type[Cache]) -> None:
-        """The door of ``forward``: shape, dtype and device of ``x``, and a cache of this mechanism's kind."""
+    def to_bytes(self, numbers: int, batch: int, dtype: torch.dtype | None) -> int:
+        """Bytes of so many cached numbers per row, in ``dtype`` or that of the weights."""
+        return validate.positive("batch", batch) * numbers * self.dtype_and_device(dtype)[0].itemsize
+
+    def check_inputs(
+        self, x: Tensor, cache: Cache | None, kind: type[Cache], source: KV | None = None
+    ) -> None:
+        """Check shape, dtype and device of ``x``, and that ``cache`` is of this mechanism's ``kind``.
+
+        Raises TypeError if ``source`` is given: a mechanism that can read one calls ``check_source``.
+        """
+        if source is not None:
+            raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
         dtype, device = self.dtype_and_device()
         validate.tensor("x", x, ("batch", "time", self.d_model), dtype=dtype, device=device)
         validate.at_least("x.shape[1] (time)", x.shape[1], 1)
@@ -127,6 +295,24 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(f"x: expected the cache's batch of {cache.batch}, got {len(x)}")
         if cache.device != device:
             raise ValueError(f"cache: expected device {device}, got {cache.device}")
+
+    def check_source(
+        self, x: Tensor, cache: Cache | None, kind: type[Cache], source: KV | None, n_kv_heads: int
+    ) -> KV:
+        """``source``, if its keys and values fit this layer's heads and the tokens ``x``."""
+        self.check_inputs(x, cache, kind)
+        kv: KV = validate.instance("source", source, KV)
+        validate.tensor("source.k", kv.k, (len(x), n_kv_heads, "tokens", self.head_dim), device=x.device)
+        validate.tensor("source.v", kv.v, tuple(kv.k.shape), device=x.device)
+        validate.tensor("source.positions", kv.positions, ("1 or batch", x.shape[1]))
+        if kv.slot_positions is not None:
+            validate.tensor("source.slot_positions", kv.slot_positions, ("1 or batch", kv.k.shape[2]))
+        return kv
+
+
+def token_positions(x: Float[Tensor, "B T M"], cache: Cache | None) -> Int[Tensor, "#B T"]:
+    """Positions of the tokens ``x``: from 0, or behind what ``cache`` holds."""
+    return torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.positions(x.shape[1])
 
 
 M = TypeVar("M", bound=type[Mechanism])

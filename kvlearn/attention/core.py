@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the equation, the causal mask, the fast road, and the form in pieces.
+"""Scaled dot-product attention: the equation, masks, the fast form by SDPA, and attention to some keys.
 
 Letters, here and in every file of kvlearn:
 
@@ -9,16 +9,18 @@ Letters, here and in every file of kvlearn:
 A mask is boolean and True means *may attend*. A query that may attend to nothing gets 0, never NaN.
 """
 
-from collections.abc import Iterable
-from functools import reduce
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kvlearn import validate
+from kvlearn.attention.base import KV
 
 
 def attention(
@@ -39,7 +41,7 @@ def attention(
 def causal_mask(n_queries: int, n_keys: int, device: torch.device | str | None = None) -> Bool[Tensor, "T S"]:
     """The mask of ``n_queries`` tokens that are the *last* of ``n_keys``: aligned bottom-right.
 
-    Query t stands at position n_keys - n_queries + t and sees the keys up to and including its own.
+    Query t has position n_keys - n_queries + t and sees the keys up to and including its own.
     Raises ValueError for more queries than keys.
     """
     validate.at_most("n_queries", n_queries, n_keys, "n_keys: each query has a key of its own")
@@ -47,10 +49,10 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device | str | None =
     return positions[:, None] >= torch.arange(n_keys, device=device)
 
 
-def visible(positions: Int[Tensor, "#B T"], n_keys: int) -> Bool[Tensor, "#B 1 T {n_keys}"]:
-    """The causal mask of queries at any ``positions``, over keys that lie in the order of their positions.
+def causal_mask_at(positions: Int[Tensor, "#B T"], n_keys: int) -> Bool[Tensor, "#B 1 T {n_keys}"]:
+    """The causal mask of queries at any ``positions``, over keys at positions 0…n_keys - 1.
 
-    Rows may stand at different positions. Slots past a row's own length are hidden by the same comparison,
+    Rows may differ in their positions. Slots past a row's own length are hidden by the same comparison,
     because their index is larger than every position of that row.
     """
     return (positions[:, :, None] >= torch.arange(n_keys, device=positions.device)).unsqueeze(1)
@@ -63,14 +65,14 @@ def causal_attention(
     positions: Int[Tensor, "#B T"],
     scale: float | None = None,
 ) -> Float[Tensor, "B H T Dv"]:
-    """The fast road: causal attention of queries at ``positions`` over keys 0…S-1, by PyTorch's SDPA.
+    """Causal attention of queries at ``positions`` over keys 0…S-1, by PyTorch's SDPA.
 
-    Where all rows stand at the same positions, those must be the last T of S. Two cases then need no mask:
-    one new token, which sees everything, and a sequence from its start, for which SDPA builds none itself.
+    Where all rows have the same positions, those must be the last T of S. Two cases then need no mask: one
+    new token, which sees everything, and a sequence from its start, for which SDPA builds none itself.
     """
     S = k.shape[2]
     together = len(positions) == 1
-    mask = None if together and q.shape[2] in (1, S) else visible(positions, S)
+    mask = None if together and q.shape[2] in (1, S) else causal_mask_at(positions, S)
     return grouped_attention(q, k, v, mask, scale, is_causal=mask is None and q.shape[2] > 1)
 
 
@@ -199,9 +201,173 @@ def with_sinks(part: Partial, sink_logits: Float[Tensor, "H"]) -> Float[Tensor, 
     return part.out * torch.sigmoid(part.lse - upcast(sink_logits)[:, None])[..., None]
 
 
+# A block of queries over some keys: q (B, H, C, D), keys and values (B, G, n, D), mask (1, 1, C, n) or None
+# for all -> (B, H, C, D).
+AttendMasked = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@runtime_checkable
+class MaskRule(Protocol):
+    """Which keys a query attends to, by their positions; asked only for keys that are not in the future."""
+
+    def visible(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Whether the query at each position attends to the key at each, for keys at or before it."""
+
+    def visible_keys(self, first: int, last: int) -> Int[Tensor, "n"]:
+        """The positions that at least one of the queries first … last attends to, in order."""
+
+
+def rule_mask(rule: MaskRule, queries: Int[Tensor, "T"], keys: Int[Tensor, "S"]) -> Bool[Tensor, "T S"]:
+    """True where the rule lets a query attend: to no later key, and to no empty slot (position -1)."""
+    i, j = queries[:, None], keys[None]
+    return (j >= 0) & (j <= i) & rule.visible(i, j)
+
+
+def attend_blockwise(
+    q: Float[Tensor, "B H T D"],
+    kv: KV,
+    rule: MaskRule,
+    block: int,
+    attend: AttendMasked = grouped_attention,
+) -> Float[Tensor, "B H T _"]:
+    """Attention of ``block`` queries at a time over the keys that at least one of them sees.
+
+    What no query of a block sees is not computed: time O(T · keys of a block), and no T x S matrix. Keys are
+    in the order of their positions, empty slots first; for a single query in any order. A query that sees
+    nothing gets 0. Rows of a batch that differ in their positions are computed one by one.
+    """
+    positions, key_positions = kv.positions, kv.key_positions
+    if max(len(positions), len(key_positions)) > 1:
+        each = (q, kv.k, kv.v, positions.expand(len(q), -1), key_positions.expand(len(q), -1))
+        rows = zip(*(x.split(1) for x in each), strict=True)
+        return torch.cat([attend_blockwise(row, KV(*its), rule, block, attend) for row, *its in rows])
+    if q.shape[2] == 1:
+        at = _as_slice(rule_mask(rule, positions[0], key_positions[0])[0].nonzero()[:, 0])
+        return attend(q, kv.k[:, :, at], kv.v[:, :, at], None)
+    blocks, slots = positions[0].split(block), key_positions[0].contiguous()
+    wanted = (rule.visible_keys(int(now[0]), int(now[-1])).to(slots.device) for now in blocks)
+    columns = [_as_slice(torch.searchsorted(slots, keys)) for keys in wanted]
+    outs = [
+        attend(part, k, v, rule_mask(rule, now, slots[at])[None, None])
+        for part, now, at, k, v in zip(
+            q.split(block, dim=2),
+            blocks,
+            columns,
+            gathered(kv.k, columns),
+            gathered(kv.v, columns),
+            strict=True,
+        )
+    ]
+    return torch.cat(outs, dim=2)
+
+
+def gathered(
+    x: Float[Tensor, "B G S D"], columns: list[slice | Tensor]
+) -> Iterable[Float[Tensor, "B G _ D"]]:
+    """``x`` at each of ``columns``: one after the other, or all at once where gradients will come."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return GatheredSlices.apply(x, columns)
+    return (x[:, :, at] for at in columns)
+
+
+class GatheredSlices(torch.autograd.Function):
+    """Several selections from one tensor, whose gradients are added into one tensor of its length.
+
+    Taken one by one, each would have a gradient of that length, nearly all zeros: O(T²) bytes to add up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: list[slice | Tensor]) -> tuple[Tensor, ...]:
+        ctx.columns, ctx.shape = columns, x.shape
+        return tuple(x[:, :, at] for at in columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for at, grad in zip(ctx.columns, grads, strict=True):
+            total[:, :, at] += grad
+        return total, None
+
+
+def _as_slice(columns: Int[Tensor, "n"]) -> slice | Int[Tensor, "n"]:
+    """The same columns, as a slice where they are neighbours: a view then, and else a copy."""
+    n = len(columns)
+    if n and int(columns[-1] - columns[0]) == n - 1 and bool((columns.diff() == 1).all()):
+        return slice(int(columns[0]), int(columns[0]) + n)
+    return columns
+
+
+TILE = 64  # queries whose scores exist at the same time, where a query selects blocks of keys
+
+
+def top_blocks(
+    scores: Float[Tensor, "B H T N"], allowed: Bool[Tensor, "#B #H #T N"], n_blocks: int
+) -> Bool[Tensor, "B H T N"]:
+    """True at the ``n_blocks`` of highest score among those allowed; at all of these, where they are fewer.
+
+    Of equal scores the earlier block is taken.
+    """
+    order = scores.masked_fill(~allowed, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    top = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :n_blocks], True)
+    return top & allowed
+
+
+def attend_to_blocks(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S D"],
+    positions: Int[Tensor, "#B T"],
+    selected: Bool[Tensor, "B HG T N"],
+    block: int,
+) -> Float[Tensor, "B H T D"]:
+    """softmax(q kᵀ / √D) v of each query over the blocks selected for it, up to its own position.
+
+    ``selected`` is given for each query head, or for each KV head and so for all its readers. A KV head
+    fetches each block that any of its queries here has selected, once, and touches no other key or value.
+    Every query must have selected its own block.
+    """
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    rows = selected.unflatten(1, (G, -1)).expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, H/G · T, N)
+    union = rows.any(2)
+    blocks = union.sort(dim=-1, descending=True, stable=True).indices[..., : int(union.sum(-1).max())]
+    live = union.gather(-1, blocks)  # the unions of some KV heads are smaller
+    blocks = torch.where(live, blocks, blocks[..., :1])  # there, a block again that is read anyway
+    slots = (blocks[..., None] * block + torch.arange(block, device=q.device)).flatten(2)
+    at = slots.clamp_max(S - 1)[..., None].expand(-1, -1, -1, D)  # the last block may be half-filled
+    seen = rows.gather(-1, blocks[:, :, None].expand(-1, -1, rows.shape[2], -1)) & live[:, :, None]
+    seen = seen.repeat_interleave(block, dim=-1).unflatten(2, (-1, T))
+    seen = seen & (slots[:, :, None, None] <= positions[:, None, None, :, None])
+    keys, values = (x.gather(2, at).to(q.dtype) for x in (k, v))
+    out = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), keys, values, attn_mask=seen.flatten(2, 3))
+    return out.reshape(B, H, T, D)
+
+
+def by_tiles(
+    attend: Callable[..., Tensor],
+    q: Float[Tensor, "B H T D"],
+    positions: Int[Tensor, "#B T"],
+    *memory: Tensor,
+) -> Float[Tensor, "... T D"]:
+    """``attend(q, positions, *memory)`` for ``TILE`` queries at a time, whose outputs are put together again.
+
+    Its scores live as long as a tile: in training they are not kept but computed again for the gradient.
+    """
+    if torch.is_grad_enabled():
+        attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+    starts = range(0, q.shape[2], TILE)
+    tiles = [attend(q[:, :, a : a + TILE], positions[:, a : a + TILE], *memory) for a in starts]
+    return torch.cat(tiles, dim=-2)
+
+
 def upcast(x: Tensor) -> Tensor:
     """To fp32, where it is less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm_naive(x: Float[Tensor, "... N"], norm: nn.RMSNorm) -> Float[Tensor, "... N"]:
+    """x / √(mean(x²) + eps) · w in fp32 at least, written out for ``naive`` forms."""
+    eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * upcast(norm.weight)
 
 
 def finite(lse: Tensor) -> Tensor:

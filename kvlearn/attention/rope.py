@@ -10,7 +10,7 @@ Source: Su et al., "RoFormer" (2021), equations 14, 15 and 34.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +76,11 @@ class RopeConfig:
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
 
-def angular_frequencies(head_dim: int, config: RopeConfig) -> tuple[Float[Tensor, "half_D"], float]:
+def angular_frequencies(
+    head_dim: int, config: RopeConfig, dtype: torch.dtype = torch.float32
+) -> tuple[Float[Tensor, "half_D"], float]:
     """ω_i = theta^(-2i/D) in radians per token, scaled; and the factor on queries and keys."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype) / head_dim
     omega = config.theta**-exponents
     match config.scaling:
         case None:
@@ -99,7 +101,7 @@ def angular_frequencies(head_dim: int, config: RopeConfig) -> tuple[Float[Tensor
             if truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, head_dim - 1)
-            ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
+            ramp = (torch.arange(head_dim // 2, dtype=dtype) - first) / max(last - first, 1e-3)
             keep = 1 - ramp.clamp(0, 1)
             sharper = 0.1 * math.log(factor) + 1 if attention_factor is None else attention_factor
             return keep * omega + (1 - keep) * omega / factor, sharper
@@ -114,21 +116,23 @@ def rotate_half(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
 
 
 class Rope(nn.Module):
-    """Turns the heads of queries or keys to their positions; holds no weights.
+    """Turns the heads of queries or keys to their positions; with a ``config`` of None it turns nothing.
 
     Raises ValueError for an odd ``head_dim`` or a ``theta`` that is not above 1.
     """
 
     omega: Float[Tensor, "half_D"]
 
-    def __init__(self, head_dim: int, config: RopeConfig) -> None:
+    def __init__(self, head_dim: int, config: RopeConfig | None) -> None:
         super().__init__()
+        self.head_dim, self.config = head_dim, config
+        if config is None:
+            return
         validate.instance("rope", config, RopeConfig)
         if validate.positive("head_dim", head_dim) % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
         if not config.theta > 1:
             raise ValueError(f"rope.theta: expected a number above 1, got {config.theta}")
-        self.head_dim, self.config = head_dim, config
         omega, self.factor = angular_frequencies(head_dim, config)
         self.register_buffer("omega", omega, persistent=False)
 
@@ -136,14 +140,44 @@ class Rope(nn.Module):
         """Moves with its model, but stays fp32 when that becomes bf16: at position 1000, a rounded frequency
         would be off by a radian."""
         super()._apply(fn, recurse)
-        self.omega = angular_frequencies(self.head_dim, self.config)[0].to(self.omega.device)
+        if self.config is not None:
+            wide = torch.promote_types(self.omega.dtype, torch.float32)
+            self.omega = angular_frequencies(self.head_dim, self.config, wide)[0].to(self.omega.device)
         return self
 
     def forward(
         self, x: Float[Tensor, "B H T D"], positions: Int[Tensor, "#B T"]
     ) -> Float[Tensor, "B H T D"]:
         """x · cos(mω) + rotate_half(x) · sin(mω), in fp32 at least, whatever x's dtype."""
+        if self.config is None:
+            return x
         wide = torch.promote_types(x.dtype, torch.float32)
         angles = positions[:, None, :, None].to(wide) * self.omega  # (#B, 1, T, D/2)
         cos, sin = (torch.cat((wave, wave), dim=-1) * self.factor for wave in (angles.cos(), angles.sin()))
         return (x.to(wide) * cos + rotate_half(x.to(wide)) * sin).to(x.dtype)
+
+
+def rotate_naive(
+    x: Float[Tensor, "B T H D"], config: RopeConfig | None, positions: Sequence[int] | None = None
+) -> Float[Tensor, "B T H D"]:
+    """Every head of every token turned pair by pair: the independent form that ``naive`` uses.
+
+        (a, b) -> (a cos mω_i - b sin mω_i,  a sin mω_i + b cos mω_i),   a = x_i, b = x_{i + D/2}
+
+    ``positions`` are 0, 1, … T - 1 unless given; a negative one turns back.
+    """
+    if config is None:
+        return x
+    half = x.shape[-1] // 2
+    if config.scaling is None:
+        omega, factor = [config.theta ** (-i / half) for i in range(half)], 1.0
+    else:
+        scaled, factor = angular_frequencies(2 * half, config, torch.float64)
+        omega = scaled.tolist()
+    turned = torch.empty_like(x)
+    for t, m in enumerate(range(x.shape[1]) if positions is None else positions):
+        for i in range(half):
+            a, b = x[:, t, :, i], x[:, t, :, i + half]
+            cos, sin = math.cos(m * omega[i]) * factor, math.sin(m * omega[i]) * factor
+            turned[:, t, :, i], turned[:, t, :, i + half] = a * cos - b * sin, a * sin + b * cos
+    return turned

@@ -11,6 +11,7 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from kvlearn import validate as checks
 from kvlearn.kernels.inputs import Request, check_shapes, check_values, expect_tensors, split_scale
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.operator import decode_operator, fill
@@ -154,7 +155,7 @@ def decode_latent(
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
     """
     expect_tensors(q_latent=q_latent, q_rope=q_rope, lengths=lengths)
-    cache = validate.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
+    cache = checks.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
     if isinstance(k_scale, Tensor) and k_scale.dim() == 2:
         k_scale = k_scale.unsqueeze(1)
     factor, k_scale = split_scale("k_scale", k_scale, cache)
@@ -194,21 +195,21 @@ def _decode(
     workspace: Workspace | None,
     return_lse: bool,
     backend: Backend,
-    validate: bool | None,
+    values_too: bool | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     on_cpu, tracing = request.q.device.type == "cpu", torch.compiler.is_compiling()
     check_shapes(request)
-    if validate or (validate is None and on_cpu and not tracing):
+    if values_too or (values_too is None and on_cpu and not tracing):
         check_values(request)
     if num_splits is not None:
-        validate.positive("num_splits", num_splits)
-    if validate.one_of("backend", backend, ("auto", "torch", "triton")) == "auto":
+        checks.positive("num_splits", num_splits)
+    if checks.one_of("backend", backend, ("auto", "torch", "triton")) == "auto":
         backend = "torch" if on_cpu else "triton"
     shape = (request.batch, request.n_heads, request.value_dim)
     if out is None:
         out = request.q.new_empty(shape)
     else:
-        validate.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
+        checks.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
         if 0 in out.stride() and out.numel() > 1:
             raise ValueError(f"out: expected memory of its own for every number, got strides {out.stride()}")
     rows = request.batch * request.n_heads

@@ -3,8 +3,8 @@
     small = convert(base, ["gqa"], init="mean")
     small = convert(base, [Spec("mhc", rank=32, rope_dim=0)], init="activations", tokens=tokens)
 
-Every weight that has a place in the new model is copied; ``init`` says what becomes of keys and values. What
-is lost by it is for training to mend: ``kvlearn.study.convert_and_uptrain``.
+Every weight that has a place in the new model is copied; ``init`` says how keys and values are made. Training
+recovers part of the loss: ``kvlearn.study.convert_and_uptrain``.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,13 @@ from kvlearn import validate
 from kvlearn.attention import (
     REGISTRY,
     FullAttention,
-    KVAttention,
+    GroupedQueryAttention,
     Mechanism,
     MultiHeadCompression,
     MultiHeadCompressionTransformer,
+    RoutedAttention,
+    SparseAttention,
+    WindowAttention,
 )
 from kvlearn.attention.rope import angular_frequencies
 from kvlearn.model.config import ModelConfig, Spec
@@ -62,9 +65,9 @@ def convert(
         "activations"  the latent that keeps most of the layer's keys and values over ``tokens``
         "weights"      the latent that keeps most of the weights
         "random"       new weights, drawn from ``seed``, as an untrained model has them
-    A layer that keeps all heads, full or with fewer tokens in sight, and is read by no other is copied.
+    A layer that keeps all heads, whatever its mask, and is read by no other is copied.
 
-    Exact where nothing has to be lost: as many pools as heads, or full rank with ``rope_dim=0``. With
+    Exact with as many pools as heads, and at full rank with ``rope_dim=0``. With
     ``rope_dim`` > 0 the layer's ``rope`` follows from it: its frequencies are the model's fastest.
 
     The model itself stays as it is; the new one is in evaluation mode, of the same dtype and device. Raises
@@ -135,16 +138,19 @@ def _shared(pool: Callable[[Tensor], Tensor] | None, with_readers: bool = False)
     """Keys and values by ``pool`` of each pool's heads, (n, D, M) -> (D, M); None leaves the new weights."""
 
     def fill(new: Mechanism, own: Heads, group: list[Heads]) -> None:
-        assert isinstance(new, KVAttention)
+        assert isinstance(new, GroupedQueryAttention | RoutedAttention | WindowAttention | SparseAttention)
         new.q_proj.weight.copy_(own.q.flatten(0, 1))
         new.o_proj.weight.copy_(own.o)
         if new.reader or pool is None:
             return
-        pools, layers = torch.tensor(new.pools, device=own.q.device), group if with_readers else [own]
+        G, H = new.n_kv_heads, new.n_heads
+        neighbours = [h * G // H for h in range(H)]
+        pool_of = new.pools if isinstance(new, RoutedAttention) else neighbours
+        pools, layers = torch.tensor(pool_of, device=own.q.device), group if with_readers else [own]
         for proj, name in ((new.k_proj, "k"), (new.v_proj, "v")):
             # What is averaged are maps from the residual stream: a weight and the gain of the norm before it.
             heads = torch.stack([getattr(layer, name) * layer.gain / own.gain for layer in layers]).mean(0)
-            proj.weight.copy_(torch.cat([pool(heads[pools == g]) for g in range(new.n_kv_heads)]))
+            proj.weight.copy_(torch.cat([pool(heads[pools == g]) for g in range(G)]))
 
     return fill
 
@@ -188,7 +194,7 @@ SHARED: dict[str, Init] = {
     "random": _shared(None),
 }
 LATENT: dict[str, Init] = {"activations": _latent, "weights": _latent, "random": _latent_at_random}
-SIGHTS = ("full", "window", "sparse")  # they differ in who sees whom, and have all heads unless told
+MASKS = ("full", "window", "sparse")  # they differ in the mask alone, and have all heads unless told
 # What a mechanism can be made by.
 INITS: dict[str, dict[str, Init]] = {
     "full": SHARED,
@@ -204,7 +210,7 @@ INITS: dict[str, dict[str, Init]] = {
 def _init_of(init: str, spec: Spec, is_read: bool) -> Init:
     inits = INITS[validate.one_of("layers", spec.name, INITS)]
     validate.one_of("init", init, {**SHARED, **LATENT})
-    keeps_heads = inits is SHARED and spec.name in SIGHTS and "n_kv_heads" not in spec.options
+    keeps_heads = inits is SHARED and spec.name in MASKS and "n_kv_heads" not in spec.options
     if keeps_heads and not is_read:
         return SHARED["first"]  # nothing to choose: a copy
     return inits[validate.one_of(f"init for {spec.name!r}", init, inits)]

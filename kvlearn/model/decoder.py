@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
 
 
 def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The norm that stands before every part: RMSNorm, or LayerNorm with its bias."""
+    """The norm before every part: RMSNorm, or LayerNorm with its bias."""
     kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm]
     return kind(config.d_model, eps=config.norm_eps)
 
@@ -57,10 +57,10 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None, shared: dict[int, KV]
     ) -> Float[Tensor, "B T M"]:
-        """``shared``: the keys and values that earlier layers of this pass have left for others."""
+        """``shared``: the keys and values of earlier layers that later ones read, by their numbers."""
         mixed = self.mixer_norm(x)
         if self.is_read:
-            shared[self.number] = self.mixer.kv(mixed, cache)
+            shared[self.number] = self.mixer.project_kv(mixed, cache)
         x = x + self.mixer(mixed, cache, shared.get(self.owner))
         return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
 
@@ -85,11 +85,11 @@ class DecoderCache:
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
         """Cut every row back to its own length, in every layer or in none.
 
-        Raises ValueError where a layer cannot: a state has summed up what it saw, padding too. Such a model
+        Raises ValueError where a layer cannot, as a state, which has summed up the padding too. Such a model
         is fed prompts of one length together, and others each with a cache of its own.
         """
         for cache in self.owners:
-            cache.expect_lengths(lengths)
+            cache.check_lengths(lengths)
         for cache in self.owners:
             cache.trim(lengths)
 
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T M"]:
-        """What the last layer says of each token, normalised: all of ``forward`` but the output matrix."""
+        """The last layer's output for each token, normalised: all of ``forward`` but the output matrix."""
         validate.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
@@ -197,9 +197,9 @@ class Decoder(nn.Module):
                 setattr(mixer, attribute, given)
 
     def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
-        """Bytes STORED at ``length`` tokens and bytes READ by a step there: a row a layer, then the total.
+        """Bytes STORED at ``length`` tokens and READ by a step there: one row per layer, then the total.
 
-        A layer that reads another's keys and values stores none, and reads as much as if it did.
+        A layer that reads another's keys and values stores none, and reads as many as its owner.
         """
         rows: list[dict[str, Any]] = [
             {

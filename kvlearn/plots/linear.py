@@ -10,8 +10,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from kvlearn import validate
-from kvlearn.attention.linear.decay import linear_attention
-from kvlearn.attention.linear.delta_rule import delta_rule
+from kvlearn.attention.delta import delta_rule
+from kvlearn.attention.linear import linear_attention
 from kvlearn.plots.picture import COLOURS, Picture, drawing
 
 POSITIVE, NEGATIVE, GREY = COLOURS["linear"], COLOURS["sliding"], "#8a8a8a"

@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 
 from kvlearn import validate
 from kvlearn.attention import Pattern, parse
-from kvlearn.attention.sparse.pattern import words
-from kvlearn.attention.sparse.plan import live_tokens, n_slots
-from kvlearn.attention.sparse.words import Strided
+from kvlearn.attention.patterns import Strided, live_tokens, n_slots, primitives
 from kvlearn.plots.picture import COLOURS, PALETTE, Picture, drawing
 
 SPARSE = COLOURS["sparse"]
@@ -71,13 +69,13 @@ def _colour(name: str, families: Mapping[str, str] | None) -> str:
 def _computed(pattern: Pattern, n_tokens: int, block: int) -> torch.Tensor:
     """The pairs whose scores are computed, masked out or not: see ``attend_pattern``."""
     computed = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
-    for word in words(pattern):
+    for word in primitives(pattern):
         if isinstance(word, Strided):  # done by classes, of which a grid of this size shows the pairs alone
             computed |= word.mask(n_tokens)
             continue
         for first in range(0, n_tokens, block):
             last = min(first + block, n_tokens) - 1
-            computed[first : last + 1, word.columns(first, last)] = True
+            computed[first : last + 1, word.visible_keys(first, last)] = True
     return computed
 
 

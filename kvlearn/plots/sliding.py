@@ -61,7 +61,7 @@ def _frames(window: int, n_sinks: int, n_tokens: int) -> list[list[int]]:
     token, frames = torch.zeros(1, 1, 1, 1), []
     for _ in range(validate.positive("n_tokens", n_tokens)):
         cache.append(token, token)
-        frames.append(cache.held[0].tolist())
+        frames.append(cache.slot_positions[0].tolist())
     return frames
 
 

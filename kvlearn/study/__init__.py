@@ -2,7 +2,7 @@
 
 from kvlearn.study.base import base_model, train_base
 from kvlearn.study.capacity import study_recall
-from kvlearn.study.conversion import RUNS, SIGHTS, Conversion, convert_and_uptrain, study_conversions
+from kvlearn.study.conversion import MASK_RUNS, RUNS, Conversion, convert_and_uptrain, study_conversions
 from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.evaluation import Evaluation, evaluate
 from kvlearn.study.other_text import other_texts
@@ -13,8 +13,8 @@ from kvlearn.study.text import Corpus, corpus, windows
 from kvlearn.study.training import Step, TrainConfig, train
 
 __all__ = [
+    "MASK_RUNS",
     "RUNS",
-    "SIGHTS",
     "SPEED_BAR",
     "Conversion",
     "Corpus",

@@ -43,8 +43,8 @@ RUNS: dict[str, tuple[Layers, str]] = {
 }
 
 
-# The base model with fewer tokens in sight, of the 512 that it is trained and measured on.
-SIGHTS: dict[str, tuple[Layers, str]] = {
+# The base model with masks that show fewer tokens than the 512 that it is trained and measured on.
+MASK_RUNS: dict[str, tuple[Layers, str]] = {
     "full": (["full"], "first"),
     "window-32": ([Spec("window", window=32)], "first"),
     "window-128": ([Spec("window", window=128)], "first"),

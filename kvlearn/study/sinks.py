@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kvlearn.attention import KVAttention
+from kvlearn.attention import GroupedQueryAttention
 from kvlearn.attention.core import causal_mask, split_heads
 from kvlearn.model import Decoder, Spec
 from kvlearn.study.base import base_model
@@ -94,9 +94,9 @@ def plant_sink(
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(step)
         tokens = with_first(windows(text, config.batch, config.length, seed=config.seed, step=step))
-        with _inputs(model) as seen:
+        with _inputs(model) as inputs:
             loss = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:])
-        missing = F.relu(torch.tensor(SHARE).log() - _log_weights(seen)).mean()
+        missing = F.relu(torch.tensor(SHARE).log() - _log_weights(inputs)).mean()
         optimizer.zero_grad()
         (loss + STRENGTH * missing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -107,30 +107,30 @@ def plant_sink(
 @torch.no_grad()
 def log_weight_of_first(model: Decoder, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "L B H T"]:
     """The log of the weight that each query of each head gives the first token."""
-    with _inputs(model) as seen:
+    with _inputs(model) as inputs:
         model.hidden(tokens)
-    return _log_weights(seen)
+    return _log_weights(inputs)
 
 
 @contextmanager
-def _inputs(model: Decoder) -> Iterator[list[tuple[KVAttention, Tensor]]]:
+def _inputs(model: Decoder) -> Iterator[list[tuple[GroupedQueryAttention, Tensor]]]:
     """Collects what each layer's attention is given."""
-    seen: list[tuple[KVAttention, Tensor]] = []
+    inputs: list[tuple[GroupedQueryAttention, Tensor]] = []
     hooks = [
-        m.register_forward_pre_hook(lambda layer, args: seen.append((layer, args[0]))) for m in model.mixers
+        m.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0]))) for m in model.mixers
     ]
     try:
-        yield seen
+        yield inputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _log_weights(seen: list[tuple[KVAttention, Tensor]]) -> Float[Tensor, "L B H T"]:
+def _log_weights(inputs: list[tuple[GroupedQueryAttention, Tensor]]) -> Float[Tensor, "L B H T"]:
     logs = []
-    for layer, x in seen:
-        k, _, positions = layer.kv(x)
-        q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), positions)
+    for layer, x in inputs:
+        k, _, positions = layer.project_kv(x)
+        q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), positions)
         scores = q @ k.mT * layer.head_dim**-0.5
         scores = scores.masked_fill(~causal_mask(x.shape[1], x.shape[1]), -torch.inf)
         logs.append(scores[..., 0] - scores.logsumexp(-1))

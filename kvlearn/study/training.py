@@ -132,12 +132,12 @@ def _step(
 
 
 def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; gains and other vectors do not, nor what a mechanism names ``undecayed``."""
+    """Matrices decay, but for a mechanism's ``no_weight_decay``; gains and other vectors do not."""
     spared = {
         id(p)
         for mixer in model.mixers
         for name, p in mixer.named_parameters()
-        if name.startswith(mixer.undecayed)
+        if name.startswith(mixer.no_weight_decay)
     }
     decayed = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in spared]
     others = [p for p in model.parameters() if p.dim() < 2 or id(p) in spared]

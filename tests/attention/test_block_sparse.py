@@ -1,4 +1,4 @@
-"""MoBA and NSA: what is chosen, that nothing else is read, and what the half-filled block may tell."""
+"""MoBA and NSA: what is selected, that nothing else is read, and what the half-filled block may tell."""
 
 from itertools import pairwise
 from typing import Any
@@ -10,17 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kvlearn.attention.cache import Cache
-from kvlearn.attention.core import attention, split_heads
-from kvlearn.attention.full import FullAttention
-from kvlearn.attention.shared.gqa import GroupedQueryAttention
-from kvlearn.attention.sliding.window import WindowAttention
-from kvlearn.attention.sparse import blocks as blocks_module
-from kvlearn.attention.sparse.blocks import attend_to_blocks, best_blocks
-from kvlearn.attention.sparse.moba import BlockCache, MixtureOfBlockAttention
-from kvlearn.attention.sparse.nsa import NativeSparseAttention
-from kvlearn.attention.sparse.nsa_memory import BlockMap, Sizes, SparseCache
-from kvlearn.attention.sparse.nsa_selection import block_scores
+from kvlearn.attention import core
+from kvlearn.attention.base import Cache
+from kvlearn.attention.core import attend_to_blocks, attention, split_heads, top_blocks
+from kvlearn.attention.full import FullAttention, GroupedQueryAttention
+from kvlearn.attention.moba import BlockCache, MixtureOfBlockAttention
+from kvlearn.attention.nsa import BlockMap, NativeSparseAttention, NSACache, Sizes, block_scores
+from kvlearn.attention.window import WindowAttention
 from kvlearn.measure import peak_memory
 
 Layer = MixtureOfBlockAttention | NativeSparseAttention
@@ -80,7 +76,7 @@ def feed(layer: Layer, x: Tensor, cuts: list[int], cache: Cache) -> Tensor:
     return torch.cat([layer(x[:, a:b], cache) for a, b in pairwise(edges) if b > a], dim=1)
 
 
-# ---- choosing, and attending to what was chosen
+# ---- choosing, and attending to what was selected
 
 
 @given(seed=st.integers(0, 999), n=st.integers(0, 6), N=st.integers(1, 7), ties=st.booleans())
@@ -88,7 +84,7 @@ def feed(layer: Layer, x: Tensor, cuts: list[int], cache: Cache) -> Tensor:
 def test_the_best_of_what_is_allowed(seed: int, n: int, N: int, ties: bool) -> None:
     scores, allowed = draw(2, 3, 2, N, seed=seed), draw(2, 1, 2, N, seed=seed + 1) > 0
     scores = scores.round() if ties else scores
-    best = best_blocks(scores, allowed, n)
+    best = top_blocks(scores, allowed, n)
     for b, h, t in torch.cartesian_prod(*(torch.arange(m) for m in (2, 3, 2))).tolist():
         candidates = [i for i in range(N) if allowed[b, 0, t, i]]
         candidates.sort(key=lambda i: (-scores[b, h, t, i].item(), i))  # of equals the earlier
@@ -97,7 +93,7 @@ def test_the_best_of_what_is_allowed(seed: int, n: int, N: int, ties: bool) -> N
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("case", ["step", "step, rows apart", "chunk", "chunk, rows apart", "whole"])
-def test_attention_to_chosen_blocks_is_masked_attention_and_reads_no_other(case: str, shared: bool) -> None:
+def test_attention_to_selected_blocks_is_masked_attention_and_reads_no_other(case: str, shared: bool) -> None:
     B, H, G, S, D, block = 3, 6, 2, 11, 8, 4
     positions = {
         "step": torch.tensor([[S - 1]]),
@@ -109,18 +105,18 @@ def test_attention_to_chosen_blocks_is_masked_attention_and_reads_no_other(case:
     T = positions.shape[1]
     q, k, v = draw(B, H, T, D), draw(B, G, S, D, seed=1), draw(B, G, S, D, seed=2)
     own = (positions // block)[:, None, :, None]
-    chosen = (draw(B, G if shared else H, T, 3, seed=3) > 0.6) & (torch.arange(3) < own)
-    chosen = chosen | (torch.arange(3) == own)
-    by_head = chosen.repeat_interleave(H // chosen.shape[1], dim=1)
+    selected = (draw(B, G if shared else H, T, 3, seed=3) > 0.6) & (torch.arange(3) < own)
+    selected = selected | (torch.arange(3) == own)
+    by_head = selected.repeat_interleave(H // selected.shape[1], dim=1)
     mask = by_head.repeat_interleave(block, dim=-1)[..., :S] & (
         torch.arange(S) <= positions[:, None, :, None]
     )
     expected = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), mask)
-    close(attend_to_blocks(q, k, v, positions, chosen, block), expected)
+    close(attend_to_blocks(q, k, v, positions, selected, block), expected)
 
     read = by_head.unflatten(1, (G, -1)).any(2).any(2).repeat_interleave(block, -1)[..., :S]
     k, v = (x.masked_fill(~read[..., None], torch.nan) for x in (k, v))
-    close(attend_to_blocks(q, k, v, positions, chosen, block), expected)
+    close(attend_to_blocks(q, k, v, positions, selected, block), expected)
 
 
 @every_layer
@@ -128,7 +124,7 @@ def test_attention_to_chosen_blocks_is_masked_attention_and_reads_no_other(case:
 def test_tiles_of_any_size_give_the_naive_form_and_its_gradients(
     monkeypatch: pytest.MonkeyPatch, kind: type[Layer], options: dict[str, Any], tile: int
 ) -> None:
-    monkeypatch.setattr(blocks_module, "TILE", tile)
+    monkeypatch.setattr(core, "TILE", tile)
     layer, x = build(kind, options), draw(2, 15, D_MODEL)
     results = []
     for form in (layer, layer.naive):
@@ -143,22 +139,23 @@ def test_tiles_of_any_size_give_the_naive_form_and_its_gradients(
         close(feed(layer, x, [7], layer.new_cache(2, 15)), results[1][0])
 
 
-# ---- who is chosen
+# ---- who is selected
 
 
 @every_moba
 def test_moba_chooses_what_a_plain_loop_chooses(options: dict[str, Any]) -> None:
     layer, x = build(MixtureOfBlockAttention, options), draw(2, 22, D_MODEL)
-    k, _, positions = super(MixtureOfBlockAttention, layer).kv(x)
-    q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), positions)
-    chosen = layer.chosen(x)
+    positions, group = torch.arange(22)[None], layer.n_heads // layer.n_kv_heads
+    k = layer.rope(split_heads(layer.k_proj(x), layer.n_kv_heads), positions)
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), positions)
+    selected = layer.selected_blocks(x)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         scores = {}
         for i in range(t // layer.block):
-            keys = [k[b, layer.pools[h], s] for s in range(i * layer.block, (i + 1) * layer.block)]
+            keys = [k[b, h // group, s] for s in range(i * layer.block, (i + 1) * layer.block)]
             scores[i] = sum(float((q[b, h, t] @ key).detach()) for key in keys) / len(keys)
         best = sorted(scores, key=lambda i: -scores[i])[: layer.n_blocks - 1]
-        assert chosen[b, h, t].nonzero()[:, 0].tolist() == sorted([*best, t // layer.block])
+        assert selected[b, h, t].nonzero()[:, 0].tolist() == sorted([*best, t // layer.block])
 
 
 @every_nsa
@@ -167,8 +164,8 @@ def test_nsa_chooses_by_the_papers_double_sum(options: dict[str, Any]) -> None:
     layer, T = build(NativeSparseAttention, options), 27
     x, length, d, size = draw(2, T, D_MODEL), layer.sizes.compress, layer.sizes.stride, layer.block
     keys = split_heads(layer.k_proj(x), 3 * layer.n_kv_heads)[:, : layer.n_kv_heads]
-    q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), torch.arange(T)[None])
-    chosen, free = layer.chosen(x), 0
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), torch.arange(T)[None])
+    selected, free = layer.selected_blocks(x), 0
     group = layer.n_heads // layer.n_kv_heads
     for b, g, t in torch.cartesian_prod(*(torch.arange(n) for n in (2, layer.n_kv_heads, T))).tolist():
         p: dict[int, float] = {}
@@ -176,7 +173,7 @@ def test_nsa_chooses_by_the_papers_double_sum(options: dict[str, Any]) -> None:
         for i in range(T):
             if i * d + length <= t + 1:
                 entry = layer.k_map(keys[b, g, i * d : i * d + length])
-                entries.append(layer.rotate(entry[None, None, None], torch.tensor([[i * d]]))[0, 0, 0])
+                entries.append(layer.rope(entry[None, None, None], torch.tensor([[i * d]]))[0, 0, 0])
         for h in range(g * group, (g + 1) * group) if entries else ():
             weights = torch.softmax(torch.stack(entries) @ q[b, h, t] / 8**0.5, 0).tolist()
             for i, weight in enumerate(weights, start=1):
@@ -190,7 +187,7 @@ def test_nsa_chooses_by_the_papers_double_sum(options: dict[str, Any]) -> None:
         rest = sorted(set(score) - always, key=lambda j: -score[j])
         free += len(rest) > layer.n_blocks - len(always)
         read = always | set(rest[: layer.n_blocks - len(always)])
-        assert (chosen[b, g, t].nonzero()[:, 0] + 1).tolist() == sorted(read)
+        assert (selected[b, g, t].nonzero()[:, 0] + 1).tolist() == sorted(read)
     assert free > 15  # choices that might have fallen otherwise
 
 
@@ -205,15 +202,15 @@ def test_a_query_reads_its_own_block_no_later_one_and_as_many_as_it_may(
     kind: type[Layer], options: dict[str, Any]
 ) -> None:
     layer = build(kind, options)
-    chosen = layer.chosen(draw(2, 25, D_MODEL))
-    own, index = torch.arange(25)[:, None] // layer.block, torch.arange(chosen.shape[-1])
-    assert chosen.shape[-1] == own.max() + 1
-    assert (chosen & (index == own)).any(-1).all()
-    assert not (chosen & (index > own)).any()
-    assert (chosen.sum(-1) == (own[:, 0] + 1).clamp_max(layer.n_blocks)).all()
+    selected = layer.selected_blocks(draw(2, 25, D_MODEL))
+    own, index = torch.arange(25)[:, None] // layer.block, torch.arange(selected.shape[-1])
+    assert selected.shape[-1] == own.max() + 1
+    assert (selected & (index == own)).any(-1).all()
+    assert not (selected & (index > own)).any()
+    assert (selected.sum(-1) == (own[:, 0] + 1).clamp_max(layer.n_blocks)).all()
     if isinstance(layer, NativeSparseAttention):
-        assert chosen[..., 0].all()
-        assert chosen[
+        assert selected[..., 0].all()
+        assert selected[
             (index <= own) & (index > own - layer.n_local).expand(2, layer.n_kv_heads, -1, -1)
         ].all()
 
@@ -224,9 +221,9 @@ def test_what_comes_later_changes_no_choice(kind: type[Layer], options: dict[str
     """Not even in the block of the query, which the later tokens fill."""
     layer, x = build(kind, options), draw(2, 21, D_MODEL)
     changed = torch.cat((x[:, :t], 5 * draw(2, 21 - t, D_MODEL, seed=7)), dim=1)
-    whole = layer.chosen(x)[:, :, :t]
-    assert torch.equal(layer.chosen(changed)[:, :, :t], whole)
-    shorter = layer.chosen(x[:, :t])
+    whole = layer.selected_blocks(x)[:, :, :t]
+    assert torch.equal(layer.selected_blocks(changed)[:, :, :t], whole)
+    shorter = layer.selected_blocks(x[:, :t])
     assert torch.equal(whole[..., : shorter.shape[-1]], shorter)
 
 
@@ -244,14 +241,14 @@ def test_the_cache_holds_the_same_however_the_sequence_was_cut(
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
-def content(cache: BlockCache | SparseCache) -> list[Tensor]:
+def content(cache: BlockCache | NSACache) -> list[Tensor]:
     """The tensors of a cache, without what is left of tokens that no longer count."""
     if isinstance(cache, BlockCache):
         return cache.tensors()
-    start = cache.sizes.whole(cache.length) * cache.sizes.stride
+    start = cache.sizes.complete(cache.length) * cache.sizes.stride
     return [
         cache.waiting[:, :, :, : cache.length - start],
-        cache.entries,
+        cache.compressed,
         *cache.tokens.tensors(),
         *cache.ring.tensors(),
     ]
@@ -270,8 +267,8 @@ def test_a_step_of_moba_reads_what_it_says_and_nothing_else(options: dict[str, A
     cache = layer.new_cache(2, 30)
     if length > 1:
         layer(x[:, :-1], cache)
-    chosen = layer.chosen(x)[:, :, -1].unflatten(1, (layer.n_kv_heads, -1))
-    read = chosen.any(2).repeat_interleave(layer.block, -1)[..., :length]  # (B, G, S)
+    selected = layer.selected_blocks(x)[:, :, -1].unflatten(1, (layer.n_kv_heads, -1))
+    read = selected.any(2).repeat_interleave(layer.block, -1)[..., :length]  # (B, G, S)
     read = torch.cat((read, torch.zeros(2, layer.n_kv_heads, 30 - length, dtype=torch.bool)), dim=-1)
     past = (length - 1) // layer.block
     cache.k.masked_fill_(~read[..., None], torch.nan)
@@ -289,18 +286,25 @@ def test_a_step_of_moba_reads_what_it_says_and_nothing_else(options: dict[str, A
 def test_a_step_of_moba_looks_at_no_mean_of_its_own_block(options: dict[str, Any], length: int) -> None:
     """Not even where the new token has just filled it."""
     layer, x = build(MixtureOfBlockAttention, options), draw(2, length, D_MODEL)
-    past = (length - 1) // layer.block
-    for cache in (None, layer.new_cache(2, 30)):
-        assert layer.project(x, cache)[2].shape[2] == past
+    scored, select = [], layer.select
+    layer.select = lambda q, positions, means: scored.append(means.shape[2]) or select(q, positions, means)
+    cache = layer.new_cache(2, 30)
+    layer(x)
+    layer(x, layer.new_cache(2, 30))
+    if length > 1:
+        layer(x[:, :-1], cache)
+        scored.pop()
+    layer(x[:, -1:], cache)
+    assert scored == 3 * [(length - 1) // layer.block]
 
 
 @every_moba
 @pytest.mark.parametrize("name", ["k", "v"])
 @torch.no_grad()
-def test_a_step_of_moba_reads_all_that_it_has_chosen(options: dict[str, Any], name: str) -> None:
-    """Each key and value of a chosen block counts: one that is NaN is seen in its row, and only there."""
+def test_a_step_of_moba_reads_all_that_it_has_selected(options: dict[str, Any], name: str) -> None:
+    """Each key and value of a selected block counts: one that is NaN is seen in its row, and only there."""
     layer, x = build(MixtureOfBlockAttention, options), draw(2, 20, D_MODEL)
-    read = layer.chosen(x)[0, :, -1].any(0).repeat_interleave(layer.block)[:19]
+    read = layer.selected_blocks(x)[0, :, -1].any(0).repeat_interleave(layer.block)[:19]
     for slot in range(19):
         cache = layer.new_cache(2, 20)
         layer(x[:, :-1], cache)
@@ -318,10 +322,13 @@ def test_readers_of_a_pool_that_disagree_read_the_union() -> None:
         layer.q_proj.weight.copy_(torch.tensor([[0, 0, 1.0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1.0, 0]]))
     x = torch.zeros(1, 7, 4)
     x[0, :2, 0], x[0, 2:4, 1], x[0, 6, 2] = 1, 1, 1  # block 0 points one way, block 1 another
-    assert layer.chosen(x)[0, :, 6].tolist() == [[True, False, False, True], [False, True, False, True]]
+    assert layer.selected_blocks(x)[0, :, 6].tolist() == [
+        [True, False, False, True],
+        [False, True, False, True],
+    ]
     assert layer.read_bytes(7) == 4 * 2 * (2 * (2 * 2 + 1) + 3)
     x[0, 6, 2] = -1  # both want block 2, whose keys are 0 and better than either
-    assert layer.chosen(x)[0, :, 6].any(0).sum() <= 3
+    assert layer.selected_blocks(x)[0, :, 6].any(0).sum() <= 3
 
 
 @every_nsa
@@ -333,14 +340,14 @@ def test_a_step_of_nsa_reads_exactly_what_it_says(options: dict[str, Any], lengt
     expected, cache, G = layer(x)[:, -1:], layer.new_cache(2, 30), layer.n_kv_heads
     if length > 1:
         layer(x[:, :-1], cache)
-    read = layer.chosen(x)[:, :, -1].repeat_interleave(layer.block, -1)[..., :length]
-    before, after = (layer.sizes.whole(n) for n in (length - 1, length))
+    read = layer.selected_blocks(x)[:, :, -1].repeat_interleave(layer.block, -1)[..., :length]
+    before, after = (layer.sizes.complete(n) for n in (length - 1, length))
     waited = length - 1 - before * layer.sizes.stride if after > before else 0
     for buffer in (cache.tokens.k, cache.tokens.v):
         buffer[:, :, :length].masked_fill_(~read[..., None], torch.nan)
         buffer[:, :, length:] = torch.nan
     cache.waiting[:, :, :, waited:] = torch.nan
-    cache.entries[:, :, :, before:] = torch.nan
+    cache.compressed[:, :, :, before:] = torch.nan
     ring = min(length, layer.sizes.window)
     for buffer in (cache.ring.k, cache.ring.v):
         buffer[:, :, ring:] = torch.nan
@@ -358,7 +365,7 @@ def test_a_step_makes_nothing_as_large_as_the_cache(kind: type[Layer], options: 
     x = draw(1, 1, D_MODEL, seed=3)
     with Allocated(*cache.tensors()) as seen:
         layer(x, cache)
-    compressed = 0 if kind is MixtureOfBlockAttention else 2 * layer.sizes.whole(1401) * 8 * layer.n_heads
+    compressed = 0 if kind is MixtureOfBlockAttention else 2 * layer.sizes.complete(1401) * 8 * layer.n_heads
     assert 0 < seen.largest < max(1400 * 8, compressed), seen.by
 
 
@@ -416,7 +423,7 @@ def test_moba_that_reads_everything_is_grouped_attention(options: dict[str, int]
     layer.load_state_dict(full.state_dict())
     x = draw(2, 20, D_MODEL)
     close(layer(x), full(x))
-    assert layer.chosen(x).sum(-1).max() == -(-20 // layer.block)
+    assert layer.selected_blocks(x).sum(-1).max() == -(-20 // layer.block)
 
 
 def test_moba_of_one_block_is_attention_in_separate_pieces() -> None:
@@ -441,7 +448,7 @@ def test_the_window_branch_alone_is_window_attention(options: dict[str, Any]) ->
     layer = branch_alone(build(NativeSparseAttention, options), 2)
     window = WindowAttention(
         D_MODEL, layer.n_heads, n_kv_heads=layer.n_kv_heads, head_dim=8, window=layer.sizes.window,
-        rope=options.get("rope", layer.rope and layer.rope.config),
+        rope=layer.rope.config,
     )  # fmt: skip
     weights = {name: weight for name, weight in layer.state_dict().items() if name in window.state_dict()}
     for name in ("k_proj.weight", "v_proj.weight"):
@@ -518,7 +525,7 @@ def test_the_choice_is_learned_by_training() -> None:
         optimiser.step()
     x, place, answer = batch(200)
     assert (head(layer(x)[:, -1]).argmax(-1) == answer).float().mean() > 0.95
-    assert layer.chosen(x)[torch.arange(200), :, -1, place].float().mean() > 0.7  # by chance 1 in 7
+    assert layer.selected_blocks(x)[torch.arange(200), :, -1, place].float().mean() > 0.7  # by chance 1 in 7
 
 
 @every_layer
@@ -586,7 +593,7 @@ def test_rows_of_moba_may_go_on_from_anywhere(
         (NativeSparseAttention, {"n_kv_heads": 4}, ValueError, "n_kv_heads: expected a divisor of n_heads=6"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_sizes_that_do_not_go_together_are_refused_by_name(
     kind: type[Layer], options: dict[str, Any], error: type[Exception], names: str
 ) -> None:
@@ -609,7 +616,7 @@ def test_sizes_that_do_not_go_together_are_refused_by_name(
         (MixtureOfBlockAttention, {}, {"n_kv_heads": 1}, "cache.k: expected shape"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_cache_of_a_layer_with_other_blocks_is_refused(
     kind: type[Layer], mine: dict[str, int], other: dict[str, int], names: str
 ) -> None:
@@ -621,13 +628,13 @@ def test_the_cache_of_a_layer_with_other_blocks_is_refused(
 
 
 @pytest.mark.parametrize("kind", [MixtureOfBlockAttention, NativeSparseAttention])
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_they_lend_and_borrow_no_keys_and_values(kind: type[Layer]) -> None:
     layer, x = kind(24, 3), draw(2, 5, 24)
     with pytest.raises(TypeError, match="source: a layer of kind"):
-        layer.kv(x)
+        layer.project_kv(x)
     with pytest.raises(TypeError, match="source: a layer of kind"):
-        layer(x, source=FullAttention(24, 3).kv(x))
+        layer(x, source=FullAttention(24, 3).project_kv(x))
 
 
 def test_nsa_cannot_forget() -> None:
@@ -635,7 +642,7 @@ def test_nsa_cannot_forget() -> None:
     cache = layer.new_cache(1, 5)
     layer(draw(1, 3, 24), cache)
     assert not cache.can_trim
-    with pytest.raises(ValueError, match="a SparseCache cannot forget"):
+    with pytest.raises(ValueError, match="a NSACache cannot forget"):
         cache.trim(torch.tensor([1]))
 
 

@@ -1,4 +1,4 @@
-"""Multi-head compression and MLA: the two roads agree, the cheap one is cheap, and the latent stays put."""
+"""Multi-head compression and MLA: both paths agree, the cheap one is cheap, and the latent is not rotated."""
 
 import copy
 import math
@@ -15,30 +15,31 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvlearn.attention import (
     REGISTRY,
     FullAttention,
-    LatentAttention,
     LatentCache,
     MultiHeadCompression,
     MultiHeadCompressionTransformer,
     MultiHeadLatentAttention,
 )
-from kvlearn.attention.compressed import (
+from kvlearn.attention.mla import (
     absorbed_attention,
     absorbed_wins,
     crossover,
     fold_up,
     naive_attention,
-    road_bytes,
-    road_flops,
+    path_bytes,
+    path_flops,
     unfold_up,
 )
+from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 from kvlearn.kernels import decode_latent
 from kvlearn.measure import peak_memory
 from kvlearn.model import Decoder, ModelConfig, Spec
 
+Latent = MultiHeadCompression | MultiHeadLatentAttention
 every_kind = pytest.mark.parametrize("name", ["mhc", "mhc_transformer", "mla"])
 
 
-def sharp(layer: LatentAttention, seed: int = 0) -> LatentAttention:
+def sharp(layer: Latent, seed: int = 0) -> Latent:
     """``layer`` with weights drawn anew, so that attention picks and no gain is one."""
     torch.manual_seed(seed)
     for weight in layer.parameters():
@@ -47,10 +48,10 @@ def sharp(layer: LatentAttention, seed: int = 0) -> LatentAttention:
     return layer.eval()
 
 
-def tiny(name: str, **options: Any) -> LatentAttention:
+def tiny(name: str, **options: Any) -> Latent:
     sizes = {"head_dim": 8, "rank": 10, "rope_dim": 4, **options}
     layer = REGISTRY[name](24, 3, **sizes)  # type: ignore[call-arg]
-    assert isinstance(layer, LatentAttention)
+    assert isinstance(layer, Latent)
     return sharp(layer)
 
 
@@ -58,7 +59,15 @@ def tokens(time: int = 11, batch: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(batch, time, 24, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(  # the arguments of both roads
+def compressed(layer: Latent, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and shared keys of ``x``, not rotated."""
+    if isinstance(layer, MultiHeadCompression):
+        return layer.compress(x)
+    latent, k_rope = layer.kv_down(x).split((layer.rank, layer.rope_dim), dim=-1)
+    return layer.kv_norm(latent), k_rope
+
+
+def inputs(  # the arguments of both paths
     heads: int = 3,
     head_dim: int = 5,
     value_dim: int = 5,
@@ -76,7 +85,7 @@ def inputs(  # the arguments of both roads
     return q, latents, kv_up, torch.arange(cached, cached + new)[None], 0.4
 
 
-# The two roads
+# The two paths
 
 
 @settings(max_examples=80, deadline=None)
@@ -88,10 +97,10 @@ def inputs(  # the arguments of both roads
     cached=st.integers(0, 12),
     data=st.data(),
 )
-def test_the_absorbed_road_ends_where_the_naive_one_does(
+def test_the_absorbed_path_gives_what_the_naive_one_gives(
     sizes: dict[str, int], rope_dim: int, cached: int, data: st.DataObject
 ) -> None:
-    """Any sizes, and rows that stand at any positions of their own."""
+    """Any sizes, and rows at any positions of their own."""
     q, latents, kv_up, positions, scale = inputs(**sizes, rope_dim=rope_dim, cached=cached)
     if data.draw(st.booleans(), "rows differ"):
         starts = data.draw(st.tuples(*[st.integers(0, cached)] * 2), "starts")
@@ -101,15 +110,15 @@ def test_the_absorbed_road_ends_where_the_naive_one_does(
     torch.testing.assert_close(absorbed, naive, atol=1e-9, rtol=1e-9)
 
 
-def test_both_roads_are_the_equation() -> None:
+def test_both_paths_are_the_equation() -> None:
     """One head, one row, one query, written out."""
     q, latents, kv_up, positions, scale = inputs(heads=1, batch=1, head_dim=5, value_dim=3)
     w_uk, w_uv = kv_up[0, :5], kv_up[0, 5:]
     scores = [q[0, 0, 0, :5] @ (w_uk @ row[:7]) + q[0, 0, 0, 5:] @ row[7:] for row in latents[0]]
     weights = (torch.stack(scores) * scale).softmax(0)
     expected = sum(w * (w_uv @ row[:7]) for w, row in zip(weights, latents[0], strict=True))
-    for road in (naive_attention, absorbed_attention):
-        torch.testing.assert_close(road(q, latents, kv_up, positions, scale)[0, 0, 0], expected)
+    for path in (naive_attention, absorbed_attention):
+        torch.testing.assert_close(path(q, latents, kv_up, positions, scale)[0, 0, 0], expected)
 
 
 def test_folding_moves_the_up_projection_from_the_keys_to_the_query() -> None:
@@ -123,7 +132,7 @@ def test_folding_moves_the_up_projection_from_the_keys_to_the_query() -> None:
 
 
 @every_kind
-def test_a_layer_gives_the_same_on_either_road(name: str) -> None:
+def test_a_layer_gives_the_same_on_either_path(name: str) -> None:
     layer = tiny(name, **({"v_head_dim": 6, "q_rank": 9} if name == "mla" else {})).double()
     x = tokens(7, 3).double()
     outputs = []
@@ -142,7 +151,7 @@ def test_a_layer_gives_the_same_on_either_road(name: str) -> None:
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("absorb", [False, True])
-def test_either_road_stays_near_in_half_precision(name: str, dtype: torch.dtype, absorb: bool) -> None:
+def test_either_path_stays_near_in_half_precision(name: str, dtype: torch.dtype, absorb: bool) -> None:
     layer, x = tiny(name), tokens()
     expected = layer(x)
     half = copy.deepcopy(layer).to(dtype)
@@ -154,84 +163,108 @@ def test_either_road_stays_near_in_half_precision(name: str, dtype: torch.dtype,
     assert error < (0.05 if dtype == torch.bfloat16 else 0.008)
 
 
-# Which road, and what each costs
+# Which path, and what each costs
 
 
 def test_the_counts_are_those_worked_out_on_paper() -> None:
     """H 2, D = Dv 3, R 4, Dr 2; 2 new tokens behind 1: S 3, 2 + 3 pairs."""
     sizes = (2, 3, 4, 2)
-    assert road_flops("naive", *sizes, new=2, cached=1) == 2 * 2 * (3 * 4 * 6 + 5 * 8) == 448
-    assert road_flops("absorbed", *sizes, new=2, cached=1) == 2 * 2 * (2 * 4 * 6 + 5 * 10) == 392
-    assert road_bytes("naive", *sizes, new=2, cached=1) == 4 * (18 + 32 + 48 + 2 * 36) == 680
-    assert road_bytes("absorbed", *sizes, new=2, cached=1) == 4 * (18 + 32 + 48 + 2 * 40) == 712
-    assert road_flops("naive", *sizes, new=2, cached=1, v_head_dim=5) == 2 * 2 * (3 * 4 * 8 + 5 * 10)
-    assert road_flops("naive", *sizes, new=2, cached=1, batch=3) == 3 * 448
-    assert road_bytes("naive", *sizes, new=2, cached=1, batch=3, itemsize=2) == 2 * (3 * (50 + 72) + 48)
+    assert path_flops("naive", *sizes, new=2, cached=1) == 2 * 2 * (3 * 4 * 6 + 5 * 8) == 448
+    assert path_flops("absorbed", *sizes, new=2, cached=1) == 2 * 2 * (2 * 4 * 6 + 5 * 10) == 392
+    assert path_bytes("naive", *sizes, new=2, cached=1) == 4 * (18 + 32 + 48 + 2 * 36) == 680
+    assert path_bytes("absorbed", *sizes, new=2, cached=1) == 4 * (18 + 32 + 48 + 2 * 40) == 712
+    assert path_flops("naive", *sizes, new=2, cached=1, v_head_dim=5) == 2 * 2 * (3 * 4 * 8 + 5 * 10)
+    assert path_flops("naive", *sizes, new=2, cached=1, batch=3) == 3 * 448
+    assert path_bytes("naive", *sizes, new=2, cached=1, batch=3, itemsize=2) == 2 * (3 * (50 + 72) + 48)
 
 
-@pytest.mark.parametrize("road", ["naive", "absorbed"])
-def test_the_flops_counted_are_those_that_torch_counts(road: Any) -> None:
-    """For one token, where the mask hides nothing; without rotary part, which the absorbed road pads."""
+@pytest.mark.parametrize("path", ["naive", "absorbed"])
+def test_the_flops_counted_are_those_that_torch_counts(path: Any) -> None:
+    """For one token, where the mask hides nothing; without rotary part, which the absorbed path pads."""
     arguments = inputs(heads=4, head_dim=6, value_dim=6, rank=16, rope_dim=0, cached=40, dtype=torch.float32)
-    run = naive_attention if road == "naive" else absorbed_attention
+    run = naive_attention if path == "naive" else absorbed_attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # counts matrix products
         run(*arguments)
-    assert counter.get_total_flops() == road_flops(road, 4, 6, 16, 0, new=1, cached=40, batch=2)
+    assert counter.get_total_flops() == path_flops(path, 4, 6, 16, 0, new=1, cached=40, batch=2)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim", "rank"), [(128, 128, 512), (16, 16, 19), (24, 8, 40)])
-def test_the_roads_cross_where_the_formula_says(head_dim: int, value_dim: int, rank: int) -> None:
-    tokens = crossover(head_dim, rank, value_dim)
+@pytest.mark.parametrize("cached", [None, 1000, 10**9])
+def test_the_paths_cross_where_the_formula_says(
+    head_dim: int, value_dim: int, rank: int, cached: int | None
+) -> None:
+    tokens = crossover(head_dim, rank, value_dim, cached)
     assert not tokens.is_integer()
-    sizes, far = (8, head_dim, rank, 32), {"cached": 10**9, "v_head_dim": value_dim}
-    assert absorbed_wins(*sizes, new=math.floor(tokens), **far)
-    assert not absorbed_wins(*sizes, new=math.ceil(tokens), **far)
+    sizes, past = (8, head_dim, rank, 32), {"cached": cached or 10**9, "v_head_dim": value_dim}
+    assert absorbed_wins(*sizes, new=math.floor(tokens), **past)
+    assert not absorbed_wins(*sizes, new=math.ceil(tokens), **past)
+
+
+@settings(max_examples=60, deadline=None)
+@given(head_dim=st.integers(1, 64), value_dim=st.integers(1, 64), cached=st.integers(1, 5000), data=st.data())
+def test_at_the_crossover_both_paths_do_as_many_flops(
+    head_dim: int, value_dim: int, cached: int, data: st.DataObject
+) -> None:
+    """Folding included: the formulas of ``path_flops``, at a number of tokens that is no integer."""
+    rank = data.draw(st.integers((head_dim + value_dim) // 2 + 1, 256), "rank")
+    new = crossover(head_dim, rank, value_dim, cached)
+    pairs, heads = new * cached + new * (new + 1) / 2, head_dim + value_dim
+    naive = (cached + new) * rank * heads + pairs * (heads + 8)
+    absorbed = new * rank * heads + pairs * (2 * rank + 8)
+    assert naive == pytest.approx(absorbed, rel=1e-9)
+    assert new <= crossover(head_dim, rank, value_dim)
+    far = crossover(head_dim, rank, value_dim, 10**12)
+    assert far == pytest.approx(crossover(head_dim, rank, value_dim), rel=1e-3)
 
 
 def test_deepseek_v3_crosses_at_171_tokens() -> None:
     assert crossover(128, 512) == pytest.approx(512 * 256 / 768)
+    assert crossover(128, 512, cached=1024) == pytest.approx(158.3, abs=0.05)
 
 
 def test_a_latent_no_wider_than_a_head_is_always_absorbed() -> None:
-    assert crossover(64, 64) == math.inf
+    assert crossover(64, 64) == crossover(64, 64, cached=100) == math.inf
     for new in (1, 100, 10_000):
         assert absorbed_wins(8, 64, 64, 32, new=new, cached=1)
 
 
 def test_without_a_past_nothing_is_gained_by_absorbing() -> None:
-    """And where nothing is lost either, R = D, the plain road is taken."""
+    """And where nothing is lost either, R = D, the naive path is taken."""
     for new in (1, 10, 10_000):
         assert not absorbed_wins(8, 64, 128, 32, new=new)
         assert not absorbed_wins(8, 64, 64, 32, new=new)
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_counts_refuse_bad_sizes_by_name() -> None:
     sizes: dict[str, Any] = {"n_heads": 2, "head_dim": 3, "rank": 4, "rope_dim": 2, "new": 1}
-    for name, wrong in {"road": "x", "rank": 0, "rope_dim": -1, "cached": -1, "v_head_dim": 0}.items():
+    for name, wrong in {"path": "x", "rank": 0, "rope_dim": -1, "cached": -1, "v_head_dim": 0}.items():
         with pytest.raises(ValueError, match=name):
-            road_flops(**{"road": "naive", **sizes, name: wrong})
+            path_flops(**{"path": "naive", **sizes, name: wrong})
     with pytest.raises(TypeError, match="new"):
-        road_bytes("naive", **{**sizes, "new": 1.5})
+        path_bytes("naive", **{**sizes, "new": 1.5})
     with pytest.raises(ValueError, match="rank"):
         crossover(8, 0)
+    with pytest.raises(ValueError, match="cached"):
+        crossover(8, 16, cached=0)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The roads that layers take from now on, in order."""
+    """The paths that layers take from now on, in order."""
     taken: list[str] = []
-    for name, road in (("naive", naive_attention), ("absorbed", absorbed_attention)):
+    for name, path in (("naive", naive_attention), ("absorbed", absorbed_attention)):
 
-        def watched(*a: Any, name: str = name, road: Any = road) -> Tensor:
+        def watched(*a: Any, name: str = name, path: Any = path) -> Tensor:
             taken.append(name)
-            return road(*a)
+            return path(*a)
 
-        monkeypatch.setattr(f"kvlearn.attention.compressed.latent_attention.{name}_attention", watched)
+        for module in ("mla", "mhc"):
+            monkeypatch.setattr(f"kvlearn.attention.{module}.{name}_attention", watched)
     return taken
 
 
 @every_kind
-def test_a_layer_takes_the_road_with_fewer_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_takes_the_path_with_fewer_flops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, taken = tiny(name, rank=16), spied(monkeypatch)  # crosses at 16 new tokens over a long cache
     assert crossover(8, 16) == 16
     layer(tokens(30))  # training
@@ -245,7 +278,7 @@ def test_a_layer_takes_the_road_with_fewer_flops(name: str, monkeypatch: pytest.
         layer(tokens(3), cache)
     assert taken == ["absorbed", "absorbed", "naive", "naive"]
     taken.clear()
-    tiny(name, rank=4)(tokens(3))  # training takes the naive road though the absorbed one has fewer
+    tiny(name, rank=4)(tokens(3))  # training takes the naive path though the absorbed one has fewer
     assert taken == ["naive"]
 
 
@@ -274,7 +307,7 @@ def test_rotated_keys_cannot_be_absorbed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("rows", ["together", "of their own lengths"])
 def test_an_absorbed_step_never_holds_the_heads_of_all_tokens(rows: str) -> None:
-    """At most 3 · H · N numbers beside inputs and output; the naive road holds H · N · (D + Dv) and more."""
+    """At most 3 · H · N numbers beside inputs and output; the naive path holds H · N · (D + Dv) and more."""
     heads, n_tokens, head_dim = 8, 4096, 32
     q, latents, kv_up, positions, scale = inputs(
         heads, head_dim, head_dim, 96, 16, 1, n_tokens - 1, batch=2, dtype=torch.float32
@@ -307,39 +340,46 @@ def test_a_whole_step_of_a_layer_keeps_within_the_bound(name: str) -> None:
         assert peak_memory(lambda: layer(x, cache)) <= 3 * 4 * 4 * 4001
 
 
-# What is remembered
+# What is cached
 
 
 @every_kind
-def test_the_latent_stands_still_and_the_shared_key_turns(name: str) -> None:
+def test_the_shared_key_is_rotated_and_the_latent_is_not(name: str) -> None:
     layer = tiny(name)
-    assert layer.rope is not None
     x = tokens(1).expand(-1, 6, -1)  # the same token at six positions
     cache = layer.new_cache(2, 6)
     for part in x.split([2, 1, 3], dim=1):
         layer(part, cache)
     assert isinstance(cache, LatentCache)
     latent, k_rope = cache.latents.split((10, 4), dim=-1)
-    compressed = layer.compress(x)
-    torch.testing.assert_close(latent, compressed.latent)
-    torch.testing.assert_close(k_rope, layer.rope(compressed.k_rope[:, None], torch.arange(6)[None])[:, 0])
-    torch.testing.assert_close(k_rope[:, 0], compressed.k_rope[:, 0])
+    expected, unrotated = compressed(layer, x)
+    torch.testing.assert_close(latent, expected)
+    torch.testing.assert_close(k_rope, rotate_naive(unrotated[:, :, None], RopeConfig())[:, :, 0])
+    torch.testing.assert_close(k_rope[:, 0], unrotated[:, 0])
     assert ((k_rope[:, 1:] - k_rope[:, :-1]).abs().amax(-1) > 1e-3).all()
 
 
 @every_kind
-def test_scores_depend_on_distance_alone(name: str) -> None:
-    """The same tokens, moved along behind a first one that nobody looks at."""
-    layer = tiny(name).double()
-    for absorb in (False, True):
-        layer.absorb = absorb
-        outputs = []
-        for shift in (0, 5):
-            q, compressed = layer.rotated(tokens(4).double(), torch.arange(shift, shift + 4)[None])
-            latents = torch.cat(compressed, dim=-1)
-            road = absorbed_attention if absorb else naive_attention
-            outputs.append(road(q, latents, layer.up, torch.arange(4)[None], layer.scale))
-        torch.testing.assert_close(outputs[0], outputs[1], atol=1e-9, rtol=1e-9)
+@pytest.mark.parametrize("rope_dim", [0, 4])
+def test_outputs_depend_on_distances_alone(name: str, rope_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens at positions moved by 5; where decompressed keys are rotated, theirs are moved too."""
+    layer, rotate, shift = tiny(name, rope_dim=rope_dim).double(), Rope.forward, 5
+    x = tokens(4).double()
+    expected = layer(x)
+
+    def moved(x: Tensor, cache: object) -> Tensor:
+        return torch.arange(shift, shift + x.shape[1])[None]
+
+    def rotate_moved(rope: Rope, heads: Tensor, positions: Tensor) -> Tensor:
+        return rotate(rope, heads, positions if positions[0, 0] == shift else positions + shift)
+
+    for module in ("mla", "mhc"):
+        monkeypatch.setattr(f"kvlearn.attention.{module}.token_positions", moved)
+    for layer.absorb in (False, True) if rope_dim else (False,):
+        if not rope_dim:
+            assert not torch.allclose(layer(x), expected, atol=1e-2)  # queries alone were moved
+        monkeypatch.setattr(Rope, "forward", rotate_moved)
+        torch.testing.assert_close(layer(x), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_the_default_keeps_an_eighth_of_what_full_attention_keeps() -> None:
@@ -392,20 +432,20 @@ def test_the_transformer_mixes_heads_and_never_tokens() -> None:
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     for got, whole in zip(layer.compress(x[:, order]), (latent, k_rope), strict=True):
         torch.testing.assert_close(got, whole[:, order])
-    torch.testing.assert_close(layer.compress(x[1:, 3:4]).latent, latent[1:, 3:4])
+    torch.testing.assert_close(layer.compress(x[1:, 3:4])[0], latent[1:, 3:4])
 
 
 def test_the_transformer_is_not_linear_and_contains_the_linear_map() -> None:
     layer = tiny("mhc_transformer")
     assert isinstance(layer, MultiHeadCompressionTransformer)
     x, y = tokens(), tokens(seed=2)
-    bent = layer.compress(x + y).latent - layer.compress(x).latent - layer.compress(y).latent
-    assert bent.abs().mean() > 0.1 * layer.compress(x).latent.abs().mean()
+    bent = layer.compress(x + y)[0] - layer.compress(x)[0] - layer.compress(y)[0]
+    assert bent.abs().mean() > 0.1 * layer.compress(x)[0].abs().mean()
     with torch.no_grad():
         layer.compressor.mix_proj.weight.zero_()
         layer.compressor.narrow_proj.weight.zero_()
     linear = layer.compressor.latent_proj.weight @ layer.kv_proj.weight
-    torch.testing.assert_close(layer.compress(x).latent, x @ linear.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.compress(x)[0], x @ linear.T, atol=1e-5, rtol=1e-4)
 
 
 def test_the_compressor_is_its_equation() -> None:
@@ -517,10 +557,10 @@ def test_a_decoder_takes_it_in_any_layer(name: str) -> None:
     assert 3 < rows[1]["stored"] / rows[0]["stored"] < 8
 
 
-# Doors
+# Wrong arguments
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("name", "options", "error", "names"),
     [
@@ -544,7 +584,7 @@ def test_options_that_cannot_be_are_refused_by_name(
 
 
 @every_kind
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_belongs_to_other_mechanisms_is_refused_by_name(name: str) -> None:
     layer, full = tiny(name), FullAttention(24, 3)
     with pytest.raises(TypeError, match="cache: expected LatentCache, got KVCache"):
@@ -552,16 +592,16 @@ def test_what_belongs_to_other_mechanisms_is_refused_by_name(name: str) -> None:
     with pytest.raises(TypeError, match="cache: expected KVCache, got LatentCache"):
         full(tokens(), layer.new_cache(2, 20))
     with pytest.raises(TypeError, match="source"):
-        layer(tokens(), source=full.kv(tokens()))
+        layer(tokens(), source=full.project_kv(tokens()))
     with pytest.raises(TypeError, match="source"):
-        layer.kv(tokens())
+        layer.project_kv(tokens())
     other = tiny(name, rank=12, rope_dim=2).new_cache(2, 20)  # as wide, but divided elsewhere
     with pytest.raises(ValueError, match="latent: expected shape"):
         layer(tokens(), other)
     assert other.length == 0
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_latent_cache_refuses_other_shapes_and_stays_as_it_was() -> None:
     cache = LatentCache(2, 5, 6, 4, torch.float32, "cpu")
     latent, k_rope = torch.ones(2, 3, 6), torch.ones(2, 3, 4)

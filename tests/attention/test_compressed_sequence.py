@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvlearn.attention import deepseek_v4
 from kvlearn.attention.core import attention, causal_mask
+from kvlearn.attention.deepseek_v4 import (
+    CompressedCache,
+    CompressedSparseAttention,
+    Compressor,
+    HeavilyCompressedAttention,
+    TrailingRope,
+)
+from kvlearn.attention.dsa import index_scores
 from kvlearn.attention.rope import RopeConfig, YarnScaling
-from kvlearn.attention.sparse import hca
-from kvlearn.attention.sparse.compressor import Compressor, TrailingRope
-from kvlearn.attention.sparse.csa import CompressedSparseAttention
-from kvlearn.attention.sparse.entries import CompressedCache
-from kvlearn.attention.sparse.hca import HeavilyCompressedAttention
 
 BATCH, TIME, WIDTH = 2, 23, 24
 KINDS: dict[str, type[HeavilyCompressedAttention]] = {
@@ -204,7 +208,7 @@ def test_a_step_sees_the_entry_that_it_completes(kind: str) -> None:
     assert torch.equal(layer(x[:, 4:5], spoilt), layer(x[:, 4:5], clean))  # the fifth of six completes none
 
 
-# Which entries are chosen
+# Which entries are selected
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 50])
@@ -212,7 +216,7 @@ def test_a_step_sees_the_entry_that_it_completes(kind: str) -> None:
 def test_the_selection_is_that_of_a_loop_over_tokens_and_entries(top_k: int) -> None:
     layer, x = sparse(top_k=top_k), tokens()
     keys = layer.indexer.compressor(x)
-    q, weight = layer.request(x, x, torch.arange(TIME)[None])
+    q, weight = layer.indexer.query(x, x, torch.arange(TIME)[None])
     selection = layer.selection(x)
     for b in range(BATCH):
         for t in range(TIME):
@@ -241,14 +245,14 @@ def test_a_step_touches_no_entry_that_it_has_not_chosen(length: int) -> None:
     """Position 20 completes a block, 21 and 22 do not."""
     layer, x = sparse(), tokens()
     x = x[:, : length + 1]
-    expected, chosen = layer(x)[:, -1:], layer.selection(x)[:, -1]
+    expected, selected = layer(x)[:, -1:], layer.selection(x)[:, -1]
     cache = filled(layer, x[:, :length])
     entries = cache.memories[0].entries
     held = length // 3
-    assert not torch.equal(chosen[0], chosen[1])
-    entries[:, :held] = entries[:, :held].masked_fill(~chosen[:, :held, None], torch.nan)
+    assert not torch.equal(selected[0], selected[1])
+    entries[:, :held] = entries[:, :held].masked_fill(~selected[:, :held, None], torch.nan)
     close(layer(x[:, -1:], cache), expected)
-    row, entry = chosen[:, :held].nonzero()[0]
+    row, entry = selected[:, :held].nonzero()[0]
     cache = filled(layer, x[:, :length])
     cache.memories[0].entries[row, entry] = torch.nan
     assert layer(x[:, -1:], cache)[row].isnan().all()
@@ -266,14 +270,9 @@ def test_without_a_choice_a_step_reads_every_entry() -> None:
 @torch.no_grad()
 def test_a_choice_of_all_is_no_choice() -> None:
     layer, x = sparse(top_k=50), tokens()
-    expected = layer(x)
-    assert (sparse(top_k=2)(x) - expected).abs().max() > 1e-2
-
-    def choose_all(memories: list[Tensor], request: Any, positions: Tensor) -> Any:
-        return HeavilyCompressedAttention.choose(layer, memories, None, positions)
-
-    layer.choose = choose_all  # type: ignore[method-assign]
+    expected = HeavilyCompressedAttention.forward(layer, x)  # over every entry of these weights
     close(layer(x), expected)
+    assert (sparse(top_k=2)(x) - expected).abs().max() > 1e-2
 
 
 # The limit, and the way there
@@ -336,9 +335,9 @@ def test_a_pass_meets_no_more_tokens_than_block_and_window(
 ) -> None:
     layer, x = layer_of(kind, rate=TIME + 1), tokens()
     expected, met = layer(x), []
-    partial = hca.grouped_partial
+    partial = deepseek_v4.grouped_partial
     monkeypatch.setattr(
-        hca, "grouped_partial", lambda q, k, *rest: met.append(k.shape[2]) or partial(q, k, *rest)
+        deepseek_v4, "grouped_partial", lambda q, k, *rest: met.append(k.shape[2]) or partial(q, k, *rest)
     )
     layer.block = block
     close(layer(x), expected)
@@ -353,9 +352,9 @@ def test_a_step_meets_the_window_and_what_the_formula_says_is_read(
 ) -> None:
     layer, x = layer_of(kind), tokens()
     cache, met = layer.new_cache(BATCH, TIME), []
-    partial = hca.grouped_partial
+    partial = deepseek_v4.grouped_partial
     monkeypatch.setattr(
-        hca, "grouped_partial", lambda q, k, *rest: met.append(k[0].numel()) or partial(q, k, *rest)
+        deepseek_v4, "grouped_partial", lambda q, k, *rest: met.append(k[0].numel()) or partial(q, k, *rest)
     )
     for t in range(TIME):
         met.clear()
@@ -394,7 +393,7 @@ def test_bytes_are_those_on_paper() -> None:
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_loss_of_the_indexer_reaches_it_alone_and_teaches_it(dense: bool) -> None:
     layer, x = sparse(q_rank=10), tokens()
-    apart = [name for name, _ in layer.named_parameters() if name.startswith(layer.trained_apart)]
+    apart = [name for name, _ in layer.named_parameters() if name.startswith(layer.auxiliary_parameters)]
     assert len(apart) == 6
     optimiser = torch.optim.Adam(layer.indexer.parameters(), lr=3e-3)
     losses = []
@@ -415,7 +414,7 @@ def test_the_loss_of_the_indexer_is_the_divergence_from_what_heads_read() -> Non
     positions = torch.arange(11)[None]
     with torch.no_grad():
         q, entries, keys = layer.queries(x, positions), layer.compressor(x), layer.indexer.compressor(x)
-        scores = layer.indexer.scores(layer.request(x, x, positions), keys)
+        scores = index_scores(layer.indexer.query(x, x, positions), keys)
         terms = []
         for b in range(BATCH):
             for t in range(2, 11):
@@ -446,14 +445,14 @@ def test_the_loss_of_the_indexer_is_the_divergence_from_what_heads_read() -> Non
         ("csa", {"rope_dim": 8}, r"rope_dim: expected at most 6 \(index_dim\)"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_sizes_that_make_no_sense_are_refused_by_name(kind: str, options: dict[str, int], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         layer_of(kind, **options)
 
 
 @every_kind
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_types_that_make_no_sense_are_refused_by_name(kind: str) -> None:
     for name in ("window", "rate", "rope_dim"):
         with pytest.raises(TypeError, match=name):
@@ -462,7 +461,7 @@ def test_types_that_make_no_sense_are_refused_by_name(kind: str) -> None:
     with pytest.raises(TypeError, match="source"):
         layer(tokens(), source=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="source"):
-        layer.kv(tokens())
+        layer.project_kv(tokens())
 
 
 @pytest.mark.parametrize(
@@ -475,7 +474,7 @@ def test_types_that_make_no_sense_are_refused_by_name(kind: str) -> None:
         ("csa", {"index_dim": 8}),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_cache_of_other_sizes_is_refused_and_left_alone(kind: str, options: dict[str, int]) -> None:
     layer = layer_of("csa" if "index_dim" in options else "hca")
     cache = layer_of(kind, **options).new_cache(BATCH, TIME)
@@ -486,14 +485,14 @@ def test_a_cache_of_other_sizes_is_refused_and_left_alone(kind: str, options: di
 
 
 @every_kind
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_compressed_past_cannot_be_cut_back(kind: str) -> None:
     cache = filled(layer_of(kind), tokens(5))
     with pytest.raises(ValueError, match="cannot forget"):
         cache.trim(torch.tensor([4, 5]))
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_loss_of_the_indexer_needs_a_whole_block() -> None:
     with pytest.raises(ValueError, match="time"):
         sparse().indexer_loss(tokens(2))

@@ -1,4 +1,4 @@
-"""What every mechanism must do, whatever it is. Fed from the registry: who registers is covered.
+"""What every mechanism must do, whatever it is. Fed from the registry: every registered class is covered.
 
 Weights are drawn anew with a large spread, norms and other vectors too: at the usual initialisation attention
 is nearly uniform, and a wrong mask or a wrong position would hide within the tolerance.
@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlearn.attention import REGISTRY, Cache, Mechanism, StateMechanism
+from kvlearn.attention import REGISTRY, Cache, Mechanism
 
 BATCH, TIME = 3, 13
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 
 every_mechanism = pytest.mark.parametrize("name", sorted(REGISTRY))
 every_sharer = pytest.mark.parametrize(
-    "name", sorted(name for name, kind in REGISTRY.items() if kind.kv is not Mechanism.kv)
+    "name", sorted(name for name, kind in REGISTRY.items() if kind.project_kv is not Mechanism.project_kv)
 )
 every_recurrence = pytest.mark.parametrize(
-    "name", sorted(name for name, kind in REGISTRY.items() if issubclass(kind, StateMechanism))
+    "name", sorted(name for name, kind in REGISTRY.items() if kind.forms)
 )
 
 
@@ -105,7 +105,7 @@ def test_gradients_are_those_of_the_naive_form(name: str) -> None:
     x = tokens(layer)
     weights = tokens(layer, seed=2)
     learned = [
-        weight for name, weight in layer.named_parameters() if not name.startswith(layer.trained_apart)
+        weight for name, weight in layer.named_parameters() if not name.startswith(layer.auxiliary_parameters)
     ]
     fast, naive = (torch.autograd.grad((form(x) * weights).sum(), learned) for form in (layer, layer.naive))
     for got, expected in zip(fast, naive, strict=True):
@@ -231,7 +231,7 @@ def test_with_a_cache_no_graph_is_kept(name: str) -> None:
 
 
 @every_mechanism
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_cache_of_another_shape_or_type_is_refused_and_left_alone(name: str) -> None:
     layer = tiny(name)
     with pytest.raises(TypeError, match="dtype"):
@@ -275,7 +275,6 @@ def test_the_limit_is_full_attention(name: str) -> None:
 def test_the_forms_of_a_recurrence_agree(name: str) -> None:
     """From an empty state and behind one, chunks of one token, of some that do not divide T, and of more."""
     layer = tiny(name)
-    assert isinstance(layer, StateMechanism)
     x = tokens(layer)
     layer.form = "recurrent"
     expected = layer(x)
@@ -304,7 +303,7 @@ def test_a_layer_that_reads_its_own_keys_and_values_is_itself(name: str) -> None
     x = tokens(layer)
     cache = layer.new_cache(BATCH, TIME)
     with torch.no_grad():
-        pieces = [layer(part, cache, source=layer.kv(part, cache)) for part in x.split(5, dim=1)]
+        pieces = [layer(part, cache, source=layer.project_kv(part, cache)) for part in x.split(5, dim=1)]
     close(torch.cat(pieces, dim=1), layer(x))
 
 
@@ -312,12 +311,12 @@ def test_a_layer_that_reads_its_own_keys_and_values_is_itself(name: str) -> None
 def test_a_reader_follows_its_owner_and_stores_nothing(name: str) -> None:
     owner, reader = tiny(name), tiny(name, seed=5)
     x, theirs = tokens(owner), tokens(owner, seed=2)
-    whole = reader(x, source=owner.kv(theirs))
+    whole = reader(x, source=owner.project_kv(theirs))
     assert not torch.allclose(whole, reader(x), atol=1e-2)
     cache, own = owner.new_cache(BATCH, TIME), reader.new_cache(BATCH, TIME)
     with torch.no_grad():
         pieces = [
-            reader(a, own, source=owner.kv(b, cache))
+            reader(a, own, source=owner.project_kv(b, cache))
             for a, b in zip(x.split(4, 1), theirs.split(4, 1), strict=True)
         ]
     close(torch.cat(pieces, dim=1), whole)
@@ -332,11 +331,13 @@ def test_a_layer_without_keys_and_values_reads_its_owners(name: str, cuts: list[
     owner, reader, whole = tiny(name), tiny_reader(name), tiny(name, seed=5)
     whole.load_state_dict(reader.state_dict(), strict=False)
     x, theirs = tokens(owner), tokens(owner, seed=2)
-    expected = whole(x, source=owner.kv(theirs))
+    expected = whole(x, source=owner.project_kv(theirs))
     cache, own = owner.new_cache(BATCH, TIME), reader.new_cache(BATCH, TIME)
     edges = [0, *sorted(set(cuts)), TIME]
     with torch.no_grad():
-        pieces = [reader(x[:, a:b], own, source=owner.kv(theirs[:, a:b], cache)) for a, b in pairwise(edges)]
+        pieces = [
+            reader(x[:, a:b], own, source=owner.project_kv(theirs[:, a:b], cache)) for a, b in pairwise(edges)
+        ]
     close(torch.cat(pieces, dim=1), expected)
 
 
@@ -351,38 +352,39 @@ def test_a_reader_stores_nothing_and_reads_what_its_owner_stores(name: str) -> N
 
 
 @every_sharer
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_reader_without_a_source_is_refused_by_name(name: str) -> None:
     reader = tiny_reader(name)
     x = tokens(reader)
     with pytest.raises(TypeError, match="source: expected KV, got NoneType"):
         reader(x)
     with pytest.raises(TypeError, match="source"):
-        reader.kv(x)
+        reader.project_kv(x)
     with pytest.raises(TypeError, match="cache: expected NoCache"):
-        reader(x, tiny(name).new_cache(BATCH, TIME), source=tiny(name).kv(x))
+        reader(x, tiny(name).new_cache(BATCH, TIME), source=tiny(name).project_kv(x))
 
 
 @every_sharer
 def test_gradients_reach_the_owner_through_its_reader(name: str) -> None:
     owner, reader = tiny(name), tiny_reader(name)
     x = tokens(owner)
-    reader(x, source=owner.kv(x)).sum().backward()
+    reader(x, source=owner.project_kv(x)).sum().backward()
     for weight in (owner.k_proj.weight, owner.v_proj.weight, reader.q_proj.weight):  # type: ignore[union-attr]
         assert weight.grad is not None
         assert weight.grad.abs().sum() > 0
 
 
 @every_sharer
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_keys_and_values_that_do_not_fit_are_refused_by_name(name: str) -> None:
     layer = tiny(name)
-    source = layer.kv(tokens(layer))
+    source = layer.project_kv(tokens(layer))
     wrong = {
         "expected KV": 5,
         "source.k": replace(source, k=source.k[:1]),
         "source.v": replace(source, v=source.v[..., :-1]),
         "source.positions": replace(source, positions=source.positions[:, :-1]),
+        "source.slot_positions": replace(source, slot_positions=torch.arange(TIME - 1)[None]),
     }
     for names, other in wrong.items():
         with pytest.raises((TypeError, ValueError), match=names):
@@ -404,7 +406,7 @@ def test_keys_and_values_that_do_not_fit_are_refused_by_name(name: str) -> None:
         ("another device", ValueError, "device"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_is_refused_by_name(name: str, case: str, error: type[Exception], names: str) -> None:
     layer = tiny(name)
     x, cache = tokens(layer), layer.new_cache(BATCH, TIME)
@@ -433,7 +435,7 @@ def test_bad_input_is_refused_by_name(name: str, case: str, error: type[Exceptio
         ({"batch": 2, "max_len": -1}, "max_len"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_cache_of_no_size_is_refused_by_name(name: str, arguments: dict[str, int], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         tiny(name).new_cache(**arguments)
@@ -443,14 +445,14 @@ def test_a_cache_of_no_size_is_refused_by_name(name: str, arguments: dict[str, i
 @pytest.mark.parametrize(
     ("d_model", "n_heads", "names"), [(0, 1, "d_model"), (24, 0, "n_heads"), (24, 5, "n_heads")]
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_layer_of_no_size_is_refused_by_name(name: str, d_model: int, n_heads: int, names: str) -> None:
     with pytest.raises(ValueError, match=names):
         REGISTRY[name](d_model, n_heads)  # type: ignore[call-arg]
 
 
 @every_mechanism
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_trim_refuses_lengths_that_never_were(name: str) -> None:
     layer = tiny(name)
     cache = layer.new_cache(BATCH, TIME)

@@ -58,14 +58,14 @@ def test_more_queries_than_keys_have_no_causal_mask() -> None:
         core.causal_mask(4, 2)
 
 
-def test_visible_is_the_causal_mask_where_rows_stand_together() -> None:
+def test_causal_mask_at_is_the_causal_mask_where_rows_have_one_length() -> None:
     positions = torch.arange(3, 8)[None]
-    assert torch.equal(core.visible(positions, 8)[0, 0], core.causal_mask(5, 8))
+    assert torch.equal(core.causal_mask_at(positions, 8)[0, 0], core.causal_mask(5, 8))
 
 
-def test_visible_hides_what_lies_past_each_row() -> None:
+def test_causal_mask_at_hides_what_lies_past_each_row() -> None:
     positions = torch.tensor([[4], [1]])
-    assert core.visible(positions, 5).int()[:, 0, 0].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert core.causal_mask_at(positions, 5).int()[:, 0, 0].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
 
 
 def test_a_query_that_sees_nothing_gets_zero() -> None:
@@ -78,16 +78,18 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
     assert partial.out.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["whole", "last 4 of 9", "one", "rows apart", "rows apart, as many keys"])
-def test_the_fast_road_equals_the_reference(case: str) -> None:
-    n_queries = {"whole": 9, "last 4 of 9": 4, "one": 1, "rows apart": 2, "rows apart, as many keys": 9}[case]
+@pytest.mark.parametrize("case", ["whole", "last 4 of 9", "one", "rows differ", "rows differ, as many keys"])
+def test_the_fast_form_equals_the_reference(case: str) -> None:
+    n_queries = {"whole": 9, "last 4 of 9": 4, "one": 1, "rows differ": 2, "rows differ, as many keys": 9}[
+        case
+    ]
     q, k, v = qkv(n_queries)
     positions = torch.arange(9 - n_queries, 9)[None]
-    if case == "rows apart":
+    if case == "rows differ":
         positions = torch.tensor([[7, 8], [2, 3]])
-    if case == "rows apart, as many keys":
+    if case == "rows differ, as many keys":
         positions = torch.stack((torch.arange(9), torch.arange(9) // 2))
-    expected = core.attention(q, k, v, core.visible(positions, 9))
+    expected = core.attention(q, k, v, core.causal_mask_at(positions, 9))
     torch.testing.assert_close(core.causal_attention(q, k, v, positions), expected)
 
 
@@ -102,7 +104,7 @@ def test_a_grouped_step_is_the_same_for_any_number_of_threads(
     q, k, v = draw(2, 6, 1, 8), draw(2, n_kv_heads, 9, 8, seed=1), draw(2, n_kv_heads, 9, 4, seed=2)
     positions = torch.tensor(lengths)[:, None] - 1
     repeated = (x.repeat_interleave(6 // n_kv_heads, 1) for x in (k, v))
-    expected = core.attention(q, *repeated, core.visible(positions, 9))
+    expected = core.attention(q, *repeated, core.causal_mask_at(positions, 9))
     torch.testing.assert_close(core.causal_attention(q, k, v, positions), expected)
 
 

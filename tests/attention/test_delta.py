@@ -1,4 +1,4 @@
-"""The delta rule: what it writes, that it is a step of gradient descent, and that its forms bear anything."""
+"""The delta rule: what it writes, that it is a step of gradient descent, and its forms at extreme inputs."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from attention_tools import Allocated, close, draw
 from torch import Tensor
 
 from kvlearn.attention import DeltaNet, GatedDeltaNet, Mechanism
-from kvlearn.attention.linear.decay import linear_attention
-from kvlearn.attention.linear.delta import unit
-from kvlearn.attention.linear.delta_rule import delta_rule
+from kvlearn.attention.delta import delta_rule
+from kvlearn.attention.linear import linear_attention
+from kvlearn.attention.recurrent import l2_normalize
 from kvlearn.model import Decoder, ModelConfig
 
 HEADS, TIME, K, V = 2, 37, 8, 6
@@ -22,7 +22,7 @@ def inputs(time: int = TIME, batch: int = 2) -> dict[str, Tensor]:
     """Keys of length 1, steps in (0, 1), and decays of which some are weak and some strong."""
     return {
         "q": draw(batch, HEADS, time, K),
-        "k": unit(draw(batch, HEADS, time, K, seed=1)),
+        "k": l2_normalize(draw(batch, HEADS, time, K, seed=1)),
         "v": draw(batch, HEADS, time, V, seed=2),
         "beta": draw(batch, HEADS, time, seed=3).sigmoid(),
         "log_decay": -F.softplus(3 * draw(batch, HEADS, time, seed=4) - 3),
@@ -33,7 +33,7 @@ def inputs(time: int = TIME, batch: int = 2) -> dict[str, Tensor]:
 @every_form
 def test_a_key_written_again_holds_its_new_value_alone(form: str) -> None:
     """Where linear attention gives the sum of both."""
-    k, v = unit(draw(1, 1, 1, K)).expand(1, 1, 2, K), draw(1, 1, 2, V, seed=1)
+    k, v = l2_normalize(draw(1, 1, 1, K)).expand(1, 1, 2, K), draw(1, 1, 2, V, seed=1)
     out, state = delta_rule(k, k, v, torch.ones(1, 1, 2), form=form)
     close(out, v)
     close(k[:, :, :1] @ state, v[:, :, 1:])
@@ -41,14 +41,14 @@ def test_a_key_written_again_holds_its_new_value_alone(form: str) -> None:
 
 
 @every_form
-def test_a_key_written_again_leaves_what_stands_under_orthogonal_keys(form: str) -> None:
+def test_a_key_written_again_leaves_the_values_under_orthogonal_keys(form: str) -> None:
     k = torch.linalg.qr(draw(K, K)).Q[None, None]
     v = draw(1, 1, K + 1, V, seed=1)
     again = torch.cat((k, k[:, :, 3:4]), dim=2)
-    held = k @ delta_rule(again, again, v, torch.ones(1, 1, K + 1), form=form, chunk=4)[1]
+    values = k @ delta_rule(again, again, v, torch.ones(1, 1, K + 1), form=form, chunk=4)[1]
     expected = v[:, :, :K].clone()
     expected[:, :, 3] = v[:, :, K]
-    close(held, expected)
+    close(values, expected)
 
 
 @every_form
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_loop(form: str, strength: float) -> None:
 
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])
 def test_thousands_of_tokens_stay_near_float64(form: str) -> None:
-    """Errors of rounding do not add up: what is wrong under a key is corrected with it."""
+    """Rounding errors do not add up: an error under a key is corrected when the key is written again."""
     x = inputs(5000, batch=1)
     x["log_decay"] = torch.zeros_like(x["log_decay"])
     expected = delta_rule(**{name: t.double() for name, t in x.items()}, form="recurrent")
@@ -123,7 +123,7 @@ def test_thousands_of_tokens_stay_near_float64(form: str) -> None:
 
 @every_form
 def test_a_weak_decay_behind_a_strong_one_keeps_its_digits(form: str) -> None:
-    """A token that clears the state, by any decay, leaves that of the tokens behind it exact."""
+    """A token that clears the state, by any decay, leaves the decays of the tokens behind it exact."""
     x = inputs()
     x["log_decay"][:, :, ::9] = -1e6
     expected = delta_rule(**{name: t.double() for name, t in x.items()}, form="recurrent")
@@ -168,7 +168,7 @@ def test_half_precision_is_computed_in_single(form: str, dtype: torch.dtype) -> 
         ({"form": "quick"}, ValueError, "form"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_is_refused_by_name(change: dict[str, object], error: type[Exception], names: str) -> None:
     with pytest.raises(error, match=names):
         delta_rule(**{**inputs(), **change})  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def test_bad_input_is_refused_by_name(change: dict[str, object], error: type[Exc
         ({"conv": 2.5}, TypeError, "conv"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_options_are_refused_by_name(
     kind: type[DeltaNet], options: dict[str, int], error: type[Exception], names: str
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_layer_of_qwen3_next_keeps_two_megabytes() -> None:
 
 
 def drawn(layer: Mechanism) -> dict[str, tuple[Tensor, Tensor]]:
-    """What A and the step of each head start with, and between which bounds that lies."""
+    """A and the step of each head as they are drawn, and the bounds of each."""
     assert isinstance(layer, GatedDeltaNet)
     return {
         "A": (layer.A_log.exp(), torch.tensor([0.01, 16.0])),

@@ -20,10 +20,14 @@ from kvlearn.attention import (
     ShortConvolutionMixer,
     YarnScaling,
 )
-from kvlearn.attention.linear.channel_decay import gated_linear_attention
-from kvlearn.attention.linear.decay import linear_attention
-from kvlearn.attention.linear.gated_norm import GatedNorm
-from kvlearn.attention.linear.linear import elu_features, normalised, taylor_features
+from kvlearn.attention.linear import (
+    elu_features,
+    gated_linear_attention,
+    linear_attention,
+    normalised,
+    taylor_features,
+)
+from kvlearn.attention.recurrent import GatedNorm
 
 B, H, T, K, V = 2, 3, 45, 6, 5
 FORMS = ("parallel", "recurrent", "chunked")
@@ -226,7 +230,7 @@ def test_a_layer_takes_memory_linear_in_time(kind: Any) -> None:
         ({"chunk": 2.5}, TypeError, "chunk"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_of_the_cores_is_refused_by_name(
     core: Callable[..., Any],
     decays: tuple[int, ...],
@@ -264,7 +268,7 @@ def test_bad_input_of_the_cores_is_refused_by_name(
         (ShortConvolutionMixer, {"width": 1}, ValueError, "width"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_options_are_refused_by_name(
     kind: Any, options: dict[str, Any], error: type[Exception], names: str
 ) -> None:
@@ -327,6 +331,17 @@ def test_heads_of_retention_fade_as_in_the_paper() -> None:
     assert torch.equal(Retention(64, 8).bfloat16().log_decay, Retention(64, 8).log_decay)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decays_are_exact_when_built_under_a_half_default_dtype(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        layer = Retention(64, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.q_proj.weight.dtype == dtype
+    assert torch.equal(layer.log_decay, Retention(64, 8).log_decay)
+
+
 def test_retention_forgets_half_as_its_docstring_says() -> None:
     for h in range(8):
         assert math.log(0.5) / float(Retention(64, 8).log_decay[h]) == pytest.approx(22 * 2**h, rel=0.02)
@@ -337,8 +352,8 @@ def test_a_state_turned_at_every_step_is_a_state_turned_once() -> None:
     layer = retention(decay=(1.0, 1.0, 1.0))
     memory = start = draw(1, 3, 8, 8)
     for _ in range(1000):
-        memory = layer.turned_back(memory, 1)
-    close(memory.double(), layer.double().turned_back(start.double(), 1000), 1e-4)
+        memory = layer.rotate_back(memory, 1)
+    close(memory.double(), layer.double().rotate_back(start.double(), 1000), 1e-4)
     close(memory.norm(), start.norm(), 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The selective scan's two forms, gradients, memory and doors; what Mamba and Mamba-2 are by default.
+"""The selective scan: its two forms, gradients, memory and errors; the defaults of Mamba and Mamba-2.
 
 Weights exchanged with transformers are tested in tests/oracles/test_mamba.py.
 """
@@ -13,8 +13,8 @@ from attention_tools import Allocated, close, draw
 from torch import Tensor, nn
 
 from kvlearn.attention import REGISTRY, Mamba, Mamba2, StateCache
-from kvlearn.attention.linear.forms import for_heads
-from kvlearn.attention.linear.scan import FORMS, selective_scan
+from kvlearn.attention.mamba import SCAN_FORMS, selective_scan
+from kvlearn.attention.recurrent import expand_heads
 from kvlearn.measure.memory import peak_memory
 from kvlearn.model import Decoder, ModelConfig
 
@@ -22,7 +22,7 @@ ROWS, TIME, E, N = 2, 13, 5, 3
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 
 both_layers = pytest.mark.parametrize("name", ["mamba", "mamba2"])
-either_form = pytest.mark.parametrize("form", FORMS)
+either_form = pytest.mark.parametrize("form", SCAN_FORMS)
 
 
 def inputs(time: int = TIME, rows: int = ROWS, channels: int = E, numbers: int = N) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def test_gradients_of_the_scan_are_its_differences(chunk: int) -> None:
 def test_gradients_of_both_forms_agree_behind_a_state(chunk: int, uses: str) -> None:
     """Of a loss in the outputs alone, in the last state alone, and in both."""
     grads = {}
-    for form in FORMS:
+    for form in SCAN_FORMS:
         given = in_double(inputs())
         y, last = selective_scan(**given, form=form, chunk=chunk)
         loss = (uses != "state") * (y * draw(*y.shape, seed=8)).sum() + (uses != "outputs") * last.cos().sum()
@@ -70,7 +70,7 @@ def test_the_scan_is_differentiated_once() -> None:
         grad.sum().backward()
 
 
-def test_a_state_handed_over_continues_the_scan() -> None:
+def test_the_last_state_continues_the_scan() -> None:
     given = inputs()
     whole, last = selective_scan(**given, chunk=4)
     early, late = (
@@ -94,8 +94,8 @@ def test_no_state_is_one_of_zeros(form: str) -> None:
 
 
 @either_form
-def test_where_the_clock_leaps_all_past_is_forgotten(form: str) -> None:
-    """Every decay is e^-10000 = 0: the state is what the token itself wrote, and gradients are finite."""
+def test_a_very_long_step_forgets_all_of_the_past(form: str) -> None:
+    """Every decay is e^-10000 = 0: the state holds the token's own write alone, and gradients are finite."""
     given = inputs()
     given |= {"dt": torch.full_like(given["dt"], 1e4), "A": torch.full_like(given["A"], -1.0)}
     given = {name: t.requires_grad_() for name, t in given.items()}
@@ -109,7 +109,7 @@ def test_where_the_clock_leaps_all_past_is_forgotten(form: str) -> None:
 
 
 @either_form
-def test_where_the_clock_stands_the_state_stays(form: str) -> None:
+def test_a_step_of_size_0_leaves_the_state_as_it_is(form: str) -> None:
     given = inputs(time=3000)
     given["dt"].zero_()
     y, last = selective_scan(**given, form=form)
@@ -133,7 +133,7 @@ def test_half_precision_is_summed_in_single() -> None:
 
 
 def test_nothing_holds_the_states_of_all_tokens() -> None:
-    """Forward and backward; one segment of all tokens would, and is seen to."""
+    """Forward and backward. One segment of all tokens does hold them, which shows that the test sees it."""
     time, channels, numbers = 512, 64, 16
 
     def largest(chunk: int) -> int:
@@ -176,8 +176,8 @@ def test_without_gradients_states_between_segments_are_not_kept() -> None:
         ({"chunk": 0}, ValueError, "chunk: expected at least 1"),
     ],
 )
-@pytest.mark.usefixtures("doors")
-def test_a_scan_of_what_does_not_fit_is_refused_by_name(
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_bad_input_of_the_scan_is_refused_by_name(
     changed: dict[str, Any], error: type[Exception], names: str
 ) -> None:
     with pytest.raises(error, match=names):
@@ -195,8 +195,8 @@ def test_a_scan_of_what_does_not_fit_is_refused_by_name(
         ("mamba2", {"n_groups": 3}, "n_groups: expected a divisor of n_heads=4"),
     ],
 )
-@pytest.mark.usefixtures("doors")
-def test_options_of_no_size_are_refused_by_name(name: str, options: dict[str, int], names: str) -> None:
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_bad_options_are_refused_by_name(name: str, options: dict[str, int], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         REGISTRY[name](24, 4, **options)
 
@@ -258,17 +258,17 @@ def test_heads_mean_nothing_to_mamba() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_what_one_group_or_every_head_has_is_not_copied_for_the_heads(groups: int) -> None:
+def test_with_one_group_or_one_per_head_nothing_is_copied(groups: int) -> None:
     shared = draw(2, groups, 9, 6)
-    views = for_heads(shared, 4)
+    views = expand_heads(shared, 4)
     assert views.shape == (2, 4, 9, 6)
     assert views.untyped_storage().data_ptr() == shared.untyped_storage().data_ptr()
 
 
-def test_neighbouring_heads_read_what_their_own_group_has() -> None:
+def test_neighbouring_heads_read_their_own_group() -> None:
     shared = draw(2, 2, 9, 6)
     first, second = shared.unbind(1)
-    heads = for_heads(shared, 4)
+    heads = expand_heads(shared, 4)
     for head, expected in enumerate((first, first, second, second)):
         assert torch.equal(heads[:, head], expected)
 

@@ -1,6 +1,6 @@
-"""Fixed patterns: what the words say, what is computed, and what the cache may forget.
+"""Fixed patterns: their primitives and specs, what is computed, and what the cache may forget.
 
-Whatever a word offers fast (``columns``, ``last_readers``, a plan of slots) is held against its dense mask.
+What a primitive computes fast (``visible_keys``, ``last_readers``, slots) is compared with its dense mask.
 """
 
 import json
@@ -16,23 +16,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvlearn.attention import KV, Pattern, PatternCache, SparseAttention, WindowAttention, parse
-from kvlearn.attention.columns import attend_columns
-from kvlearn.attention.core import grouped_attention
-from kvlearn.attention.sparse.by_pattern import attend_pattern
-from kvlearn.attention.sparse.pattern import Union, words
-from kvlearn.attention.sparse.plan import live_tokens, n_slots, plan
-from kvlearn.attention.sparse.sentences import (
+from kvlearn.attention.core import attend_blockwise, grouped_attention
+from kvlearn.attention.patterns import (
+    Fixed,
+    Global,
+    Local,
+    Random,
+    Strided,
+    Union,
+    allocate_slots,
     bigbird,
+    live_tokens,
     longformer,
+    n_slots,
+    primitives,
     sparse_transformer,
     sparse_transformer_fixed,
 )
-from kvlearn.attention.sparse.words import Fixed, Global, Local, Random, Strided
+from kvlearn.attention.sparse import attend_pattern, visible_naive
 from kvlearn.kernels import decode_attention
 from kvlearn.model import Decoder, ModelConfig, Spec
 
 TIME = 37
-WORDS: list[Pattern] = [
+PRIMITIVES: list[Pattern] = [
     Local(1),
     Local(4),
     Local(100),
@@ -61,7 +67,7 @@ WORDS: list[Pattern] = [
     Random(9, block=1),
     Random(1),
 ]
-SENTENCES = [
+SPECS = [
     "local(4)",
     "local(5) | global(2)",
     "local(5) | global(1, at=(11, 20))",
@@ -80,7 +86,7 @@ SENTENCES = [
 small, block_sizes = st.integers(1, 9), st.integers(1, 4)
 positions = st.lists(st.integers(0, 45), min_size=1, max_size=3).map(tuple)
 seeds = st.integers(0, 9)
-a_word = st.one_of(  # of a size that shows within TIME tokens
+a_primitive = st.one_of(  # of a size that shows within TIME tokens
     st.builds(lambda n, block: f"local({n * block}, {block})", small, block_sizes),
     st.builds("strided({})".format, small),
     st.builds(lambda block, summary: f"fixed({block}, {min(block, summary)})", small, block_sizes),
@@ -90,8 +96,8 @@ a_word = st.one_of(  # of a size that shows within TIME tokens
         "random({}, {}, {}, {}, {})".format, block_sizes, small, st.integers(0, 2), st.integers(0, 2), seeds
     ),
 )
-sentences = st.lists(a_word, min_size=1, max_size=4).map(" | ".join)
-whole_sentences = st.builds("{} | local({})".format, sentences, small)  # in which every token sees itself
+specs = st.lists(a_primitive, min_size=1, max_size=4).map(" | ".join)
+specs_with_self = st.builds("{} | local({})".format, specs, small)  # in which every token attends to itself
 times = st.integers(1, TIME)
 
 
@@ -103,11 +109,11 @@ def sharp(layer: Any, seed: int = 0) -> Any:
     return layer.eval()
 
 
-def sees(pattern: Pattern, i: int, j: int) -> bool:
-    """One pair, by the words on paper."""
+def visible(pattern: Pattern, i: int, j: int) -> bool:
+    """One pair, from the definition."""
     match pattern:
         case Union(parts):
-            return any(sees(part, i, j) for part in parts)
+            return any(visible(part, i, j) for part in parts)
         case Local(size, block):
             return i // block - j // block < size // block
         case Strided(stride):
@@ -123,7 +129,7 @@ def sees(pattern: Pattern, i: int, j: int) -> bool:
 
 
 def dense(pattern: Pattern, time: int = TIME) -> Tensor:
-    return torch.tensor([[j <= i and sees(pattern, i, j) for j in range(time)] for i in range(time)])
+    return torch.tensor([[j <= i and visible(pattern, i, j) for j in range(time)] for i in range(time)])
 
 
 def by_hand(mask: Tensor) -> list[int]:
@@ -132,16 +138,19 @@ def by_hand(mask: Tensor) -> list[int]:
     return [max(these, default=-1) for these in readers]
 
 
-def check_questions(pattern: Pattern, time: int) -> None:
-    """The four that a pattern answers, against the mask."""
+def check_pattern(pattern: Pattern, time: int) -> None:
+    """Everything that a pattern answers, compared with the mask."""
     mask = dense(pattern, time)
     assert torch.equal(pattern.mask(time), mask)
+    assert mask.tolist() == [
+        [j <= i and visible_naive(pattern, i, j) for j in range(time)] for i in range(time)
+    ]
     for first in range(time):
         for last in {first, min(first + 1, time - 1), min(first + 5, time - 1), time - 1}:
-            columns = pattern.columns(first, last)
+            keys = pattern.visible_keys(first, last)
             wanted = mask[first : last + 1].any(0).nonzero()[:, 0]
-            assert columns.dtype == torch.int64
-            assert torch.equal(columns, wanted), (str(pattern), first, last)
+            assert keys.dtype == torch.int64
+            assert torch.equal(keys, wanted), (str(pattern), first, last)
     assert pattern.last_readers(time).tolist() == by_hand(mask)
     again = parse(str(pattern))
     assert again == pattern
@@ -149,28 +158,28 @@ def check_questions(pattern: Pattern, time: int) -> None:
     assert hash(again) == hash(pattern)
 
 
-@pytest.mark.parametrize("pattern", WORDS, ids=str)
+@pytest.mark.parametrize("pattern", PRIMITIVES, ids=str)
 @pytest.mark.parametrize("time", [1, 2, 12, TIME])
-def test_what_a_word_says_is_what_its_mask_says(pattern: Pattern, time: int) -> None:
-    check_questions(pattern, time)
+def test_a_primitive_agrees_with_its_mask(pattern: Pattern, time: int) -> None:
+    check_pattern(pattern, time)
 
 
-@given(sentences, times)
+@given(specs, times)
 @settings(max_examples=60, deadline=None)
-def test_what_a_sentence_says_is_what_its_mask_says(sentence: str, time: int) -> None:
-    check_questions(parse(sentence), time)
+def test_any_pattern_agrees_with_its_mask(spec: str, time: int) -> None:
+    check_pattern(parse(spec), time)
 
 
-@pytest.mark.parametrize("pattern", WORDS, ids=str)
-def test_a_word_that_promises_that_each_token_sees_itself_keeps_it(pattern: Pattern) -> None:
-    if pattern.sees_itself:
+@pytest.mark.parametrize("pattern", PRIMITIVES, ids=str)
+def test_a_primitive_that_includes_self_does_so(pattern: Pattern) -> None:
+    if pattern.includes_self:
         assert dense(pattern).diagonal().all()
     else:
         assert isinstance(pattern, Global | Random)
-    assert (pattern | Local(1)).sees_itself
+    assert (pattern | Local(1)).includes_self
 
 
-def test_sentences_are_read_as_they_are_written() -> None:
+def test_specs_are_parsed_as_they_are_written() -> None:
     assert parse("local(8) | global(2)") == Local(8) | Global(2) == Union((Local(8), Global(2)))
     assert parse(" strided( 5 )|random(2,block = 4, seed=1)  ") == Strided(5) | Random(2, 4, seed=1)
     assert parse("global(at=(3, 5))") == parse("global(0, (3, 5))") == Global(0, (3, 5))
@@ -178,7 +187,7 @@ def test_sentences_are_read_as_they_are_written() -> None:
         str(Global(at=(3,)) | Local(6, 3) | Fixed(4)) == "global(0, at=(3,)) | local(6, block=3) | fixed(4)"
     )
     assert str(Random(2, 4, seed=1)) == "random(2, block=4, seed=1)"
-    assert words((Local(1) | Strided(2)) | (Fixed(3) | Global(1))) == (
+    assert primitives((Local(1) | Strided(2)) | (Fixed(3) | Global(1))) == (
         Local(1),
         Strided(2),
         Fixed(3),
@@ -188,26 +197,26 @@ def test_sentences_are_read_as_they_are_written() -> None:
     assert parse(pattern) is pattern
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_global_positions_may_come_as_a_list() -> None:
     layer = layer_of("local(2) | global(at=[3, 5])")
     assert layer.pattern == Local(2) | Global(at=(3, 5))
     assert layer.new_cache(1, 30).nbytes == layer.cache_bytes(30)
 
 
-def test_the_published_sentences() -> None:
+def test_the_published_patterns() -> None:
     assert str(sparse_transformer(128)) == "local(128) | strided(128)"
     assert str(sparse_transformer_fixed(128, 8)) == "fixed(128, summary=8)"
     assert str(longformer(512, 2)) == "local(512) | global(2)"
     assert str(bigbird(64, 3)) == "local(128, block=64) | global(64) | random(3, skip_first=1, skip_last=1)"
     assert bigbird(4, 2, n_window=2, n_global=3, seed=6) == Local(12, 4) | Global(12) | Random(2, 4, 3, 2, 6)
-    # In the paper's encoder a block also sees the one after it and the last: 8 of 64 at 4096 tokens.
+    # In the paper's encoder a block also attends to the one after it and the last: 8 of 64 at 4096 tokens.
     pattern = bigbird(64, 3)
-    assert len(pattern.columns(4095, 4095)) == 64 * (1 + 2 + 3)
+    assert len(pattern.visible_keys(4095, 4095)) == 64 * (1 + 2 + 3)
 
 
 @pytest.mark.parametrize(
-    ("sentence", "names"),
+    ("spec", "names"),
     [
         ("", "pattern: expected one of 'local', 'strided', 'fixed', 'global', 'random'; got ''"),
         ("local(4) |", "pattern: expected one of .*; got ''"),
@@ -254,16 +263,16 @@ def test_the_published_sentences() -> None:
         ("random(1, seed=-1)", "random: seed: expected at least 0, got -1"),
     ],
 )
-@pytest.mark.usefixtures("doors")
-def test_a_sentence_that_makes_no_sense_is_refused_by_its_word(sentence: str, names: str) -> None:
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_wrong_spec_is_refused_by_its_primitive(spec: str, names: str) -> None:
     with pytest.raises(ValueError, match=names):
-        parse(sentence)
+        parse(spec)
     with pytest.raises(ValueError, match=names):
-        SparseAttention(24, 3, pattern=sentence)
+        SparseAttention(24, 3, pattern=spec)
 
 
-@pytest.mark.usefixtures("doors")
-def test_what_is_no_sentence_at_all_is_refused_by_name() -> None:
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_is_no_spec_at_all_is_refused_by_name() -> None:
     for nothing in (5, None, ["local(4)"]):
         with pytest.raises(TypeError, match="pattern: expected str, got"):
             parse(nothing)  # type: ignore[arg-type]
@@ -273,15 +282,15 @@ def test_what_is_no_sentence_at_all_is_refused_by_name() -> None:
         Local(4).mask(0)
 
 
-@pytest.mark.parametrize("sentence", ["global(4)", "random(2)", "global(at=(0,)) | random(1, block=1)"])
-@pytest.mark.usefixtures("doors")
-def test_a_pattern_in_which_a_token_may_see_nothing_is_refused(sentence: str) -> None:
-    assert not dense(parse(sentence)).diagonal().all()
+@pytest.mark.parametrize("spec", ["global(4)", "random(2)", "global(at=(0,)) | random(1, block=1)"])
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_pattern_in_which_a_token_may_see_nothing_is_refused(spec: str) -> None:
+    assert not dense(parse(spec)).diagonal().all()
     with pytest.raises(
         ValueError, match=r"pattern: expected one in which every token sees itself, as by local\(1\)"
     ):
-        SparseAttention(24, 3, pattern=sentence)
-    SparseAttention(24, 3, pattern=f"{sentence} | local(1)")
+        SparseAttention(24, 3, pattern=spec)
+    SparseAttention(24, 3, pattern=f"{spec} | local(1)")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +302,7 @@ def test_a_pattern_in_which_a_token_may_see_nothing_is_refused(sentence: str) ->
         ({"pattern": 3}, TypeError, "pattern: expected str, got int"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_impossible_options_are_refused_by_name(
     options: dict[str, Any], error: type[Exception], names: str
 ) -> None:
@@ -338,12 +347,12 @@ def live_by_hand(pattern: Pattern, time: int) -> list[int]:
     return [sum(1 for j in range(t + 1) if last[j] >= t) for t in range(time)]
 
 
-def check_plan(pattern: Pattern, time: int) -> None:
+def check_allocation(pattern: Pattern, time: int) -> None:
     """No token that somebody still wants is written over, and no slot is taken that is not needed."""
     live = live_by_hand(pattern, time)
     assert live_tokens(pattern, time).tolist() == live
     assert n_slots(pattern, time) == max(live)
-    made, last = plan(pattern, time), by_hand(dense(pattern, time))
+    made, last = allocate_slots(pattern, time), by_hand(dense(pattern, time))
     slots, held = made.slots.tolist(), dict[int, int]()
     first_reuse, n_used = time, 0
     for position, slot in enumerate(slots):
@@ -359,21 +368,21 @@ def check_plan(pattern: Pattern, time: int) -> None:
     assert made.first_reuse == first_reuse
 
 
-@pytest.mark.parametrize("pattern", [w for w in WORDS if w.sees_itself], ids=str)
+@pytest.mark.parametrize("pattern", [p for p in PRIMITIVES if p.includes_self], ids=str)
 @pytest.mark.parametrize("time", [1, 2, 12, TIME])
-def test_the_plan_of_a_word(pattern: Pattern, time: int) -> None:
-    check_plan(pattern, time)
+def test_the_slots_of_a_primitive(pattern: Pattern, time: int) -> None:
+    check_allocation(pattern, time)
 
 
-@given(whole_sentences, times)
+@given(specs_with_self, times)
 @settings(max_examples=50, deadline=None)
-def test_the_plan_of_a_sentence(sentence: str, time: int) -> None:
-    check_plan(parse(sentence), time)
+def test_the_slots_of_any_pattern(spec: str, time: int) -> None:
+    check_allocation(parse(spec), time)
 
 
-def test_a_window_is_planned_as_a_ring() -> None:
+def test_the_slots_of_a_window_are_a_ring() -> None:
     """The same memory as chapter 04's, slot by slot."""
-    made = plan(Local(5), 30)
+    made = allocate_slots(Local(5), 30)
     assert made.slots.tolist() == [p % 5 for p in range(30)]
     assert made.first_reuse == 5
     layers = (SparseAttention(24, 3, pattern="local(5)"), WindowAttention(24, 3, window=5))
@@ -388,20 +397,20 @@ class TestStoredIsNotRead:
     def test_a_window_and_the_global_tokens_are_all_of_longformer(self) -> None:
         pattern = longformer(512, 2)
         assert n_slots(pattern, self.N) == 512 + 2
-        assert len(pattern.columns(self.N - 1, self.N - 1)) == 512 + 2
+        assert len(pattern.visible_keys(self.N - 1, self.N - 1)) == 512 + 2
         assert n_slots(Local(100), self.N) == 100
 
     def test_strided_reads_little_and_keeps_everything(self) -> None:
         """Up to the last stride, when it is known that some will not be read again."""
         pattern = sparse_transformer(64)
         assert live_tokens(pattern, self.N).tolist()[: self.N - 63] == list(range(1, self.N - 62))
-        assert n_slots(pattern, self.N) == plan(pattern, self.N).first_reuse == self.N - 63
-        assert len(pattern.columns(self.N - 1, self.N - 1)) == 64 + self.N // 64 - 1
+        assert n_slots(pattern, self.N) == allocate_slots(pattern, self.N).first_reuse == self.N - 63
+        assert len(pattern.visible_keys(self.N - 1, self.N - 1)) == 64 + self.N // 64 - 1
 
     def test_fixed_keeps_a_block_and_the_summaries(self) -> None:
         pattern = sparse_transformer_fixed(64, 4)
         assert n_slots(pattern, self.N) == 64 + (self.N // 64 - 1) * 4
-        assert len(pattern.columns(self.N - 1, self.N - 1)) == 64 + (self.N // 64 - 1) * 4
+        assert len(pattern.visible_keys(self.N - 1, self.N - 1)) == 64 + (self.N // 64 - 1) * 4
 
     @pytest.mark.parametrize("seed", range(3))
     def test_bigbird_keeps_much_more_than_it_reads(self, seed: int) -> None:
@@ -409,7 +418,7 @@ class TestStoredIsNotRead:
         pattern = bigbird(64, 3, seed=seed)
         for length in (2048, self.N, 4 * self.N):
             assert 0.4 * length < n_slots(pattern, length) < 0.7 * length
-            assert len(pattern.columns(length - 1, length - 1)) == 64 * 6
+            assert len(pattern.visible_keys(length - 1, length - 1)) == 64 * 6
 
     def test_until_a_global_token_has_come_nothing_may_be_forgotten(self) -> None:
         late = Local(8) | Global(at=(1000,))
@@ -419,17 +428,17 @@ class TestStoredIsNotRead:
         assert live[1001:1008] == 7 * [8]  # itself is in the window
         assert live[1010:] == 990 * [9]
         assert n_slots(late, 2000) == 1001
-        assert plan(late, 2000).first_reuse == 1001
+        assert allocate_slots(late, 2000).first_reuse == 1001
 
     def test_a_layer_says_so_in_bytes(self) -> None:
         width = 2 * 2 * 8 * 4  # K and V, KV heads, head dim, bytes
-        for sentence, stored, read in (
+        for spec, stored, read in (
             ("local(8) | global(2)", 10, 10),
             ("strided(8)", 400 - 7, 50),
             ("fixed(8, 2)", 8 + 49 * 2, 8 + 49 * 2),
             ("local(8) | strided(8)", 400 - 7, 8 + 49),
         ):
-            layer = SparseAttention(24, 6, n_kv_heads=2, head_dim=8, pattern=sentence)
+            layer = SparseAttention(24, 6, n_kv_heads=2, head_dim=8, pattern=spec)
             assert layer.cache_bytes(400) == layer.new_cache(1, 400).nbytes == stored * width
             assert layer.read_bytes(400) == read * width
 
@@ -446,11 +455,11 @@ def tensors(time: int, batch: int = 2) -> tuple[Tensor, KV]:
     return draw(batch, 6, time, 8) * 2, KV(k, v, torch.arange(time)[None])
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("block", [1, 3, 8, 16, 100])
-def test_a_pattern_is_sdpa_with_a_dense_mask(sentence: str, block: int) -> None:
+def test_a_pattern_is_sdpa_with_a_dense_mask(spec: str, block: int) -> None:
     """Whatever the block, one that does not divide the length too; gradients as well."""
-    pattern = parse(sentence)
+    pattern = parse(spec)
     q, kv = tensors(TIME)
     for x in (q, kv.k, kv.v):
         x.requires_grad_()
@@ -462,18 +471,18 @@ def test_a_pattern_is_sdpa_with_a_dense_mask(sentence: str, block: int) -> None:
         close(a, b, 1e-4)
 
 
-@given(sentences, times, st.integers(1, 40))
+@given(specs, times, st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
-def test_any_sentence_is_sdpa_with_a_dense_mask(sentence: str, time: int, block: int) -> None:
+def test_any_pattern_is_sdpa_with_a_dense_mask(spec: str, time: int, block: int) -> None:
     """Those too that show some tokens nothing: they get 0."""
-    pattern, (q, kv) = parse(sentence), tensors(time)
+    pattern, (q, kv) = parse(spec), tensors(time)
     close(attend_pattern(q, kv, pattern, block), by_sdpa(q, kv, pattern))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", [1, 4, 6])
 def test_queries_that_see_nothing_get_nothing(block: int, dtype: torch.dtype) -> None:
-    """The first block of a draw has nobody to draw: no columns at all, or some that others need."""
+    """The first block of a draw has nobody to draw: no keys at all, or some that others need."""
     pattern, (q, kv) = Random(1, block=4), tensors(TIME)
     kv = KV(kv.k.to(dtype), kv.v.to(dtype), kv.positions)
     got = attend_pattern(q.to(dtype), kv, pattern, block)
@@ -498,8 +507,8 @@ def layer_of(pattern: str | Pattern, **options: Any) -> SparseAttention:
 
 def by_mask(layer: SparseAttention, x: Tensor) -> Tensor:
     """The whole layer over a dense mask."""
-    kv = layer.kv(x)
-    q = layer.rotate(layer.q_proj(x).unflatten(-1, (6, -1)).transpose(1, 2), kv.positions)
+    kv = layer.project_kv(x)
+    q = layer.rope(layer.q_proj(x).unflatten(-1, (6, -1)).transpose(1, 2), kv.positions)
     return layer.o_proj(by_sdpa(q, kv, layer.pattern).transpose(1, 2).flatten(-2))
 
 
@@ -508,10 +517,10 @@ def in_chunks(layer: Any, x: Tensor, split: list[int], cache: Any) -> Tensor:
     return torch.cat([layer(piece, cache) for piece in x.split(split, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_a_cache_that_forgets_by_plan_forgets_nothing_needed(sentence: str, split: list[int]) -> None:
-    layer, x = layer_of(sentence), draw(2, TIME, 24)
+def test_the_cache_forgets_nothing_that_is_needed(spec: str, split: list[int]) -> None:
+    layer, x = layer_of(spec), draw(2, TIME, 24)
     expected = by_mask(layer, x)
     close(layer(x), expected)
     cache = layer.new_cache(2, TIME)
@@ -519,19 +528,19 @@ def test_a_cache_that_forgets_by_plan_forgets_nothing_needed(sentence: str, spli
     assert cache.nbytes == layer.cache_bytes(TIME, batch=2)
 
 
-@given(whole_sentences, st.lists(st.integers(1, 15), min_size=1, max_size=8), st.integers(1, 20))
+@given(specs_with_self, st.lists(st.integers(1, 15), min_size=1, max_size=8), st.integers(1, 20))
 @settings(max_examples=40, deadline=None)
-def test_so_does_the_cache_of_any_sentence(sentence: str, split: list[int], block: int) -> None:
-    layer, time = layer_of(sentence, block=block), sum(split)
+def test_nor_does_the_cache_of_any_pattern(spec: str, split: list[int], block: int) -> None:
+    layer, time = layer_of(spec, block=block), sum(split)
     x = draw(1, time, 24)
     close(in_chunks(layer, x, split, layer.new_cache(1, time + 4)), by_mask(layer, x))
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("kernel", [False, True])
 @torch.no_grad()
-def test_rows_of_different_length_go_on_as_if_alone(sentence: str, kernel: bool) -> None:
-    layer, x = layer_of(sentence), draw(3, TIME, 24)
+def test_rows_of_different_length_go_on_as_if_alone(spec: str, kernel: bool) -> None:
+    layer, x = layer_of(spec), draw(3, TIME, 24)
     cache = layer.new_cache(3, TIME)
     assert isinstance(cache, PatternCache)
     if kernel:
@@ -547,11 +556,11 @@ def test_rows_of_different_length_go_on_as_if_alone(sentence: str, kernel: bool)
         close(got[row], by_mask(layer, alone)[0, length:])
 
 
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @torch.no_grad()
-def test_steps_by_a_decode_kernel_read_what_is_seen_and_no_more(sentence: str, backend: str) -> None:
-    layer, x = layer_of(sentence, head_dim=16), draw(2, TIME, 24)
+def test_steps_by_a_decode_kernel_read_what_is_seen_and_no_more(spec: str, backend: str) -> None:
+    layer, x = layer_of(spec, head_dim=16), draw(2, TIME, 24)
     asked = []
 
     def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -566,7 +575,7 @@ def test_steps_by_a_decode_kernel_read_what_is_seen_and_no_more(sentence: str, b
 
 
 def counted(pattern: Pattern, time: int, block: int) -> list[int]:
-    """Columns of every call, when the pattern is executed by columns."""
+    """Keys of every call of a blockwise pass."""
     counts = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -574,23 +583,23 @@ def counted(pattern: Pattern, time: int, block: int) -> list[int]:
         return grouped_attention(q, k, v, mask)
 
     q, kv = tensors(time)
-    attend_columns(q, kv, pattern, block, attend)
+    attend_blockwise(q, kv, pattern, block, attend)
     return counts
 
 
-@pytest.mark.parametrize("pattern", [parse(s) for s in SENTENCES], ids=str)
+@pytest.mark.parametrize("pattern", [parse(s) for s in SPECS], ids=str)
 @pytest.mark.parametrize("block", [1, 5, 8])
-def test_only_columns_that_a_block_sees_are_touched(pattern: Pattern, block: int) -> None:
+def test_only_keys_that_a_block_attends_to_are_touched(pattern: Pattern, block: int) -> None:
     mask = dense(pattern)
     wanted = [int(rows.any(0).sum()) for rows in mask.split(block)]
     assert counted(pattern, TIME, block) == wanted
 
 
-@pytest.mark.parametrize("pattern", [parse(s) for s in SENTENCES], ids=str)
+@pytest.mark.parametrize("pattern", [parse(s) for s in SPECS], ids=str)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @torch.no_grad()
-def test_what_nobody_sees_may_be_anything(pattern: Pattern, poison: float) -> None:
-    """A query at a time, and a block at a time: NaN in the keys and values that none of them sees."""
+def test_keys_that_are_not_visible_may_be_anything(pattern: Pattern, poison: float) -> None:
+    """NaN in all keys and values that a query, or a block of queries, does not attend to."""
     q, kv = tensors(TIME)
     expected, mask = by_sdpa(q, kv, pattern), dense(pattern)
     for block in (1, 6):
@@ -599,27 +608,27 @@ def test_what_nobody_sees_may_be_anything(pattern: Pattern, poison: float) -> No
             unseen = ~mask[rows].any(0)
             k, v = kv.k.clone(), kv.v.clone()
             k[:, :, unseen] = v[:, :, unseen] = poison
-            here = KV(k, v, kv.positions[:, rows], kv.places)
-            got = attend_columns(q[:, :, rows], here, pattern, block)
+            here = KV(k, v, kv.positions[:, rows], kv.key_positions)
+            got = attend_blockwise(q[:, :, rows], here, pattern, block)
             assert got.isfinite().all()
             close(got, expected[:, :, rows])
 
 
 @pytest.mark.parametrize("n_queries", [3, 1])
 def test_keys_may_lie_elsewhere_in_every_row(n_queries: int) -> None:
-    """Queries stand together, but each row has forgotten something else; a single one takes any order."""
+    """Queries have the same positions, but each row has other keys; for a single query in any order."""
     orders = {3: [[0, 1, 4, 5, 6], [-1, 0, 4, 5, 6]], 1: [[6, 0, 4, 5, 1], [-1, 6, 5, 4, 0]]}
-    places, positions = torch.tensor(orders[n_queries]), torch.arange(7 - n_queries, 7)[None]
+    slot_positions, positions = torch.tensor(orders[n_queries]), torch.arange(7 - n_queries, 7)[None]
     q, k, v = draw(2, 6, n_queries, 8), draw(2, 2, 5, 8, seed=1), draw(2, 2, 5, 8, seed=2)
-    got = attend_columns(q, KV(k, v, positions, places), longformer(1, 1), 2)
-    i, j = positions[:, :, None], places[:, None]
+    got = attend_blockwise(q, KV(k, v, positions, slot_positions), longformer(1, 1), 2)
+    i, j = positions[:, :, None], slot_positions[:, None]
     mask = (j == 0) | (j == i)
     close(got, F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True))
 
 
 @pytest.mark.parametrize("stride", [4, 6])
 @torch.no_grad()
-def test_a_stride_touches_the_tokens_of_its_own_class_alone(stride: int) -> None:
+def test_a_stride_touches_the_tokens_of_its_own_remainder_alone(stride: int) -> None:
     """Done in the order of time it would touch everything; in its own order NaN elsewhere stays elsewhere."""
     q, kv = tensors(TIME)
     expected = by_sdpa(q, kv, Strided(stride))
@@ -633,11 +642,11 @@ def test_a_stride_touches_the_tokens_of_its_own_class_alone(stride: int) -> None
 
 
 @pytest.mark.parametrize(
-    "sentence", ["strided(6)", "local(6) | strided(6)", "local(2) | strided(4) | strided(6)"]
+    "spec", ["strided(6)", "local(6) | strided(6)", "local(2) | strided(4) | strided(6)"]
 )
-def test_strided_words_are_computed_in_proportion(sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pairs (query, column) that are computed, against those that are seen."""
-    from kvlearn.attention.sparse import by_pattern
+def test_strided_primitives_are_computed_in_proportion(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs (query, key) that are computed, compared with those of the pattern."""
+    from kvlearn.attention import sparse
 
     computed = 0
 
@@ -646,9 +655,9 @@ def test_strided_words_are_computed_in_proportion(sentence: str, monkeypatch: py
         computed += q.shape[2] * k.shape[2]
         return original(q, k, v, mask)
 
-    original = by_pattern.grouped_partial
-    monkeypatch.setattr(by_pattern, "grouped_partial", attend)
-    time, pattern = 240, parse(sentence)
+    original = sparse.grouped_partial
+    monkeypatch.setattr(sparse, "grouped_partial", attend)
+    time, pattern = 240, parse(spec)
     q, kv = tensors(time, batch=1)
     attend_pattern(q, kv, pattern, 4)
     seen = int(pattern.mask(time).sum())
@@ -656,11 +665,11 @@ def test_strided_words_are_computed_in_proportion(sentence: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sentence", SENTENCES)
+@pytest.mark.parametrize("spec", SPECS)
 @torch.no_grad()
-def test_half_precision_is_as_near_as_its_numbers_allow(sentence: str, dtype: torch.dtype) -> None:
-    half = layer_of(sentence).to(dtype)
-    exact = layer_of(sentence)
+def test_half_precision_is_as_near_as_its_numbers_allow(spec: str, dtype: torch.dtype) -> None:
+    half = layer_of(spec).to(dtype)
+    exact = layer_of(spec)
     exact.load_state_dict({name: weight.float() for name, weight in half.state_dict().items()})
     x = draw(2, TIME, 24).to(dtype)
     expected = exact(x.float())
@@ -670,7 +679,7 @@ def test_half_precision_is_as_near_as_its_numbers_allow(sentence: str, dtype: to
         assert (got.float() - expected).abs().max() < 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
-def test_a_plan_can_be_cut_back_until_it_writes_over_something() -> None:
+def test_a_cache_can_be_trimmed_until_it_writes_over_something() -> None:
     layer, x = layer_of("local(4) | global(2)"), draw(2, 12, 24)
     cache = layer.new_cache(2, 30)
     assert isinstance(cache, PatternCache)
@@ -688,7 +697,7 @@ def test_a_plan_can_be_cut_back_until_it_writes_over_something() -> None:
         assert summaries.can_trim == (length <= 4)
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_cache_of_another_kind_is_refused_by_name() -> None:
     layer, x = layer_of("local(4)"), draw(2, 4, 24)
     with pytest.raises(TypeError, match="cache: expected PatternCache, got RingCache"):
@@ -700,21 +709,19 @@ def config_of(*patterns: str | Pattern) -> ModelConfig:
     return ModelConfig(50, 24, len(patterns), n_heads=4, head_dim=8, d_ff=32, layers=layers, tied=False)
 
 
-@pytest.mark.parametrize(
-    "sentence", [*SENTENCES, "local(9, block=3) | global(0, at=(3,)) | random(2, seed=3)"]
-)
-def test_a_config_with_a_pattern_survives_json(sentence: str) -> None:
-    """Given as a sentence, or as a pattern, which is written as its sentence."""
-    said, built = config_of(sentence), config_of(parse(sentence))
-    for config in (said, built):
+@pytest.mark.parametrize("spec", [*SPECS, "local(9, block=3) | global(0, at=(3,)) | random(2, seed=3)"])
+def test_a_config_with_a_pattern_survives_json(spec: str) -> None:
+    """Given as a spec, or as a pattern, which is written as its spec."""
+    written, built = config_of(spec), config_of(parse(spec))
+    for config in (written, built):
         plain = json.loads(json.dumps(config.to_dict()))
         again = ModelConfig.from_dict(plain)
         assert again == config
-        assert parse(plain["layers"][0][1]["pattern"]) == parse(sentence)
+        assert parse(plain["layers"][0][1]["pattern"]) == parse(spec)
         mixer = Decoder(again).mixers[0]
         assert isinstance(mixer, SparseAttention)
-        assert mixer.pattern == parse(sentence)
-    assert built.to_dict()["layers"][0][1]["pattern"] == str(parse(sentence))
+        assert mixer.pattern == parse(spec)
+    assert built.to_dict()["layers"][0][1]["pattern"] == str(parse(spec))
 
 
 SPARSE = ("local(6) | strided(6)", "local(4) | global(2)", "fixed(5, 1)", "strided(3) | random(1, block=2)")
@@ -742,19 +749,19 @@ def test_sparse_layers_generate_the_same_with_a_cache(chunk: int | None) -> None
 
 @pytest.mark.parametrize("kernel", [False, True])
 @torch.no_grad()
-def test_a_reader_sees_what_its_owners_plan_holds(kernel: bool) -> None:
-    sentence = "local(4) | global(2)"
-    owner, reader = layer_of(sentence), sharp(layer_of(sentence, reader=True), seed=4)
-    whole = layer_of(sentence)
+def test_a_reader_attends_to_what_its_owners_cache_holds(kernel: bool) -> None:
+    spec = "local(4) | global(2)"
+    owner, reader = layer_of(spec), sharp(layer_of(spec, reader=True), seed=4)
+    whole = layer_of(spec)
     whole.load_state_dict(reader.state_dict(), strict=False)
     if kernel:
         reader.decode = decode_attention
     x, theirs = draw(2, TIME, 24), draw(2, TIME, 24, seed=2)
-    expected = whole(x, source=owner.kv(theirs))
+    expected = whole(x, source=owner.project_kv(theirs))
     cache, own = owner.new_cache(2, TIME), reader.new_cache(2, TIME)
     split = [9, 1, 12, 1, 1, 13]
     pieces = zip(x.split(split, 1), theirs.split(split, 1), strict=True)
-    close(torch.cat([reader(a, own, source=owner.kv(b, cache)) for a, b in pieces], 1), expected)
+    close(torch.cat([reader(a, own, source=owner.project_kv(b, cache)) for a, b in pieces], 1), expected)
     assert own.nbytes == 0
 
 

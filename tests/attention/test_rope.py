@@ -124,7 +124,7 @@ def test_a_scaling_that_shrinks_is_refused(scaling: type) -> None:
         scaling(*arguments)
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("head_dim", "config", "names"),
     [(7, RopeConfig(), "head_dim"), (0, RopeConfig(), "head_dim"), (8, RopeConfig(theta=1.0), "rope.theta")],

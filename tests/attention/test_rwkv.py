@@ -1,4 +1,4 @@
-"""RWKV-4's average and the generalised delta rule: equations, extremes, memory, doors; and their layers."""
+"""RWKV-4's average and the generalised delta rule: equations, extremes, memory, errors; and their layers."""
 
 import math
 from typing import Any
@@ -9,14 +9,10 @@ import torch.nn.functional as F
 from attention_tools import Allocated, close, draw
 from torch import Tensor
 
-from kvlearn.attention.linear.channel_decay import gated_linear_attention
-from kvlearn.attention.linear.delta import unit
-from kvlearn.attention.linear.delta_rule import delta_rule
-from kvlearn.attention.linear.generalised_delta_rule import generalised_delta_rule
-from kvlearn.attention.linear.rwkv4 import Rwkv4
-from kvlearn.attention.linear.rwkv4_channel import Rwkv4ChannelMix
-from kvlearn.attention.linear.rwkv7 import Rwkv7
-from kvlearn.attention.linear.wkv import LOWEST, Sums, wkv
+from kvlearn.attention.delta import delta_rule, generalised_delta_rule
+from kvlearn.attention.linear import gated_linear_attention
+from kvlearn.attention.recurrent import l2_normalize
+from kvlearn.attention.rwkv import LOWEST, Rwkv4, Rwkv4ChannelMix, Rwkv7, Sums, wkv
 from kvlearn.model import Decoder, ModelConfig
 
 B, H, T, M, K, V = 2, 3, 37, 5, 8, 6
@@ -123,7 +119,7 @@ def test_wkv_needs_no_memory_larger_than_its_result() -> None:
     assert allocated.largest == out.numel(), allocated.by
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("wrong", "error", "names"),
     [
@@ -149,7 +145,7 @@ def test_wkv_refuses_by_name(wrong: dict[str, Any], error: type[Exception], name
 
 def rule_inputs(time: int = T) -> dict[str, Tensor]:
     """In float64. Removal takes away a part of what the state holds, as in both layers."""
-    key = unit(draw(B, H, time, K, seed=1).double())
+    key = l2_normalize(draw(B, H, time, K, seed=1).double())
     rate = draw(B, H, time, K, seed=2).double().sigmoid()
     return {
         "q": draw(B, H, time, K).double(),
@@ -229,7 +225,7 @@ def test_the_rule_needs_no_memory_larger_than_its_result() -> None:
     assert allocated.largest == out.numel(), allocated.by
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("wrong", "error", "names"),
     [
@@ -259,6 +255,37 @@ def test_channel_mixing_sees_two_tokens() -> None:
     changed[:, 4] += 1
     differs = (layer(x) != layer(changed)).any(dim=-1)[0]
     assert differs.nonzero().flatten().tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Rwkv4, Rwkv4ChannelMix, Rwkv7])
+def test_layers_can_be_built_under_a_half_default_dtype(kind: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    expected = kind(32, 2).state_dict()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        layer = kind(32, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, weight in layer.state_dict().items():
+        assert weight.dtype == dtype
+        if "up.weight" not in name and "proj" not in name:  # those are drawn, in this dtype
+            close(weight.float(), expected[name], 2e-2)
+    x = draw(B, T, 32).to(dtype)
+    close(layer(x).float(), layer.naive(x).float(), 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_low_rank_parts_of_rwkv7_start_orthogonal(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        layer = Rwkv7(64, 2, rank=8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for up in (layer.decay_up, layer.rate_up, layer.gate_up):
+        columns = up.weight.float()
+        close(columns.T @ columns, 0.01 * torch.eye(up.in_features), 1e-4)
 
 
 def test_a_decoder_leaves_rwkv_as_it_starts() -> None:

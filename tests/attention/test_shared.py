@@ -15,14 +15,13 @@ from kvlearn.attention import (
     REGISTRY,
     FullAttention,
     GroupedQueryAttention,
-    KVAttention,
     Mechanism,
     NoCache,
     RoutedAttention,
     TokenRoutedAttention,
 )
-from kvlearn.attention.core import causal_attention, merge_heads, split_heads, visible
-from kvlearn.attention.shared.routing import one_hot_choice
+from kvlearn.attention.core import causal_attention, causal_mask_at, merge_heads, split_heads
+from kvlearn.attention.routed import PooledAttention, one_hot_choice
 from kvlearn.kernels import decode_attention
 from kvlearn.measure import peak_memory
 
@@ -49,33 +48,33 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def places(case: str) -> Tensor:
-    """Where the queries stand over TIME keys."""
+def query_positions(case: str) -> Tensor:
+    """Positions of the queries over TIME keys."""
     return {
         "step": torch.tensor([[TIME - 1]]),
-        "step, rows apart": torch.tensor([[TIME - 1], [2], [5]]),
+        "step, rows differ": torch.tensor([[TIME - 1], [2], [5]]),
         "chunk": torch.arange(TIME - 4, TIME)[None],
-        "chunk, rows apart": torch.tensor([[TIME - 2], [0], [4]]) + torch.arange(2),
+        "chunk, rows differ": torch.tensor([[TIME - 2], [0], [4]]) + torch.arange(2),
         "whole": torch.arange(TIME)[None],
     }[case]
 
 
-PLACES = ["step", "step, rows apart", "chunk", "chunk, rows apart", "whole"]
+CASES = ["step", "step, rows differ", "chunk", "chunk, rows differ", "whole"]
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("case", PLACES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), RATIOS)
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_a_group_equals_copies_of_its_keys_and_values(
     case: str, n_heads: int, n_kv_heads: int, scale: float | None
 ) -> None:
     """Outputs and gradients, by PyTorch's SDPA over K and V repeated to H heads."""
-    positions, group = places(case), n_heads // n_kv_heads
+    positions, group = query_positions(case), n_heads // n_kv_heads
     q = draw(BATCH, n_heads, positions.shape[1], 8).requires_grad_()
     k, v = (draw(BATCH, n_kv_heads, TIME, 8, seed=seed).requires_grad_() for seed in (1, 2))
     copies = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    mask = visible(positions, TIME)
+    mask = causal_mask_at(positions, TIME)
     expected = F.scaled_dot_product_attention(q, *copies, attn_mask=mask, scale=scale)
     got = causal_attention(q, k, v, positions, scale)
     torch.testing.assert_close(got, expected)
@@ -91,7 +90,8 @@ def test_values_may_be_wider_than_keys_in_a_group() -> None:
     for T in (1, TIME):
         positions = torch.arange(TIME - T, TIME)[None]
         copies = (x.repeat_interleave(3, dim=1) for x in (k, v))
-        expected = F.scaled_dot_product_attention(q[:, :, -T:], *copies, attn_mask=visible(positions, TIME))
+        mask = causal_mask_at(positions, TIME)
+        expected = F.scaled_dot_product_attention(q[:, :, -T:], *copies, attn_mask=mask)
         torch.testing.assert_close(causal_attention(q[:, :, -T:], k, v, positions), expected)
 
 
@@ -113,7 +113,7 @@ def test_a_step_or_a_chunk_copies_no_keys_and_values(n_tokens: int, apart: bool,
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_step_of_rows_that_stand_together_needs_no_mask() -> None:
+def test_a_step_of_rows_of_one_length_needs_no_mask() -> None:
     H, G, S, D = 6, 2, 500, 16
     q, k, v = draw(2, H, 1, D), draw(2, G, S, D, seed=1), draw(2, G, S, D, seed=2)
     with Allocated(q, k, v) as seen:
@@ -177,16 +177,19 @@ def test_the_cache_shrinks_by_exactly_the_ratio(n_heads: int, n_kv_heads: int, d
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), RATIOS)
 def test_head_h_reads_pool_h_over_the_group(n_heads: int, n_kv_heads: int) -> None:
-    """Each pool's values are its own number: a head's output says whom it read."""
-    layer = GroupedQueryAttention(8 * n_heads, n_heads, n_kv_heads=n_kv_heads)
-    expected = [h // (n_heads // n_kv_heads) for h in range(n_heads)]
-    assert layer.pools == expected
-    numbers = torch.arange(n_kv_heads, dtype=torch.float32)[None, :, None, None]
+    """The values of each pool are its number, so that the output of a head shows which pool it read."""
+    expected = torch.tensor([h // (n_heads // n_kv_heads) for h in range(n_heads)], dtype=torch.float32)
+    numbers = torch.arange(n_kv_heads, dtype=torch.float32)
     for positions in (torch.tensor([[4]]), torch.arange(5)[None], torch.tensor([[2, 3]])):
         q, k = draw(1, n_heads, positions.shape[1], 8), draw(1, n_kv_heads, 5, 8, seed=1)
-        heads = causal_attention(q, k, numbers.expand(1, n_kv_heads, 5, 8), positions)
-        for h in range(n_heads):
-            close(heads[0, h], torch.full_like(heads[0, h], expected[h]))
+        values = numbers[None, :, None, None].expand(1, n_kv_heads, 5, 8)
+        heads = causal_attention(q, k, values, positions)
+        close(heads, expected[None, :, None, None].expand_as(heads))
+    layer, x = GroupedQueryAttention(8 * n_heads, n_heads, n_kv_heads=n_kv_heads), draw(2, 5, 8 * n_heads)
+    x[..., 0] = 1
+    layer.v_proj.weight.data = F.pad(numbers.repeat_interleave(8)[:, None], (0, 8 * n_heads - 1))
+    layer.o_proj.weight.data = torch.eye(8 * n_heads)
+    close(layer(x), expected.repeat_interleave(8).expand_as(x))
 
 
 @given(
@@ -212,10 +215,10 @@ def routed(pools: list[int], n_kv_heads: int, **options: Any) -> RoutedAttention
     return layer
 
 
-def by_hand(layer: KVAttention, x: Tensor, pools: Tensor) -> Tensor:
+def by_hand(layer: PooledAttention, x: Tensor, pools: Tensor) -> Tensor:
     """Every head of every token over the keys of its pool, ``pools`` (B, H, T), one by one."""
-    k, v, positions = layer.kv(x)
-    q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), positions)
+    k, v, positions = layer.project_kv(x)
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), positions)
     heads = torch.empty_like(q)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         g = pools[b, h, t]
@@ -240,7 +243,7 @@ def test_a_route_is_what_the_heads_read(pools: list[int], n_kv_heads: int) -> No
     expected = by_hand(layer, x, torch.tensor(pools)[None, :, None].expand(2, -1, 7))
     close(layer(x), expected)
     with torch.no_grad():
-        close(layer(x), expected)  # the road by pools, which copies nothing
+        close(layer(x), expected)  # pool by pool, which copies nothing
         cache = layer.new_cache(2, 7)
         close(torch.cat([layer(piece, cache) for piece in x.split([3, 2, 1, 1], 1)], 1), expected)
 
@@ -289,7 +292,7 @@ def test_routing_twice_forgets_the_first_route() -> None:
         ([0, 1.5, 0, 0], TypeError, r"pools\[1\]: expected an integer, got float"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_route_to_nowhere_is_refused_and_the_old_one_kept(
     pools: list[Any], error: type[Exception], names: str
 ) -> None:
@@ -431,7 +434,7 @@ def test_steps_by_a_decode_kernel_are_the_plain_ones(
         outputs = []
         for start, length in ((0, 7), (7, 1), (8, 2), (10, 1)):
             piece = slice(start, start + length)
-            source = owner.kv(theirs[:, piece], cache) if reads else None
+            source = owner.project_kv(theirs[:, piece], cache) if reads else None
             outputs.append(layer(x[:, piece], own, source))
             if start == 0:
                 cache.trim(torch.tensor([7, 2, 4]))
@@ -474,7 +477,7 @@ def test_a_kernel_is_never_asked_where_gradients_are_wanted(name: str) -> None:
         (TokenRoutedAttention, {"n_kv_heads": 7}, ValueError, r"n_kv_heads: expected at most 6 \(n_heads"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_impossible_pools_are_refused_by_name(
     kind: Any, options: dict[str, Any], error: type[Exception], names: str
 ) -> None:
@@ -483,7 +486,7 @@ def test_impossible_pools_are_refused_by_name(
 
 
 @pytest.mark.parametrize("name", ["gqa", "routed", "token_routed"])
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_cache_of_another_mechanism_is_refused_by_name(name: str) -> None:
     layer = REGISTRY[name](24, 6, n_kv_heads=2)  # type: ignore[call-arg]
     x = draw(2, 4, 24)
@@ -498,7 +501,7 @@ def test_a_cache_of_another_mechanism_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARERS)
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_source_for_another_number_of_pools_is_refused_by_name(name: str) -> None:
     reader = REGISTRY[name].tiny(reader=True)  # type: ignore[call-arg]
     x = draw(2, 4, 24)
@@ -506,18 +509,18 @@ def test_a_source_for_another_number_of_pools_is_refused_by_name(name: str) -> N
         24, 2 * (reader.n_kv_heads + 1), n_kv_heads=reader.n_kv_heads + 1, head_dim=8
     )
     with pytest.raises(ValueError, match=rf"source.k: expected shape \(2, {reader.n_kv_heads}, tokens, 8\)"):
-        reader(x, source=other.kv(x))
+        reader(x, source=other.project_kv(x))
 
 
 @pytest.mark.parametrize("name", SHARERS)
-@pytest.mark.usefixtures("doors")
-def test_keys_and_values_for_others_are_made_behind_the_same_door(name: str) -> None:
-    """``kv`` is called by itself for a layer that others read."""
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_project_kv_checks_its_inputs_too(name: str) -> None:
+    """It is called by itself for a layer that others read."""
     layer = sharp(REGISTRY[name].tiny())
     x = draw(2, 4, 24)
     with pytest.raises(TypeError, match="cache: expected KVCache, got NoCache"):
-        layer.kv(x, NoCache(2, 9, "cpu"))
+        layer.project_kv(x, NoCache(2, 9, "cpu"))
     with pytest.raises(ValueError, match="x: expected the cache's batch of 3, got 2"):
-        layer.kv(x, layer.new_cache(3, 9))
+        layer.project_kv(x, layer.new_cache(3, 9))
     with pytest.raises(ValueError, match="x: expected shape"):
-        layer.kv(x[..., 1:])
+        layer.project_kv(x[..., 1:])

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvlearn.attention import KV, FullAttention, NoCache, RingCache, WindowAttention
-from kvlearn.attention.columns import allowed, attend_columns
-from kvlearn.attention.core import merge_heads, split_heads
-from kvlearn.attention.sliding.window import BLOCK, Window
+from kvlearn.attention.core import attend_blockwise, merge_heads, rule_mask, split_heads
+from kvlearn.attention.window import BLOCK, Window
 from kvlearn.kernels import decode_attention
 from kvlearn.measure import peak_memory
 from kvlearn.model import Decoder, ModelConfig, Spec
@@ -44,7 +43,7 @@ def window_layer(window: int, n_sinks: int = 0, sink_logits: bool = False, **opt
 
 
 def dense_mask(window: int, n_sinks: int, time: int = TIME) -> Tensor:
-    """Pair by pair, by the words on paper."""
+    """Pair by pair, from the definition."""
     pairs = [[j <= i and (i - j < window or j < n_sinks) for j in range(time)] for i in range(time)]
     return torch.tensor(pairs)
 
@@ -52,8 +51,8 @@ def dense_mask(window: int, n_sinks: int, time: int = TIME) -> Tensor:
 def by_sdpa(layer: WindowAttention, x: Tensor) -> Tensor:
     """The layer by PyTorch's SDPA over a dense mask. A sink's logit is the score of one more key without a
     value, in one more dimension, in which queries are 1."""
-    k, v, positions = layer.kv(x)
-    q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), positions)
+    k, v, positions = layer.project_kv(x)
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), positions)
     group = layer.n_heads // layer.n_kv_heads
     k, v = (each.repeat_interleave(group, 1) for each in (k, v))
     mask = dense_mask(layer.window, layer.n_sinks, x.shape[1])
@@ -106,7 +105,7 @@ def content(row: int, position: int) -> float:
 
 def agrees(cache: RingCache, model: Model) -> None:
     """Slot by slot: what is said to be held, and what is."""
-    held = cache.held.expand(len(model.rows), -1).tolist()
+    held = cache.slot_positions.expand(len(model.rows), -1).tolist()
     for row, expected in enumerate(model.rows):
         assert {slot: p for slot, p in enumerate(held[row]) if p >= 0} == expected
         for slot, p in expected.items():
@@ -143,8 +142,8 @@ def test_the_ring_holds_what_a_dictionary_would(
         kv = cache.append(k, -k)
         model.append(size)
         agrees(cache, model)
-        places = kv.places.expand(BATCH, -1).tolist()
-        for row, positions in enumerate(places):
+        slot_positions = kv.key_positions.expand(BATCH, -1).tolist()
+        for row, positions in enumerate(slot_positions):
             there = [p for p in positions if p >= 0]
             if size == 1:  # all that is held, the new token among them
                 assert sorted(there) == sorted(model.rows[row].values())
@@ -178,7 +177,7 @@ def test_no_number_of_tokens_makes_it_grow() -> None:
     cache = layer.new_cache(2, 10_000)
     memory = [t.data_ptr() for t in cache.tensors()]
     for size in (1, 3, 200, 1, 1, 8, *30 * [1], 150):
-        kv = layer.kv(x[:, :size], cache)
+        kv = layer.project_kv(x[:, :size], cache)
         if size == 1:
             assert kv.k.shape[2] <= 7
         assert [t.data_ptr() for t in cache.tensors()] == memory
@@ -222,12 +221,12 @@ def test_texts_longer_than_a_block_of_queries_are_exact_too(sink_logits: bool) -
 @every_window
 def test_the_mask_is_the_one_on_paper(window: int, n_sinks: int) -> None:
     positions = torch.arange(TIME)
-    sight = Window(window, n_sinks)
-    mask = allowed(sight, positions, positions)
+    rule = Window(window, n_sinks)
+    mask = rule_mask(rule, positions, positions)
     assert torch.equal(mask, dense_mask(window, n_sinks))
     for first in range(TIME):
         for last in range(first, TIME):
-            assert torch.equal(sight.columns(first, last), mask[first : last + 1].any(0).nonzero()[:, 0])
+            assert torch.equal(rule.visible_keys(first, last), mask[first : last + 1].any(0).nonzero()[:, 0])
 
 
 @torch.no_grad()
@@ -236,12 +235,12 @@ def test_sinks_stay_where_they_stood() -> None:
     layer, x = window_layer(4, 2), draw(1, TIME, 24)
     cache = layer.new_cache(1, TIME)
     in_chunks(layer, x, TIME * [1], cache)
-    k, v, _ = layer.kv(x)
+    k, v, _ = layer.project_kv(x)
     assert isinstance(cache, RingCache)
-    for slot, position in enumerate(cache.held[0].tolist()):
+    for slot, position in enumerate(cache.slot_positions[0].tolist()):
         close(cache.k[:, :, slot], k[:, :, position])
         close(cache.v[:, :, slot], v[:, :, position])
-    assert cache.held[0, :2].tolist() == [0, 1]
+    assert cache.slot_positions[0, :2].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("split", [[9], 9 * [1], [2, 3, 1, 3]], ids=len)
@@ -264,8 +263,8 @@ def test_a_sink_logit_is_one_more_column_of_the_softmax(window: int, n_sinks: in
     """Written out with softmax itself: outputs, and the gradients of every weight and of the logits."""
     layer, x = window_layer(window, n_sinks, sink_logits=True), draw(2, TIME, 24)
     assert layer.sink_logits is not None
-    k, v, positions = layer.kv(x)
-    q = layer.rotate(split_heads(layer.q_proj(x), 6), positions)
+    k, v, positions = layer.project_kv(x)
+    q = layer.rope(split_heads(layer.q_proj(x), 6), positions)
     k, v = (each.repeat_interleave(3, 1) for each in (k, v))
     scores = (q @ k.mT / 8**0.5).masked_fill(~dense_mask(window, n_sinks), -torch.inf)
     column = layer.sink_logits[None, :, None, None].expand(2, -1, TIME, 1)
@@ -321,7 +320,7 @@ def test_a_step_copies_no_keys_and_values(sink_logits: bool, apart: bool) -> Non
     for _ in range(3):
         in_chunks(layer, draw(2, 60, 32, seed=2), [60], cache)
         with Allocated(x, *cache.tensors(), *layer.parameters()) as seen:
-            kv = layer.kv(x, cache)
+            kv = layer.project_kv(x, cache)
             layer(x, cache, source=kv)
         assert kv.k.untyped_storage().data_ptr() == cache.tensors()[0].untyped_storage().data_ptr()
         # Beside a row of scores a head, the largest is the book-keeping of both rows.
@@ -341,7 +340,7 @@ def test_training_needs_memory_by_the_length_not_by_its_square(sink_logits: bool
     x = draw(1, 1536, 16)
     with Allocated(x, *layer.parameters()) as seen:
         train(x)
-    assert seen.largest <= 2 * BLOCK * (BLOCK + 34), seen.by  # a block of queries over its columns
+    assert seen.largest <= 2 * BLOCK * (BLOCK + 34), seen.by  # a block of queries over its keys
     with Allocated(x) as dense:
         by_sdpa(layer, x)
     assert dense.largest >= 1536 * 1536
@@ -405,15 +404,15 @@ def test_a_reader_sees_its_owners_ring(kernel: bool, sink_logits: bool) -> None:
     cache, own = owner.new_cache(BATCH, TIME), reader.new_cache(BATCH, TIME)
     assert isinstance(own, NoCache)
     lengths = [6, 3, 5]
-    reader(x[:, :6], own, source=owner.kv(theirs[:, :6], cache))
+    reader(x[:, :6], own, source=owner.project_kv(theirs[:, :6], cache))
     cache.trim(torch.tensor(lengths))
     pieces = zip(x[:, 6:].split([1, 9, 1, 6], 1), theirs[:, 6:].split([1, 9, 1, 6], 1), strict=True)
-    got = torch.cat([reader(a, own, source=owner.kv(b, cache)) for a, b in pieces], 1)
+    got = torch.cat([reader(a, own, source=owner.project_kv(b, cache)) for a, b in pieces], 1)
     for row, length in enumerate(lengths):
         mine, its = (
             torch.cat((each[row : row + 1, :length], each[row : row + 1, 6:]), 1) for each in (x, theirs)
         )
-        close(got[row], whole(mine, source=owner.kv(its))[0, length:])
+        close(got[row], whole(mine, source=owner.project_kv(its))[0, length:])
 
 
 @torch.no_grad()
@@ -486,7 +485,7 @@ def test_a_window_longer_than_max_len_takes_no_more_room(max_len: int) -> None:
         ({"n_kv_heads": 12}, ValueError, "n_kv_heads: expected a divisor of n_heads=6, got 12"),
     ],
 )
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_impossible_windows_are_refused_by_name(
     options: dict[str, Any], error: type[Exception], names: str
 ) -> None:
@@ -494,7 +493,7 @@ def test_impossible_windows_are_refused_by_name(
         WindowAttention(24, 6, **options)
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_cache_for_another_window_or_layer_is_refused_by_name() -> None:
     layer, x = window_layer(5), draw(2, 4, 24)
     with pytest.raises(TypeError, match="cache: expected RingCache, got KVCache"):
@@ -505,11 +504,11 @@ def test_a_cache_for_another_window_or_layer_is_refused_by_name() -> None:
     assert other.length == 0
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_keys_and_positions_that_do_not_fit_are_refused_by_name() -> None:
     layer, x = window_layer(5), draw(2, 4, 24)
-    kv = layer.kv(x)
-    with pytest.raises(ValueError, match=r"source.key_positions: expected shape \(1 or batch, 4\)"):
+    kv = layer.project_kv(x)
+    with pytest.raises(ValueError, match=r"source.slot_positions: expected shape \(1 or batch, 4\)"):
         layer(x, source=KV(kv.k, kv.v, kv.positions, torch.arange(5)[None]))
 
 
@@ -545,12 +544,12 @@ def test_a_query_that_sees_nothing_gets_nothing(dtype: torch.dtype) -> None:
         assert (out == 0).all()
 
     class Earlier(Window):
-        def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-            return super().sees(queries, keys) & (keys < queries)
+        def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+            return super().visible(queries, keys) & (keys < queries)
 
     for T in (6, 1):
         kv = KV(k[:, :, :T], v[:, :, :T], torch.arange(T)[None])
-        out = attend_columns(q[:, :, :T], kv, Earlier(3), 4)
+        out = attend_blockwise(q[:, :, :T], kv, Earlier(3), 4)
         assert (out[:, :, 0] == 0).all()
         assert out.isfinite().all()
 
@@ -619,8 +618,8 @@ def test_a_config_with_windows_survives_json() -> None:
         Decoder(ModelConfig(layers=(Spec("window", window=0),)))
 
 
-def test_the_reach_of_layers_adds_up() -> None:
-    """A token hears of L · (W - 1) tokens before it through L windows, and of no more."""
+def test_the_receptive_field_grows_with_the_layers() -> None:
+    """After L windows an output depends on the L · (W - 1) tokens before its own, and on no more."""
     model = five_to_one(6 * (Spec("window", window=4),))
     tokens = torch.randint(0, 50, (1, 30), generator=torch.Generator().manual_seed(2))
     x = model.embed(tokens).detach().requires_grad_()
@@ -628,8 +627,8 @@ def test_the_reach_of_layers_adds_up() -> None:
     for block in model.blocks:
         hidden = block(hidden, None, {})
     (grad,) = torch.autograd.grad(hidden[0, 25].sum(), x)
-    heard = grad[0].abs().amax(-1).nonzero()[:, 0].tolist()
-    assert heard == list(range(25 - 6 * 3, 26))
+    field = grad[0].abs().amax(-1).nonzero()[:, 0].tolist()
+    assert field == list(range(25 - 6 * 3, 26))
 
 
 @pytest.mark.parametrize("other", [{"window": 4}, {"window": 8, "n_sinks": 1}], ids=str)
@@ -643,8 +642,8 @@ def test_a_ring_of_another_window_is_refused_and_left_alone(other: dict[str, int
 def test_a_step_over_a_source_longer_than_the_window_does_not_reach_the_kernel() -> None:
     owner, reader = FullAttention(24, 3), WindowAttention(24, 3, window=4, reader=True)
     x, held, none = draw(1, 12, 24), owner.new_cache(1, 12), reader.new_cache(1, 12)
-    owner.kv(x[:, :11], held)
-    kv = owner.kv(x[:, 11:], held)
+    owner.project_kv(x[:, :11], held)
+    kv = owner.project_kv(x[:, 11:], held)
     expected = reader(x[:, 11:], none, kv)
 
     def kernel(*_: Tensor) -> Tensor:

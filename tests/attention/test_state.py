@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from attention_tools import draw, redraw
 from torch import Tensor
 
-from kvlearn.attention import REGISTRY, StateMechanism
-from kvlearn.attention.linear.channel_decay import gated_linear_attention
-from kvlearn.attention.linear.decay import linear_attention
-from kvlearn.attention.linear.delta_rule import delta_rule
-from kvlearn.attention.linear.generalised_delta_rule import generalised_delta_rule
-from kvlearn.attention.linear.scan import selective_scan
-from kvlearn.attention.linear.wkv import wkv
+from kvlearn.attention import REGISTRY
+from kvlearn.attention.delta import delta_rule, generalised_delta_rule
+from kvlearn.attention.linear import gated_linear_attention, linear_attention
+from kvlearn.attention.mamba import selective_scan
+from kvlearn.attention.rwkv import wkv
 
 B, H, T, K = 2, 3, 45, 8
 Q, KEY, V, RATE = draw(B, H, T, K), F.normalize(draw(B, H, T, K, seed=1), dim=-1), draw(B, H, T, K), 0.5
@@ -31,7 +29,7 @@ CORES: dict[str, Callable[[str], tuple[Tensor, Iterable[Tensor]]]] = {
     "wkv": lambda form: wkv(-FADE[0, 0, 0], FADE[0, 0, 1], Q[0], V[0], form=form),
 }
 every_recurrence = pytest.mark.parametrize(
-    "name", sorted(name for name, kind in REGISTRY.items() if issubclass(kind, StateMechanism))
+    "name", sorted(name for name, kind in REGISTRY.items() if kind.forms)
 )
 
 

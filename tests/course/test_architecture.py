@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hops import BARS, chain, trace
+
+from kvlearn.attention import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kvlearn"
@@ -115,3 +118,27 @@ def test_no_file_names_a_registry_or_a_machine() -> None:
         text = path.read_bytes().decode(errors="ignore") if path.name != "LICENSE" else ""
         found = pattern.search(text)
         assert found is None, f"{path.relative_to(ROOT)} holds {found.group()!r}" if found else ""
+
+
+@pytest.mark.parametrize("name", sorted(BARS))
+def test_a_reader_of_a_mechanism_opens_few_files(name: str) -> None:
+    assert len(trace(name).files) <= BARS[name], sorted(trace(name).files)
+    chain_in_this_file = [kind for kind in chain(name) if kind != "Mechanism"]
+    assert len(chain_in_this_file) <= 2
+
+
+def test_a_mechanism_file_holds_its_forward_its_naive_form_and_its_cache() -> None:
+    """Inherited, if at all, from another class of the same file."""
+    shared_caches = {"base", "recurrent"}  # the plain KV cache, the state
+    for name, kind in REGISTRY.items():
+        for method in ("forward", "naive", "new_cache", "cache_bytes", "read_bytes"):
+            assert getattr(kind, method).__module__ == kind.__module__, f"{name}.{method}"
+        cache = type(kind.tiny().new_cache(1, 4)).__module__
+        # A sparse pattern's cache follows from the pattern, and stands with it.
+        home = {kind.__module__, *(f"kvlearn.attention.{room}" for room in shared_caches)}
+        allowed = home | {
+            "mhc": {"kvlearn.attention.mla"},
+            "mhc_transformer": {"kvlearn.attention.mla"},
+            "sparse": {"kvlearn.attention.patterns"},
+        }.get(name, set())
+        assert cache in allowed, f"{name}: its cache is in {cache}"

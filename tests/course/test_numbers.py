@@ -36,7 +36,7 @@ def test_most_of_the_energy_of_the_keys_is_their_mean() -> None:
         layer: Any = base.mixers[2]
         x = inputs[0]
         keys, values = (w(x).flatten(0, 1) for w in (layer.k_proj, layer.v_proj))
-        turned = layer.kv(x).k.transpose(1, 2).flatten(2).flatten(0, 1)
+        turned = layer.project_kv(x).k.transpose(1, 2).flatten(2).flatten(0, 1)
     both = torch.cat((keys, values), dim=1)
     tables = {"keys": keys, "values": values, "keys after RoPE": turned, "both": both}
     assert {name: rank_of_90_percent(table) for name, table in tables.items()} == {

@@ -10,7 +10,7 @@ from bench_tools import small_and_timed
 from torch import Tensor
 
 from kvlearn import plots
-from kvlearn.attention import REGISTRY, LinearAttention, StateCache, StateMechanism
+from kvlearn.attention import REGISTRY, Cache, LinearAttention, Mechanism, StateCache
 from kvlearn.measure.bench import Row, run_benchmark
 from kvlearn.measure.linear_bench import cores, designs, endurance, layers, peers, scaling, sizes, steps
 from kvlearn.measure.shared_bench.growth import label
@@ -78,7 +78,7 @@ def test_every_part_is_measured_and_every_bar_of_the_issue_is_held(monkeypatch: 
 
 def test_everyone_with_a_state_is_measured() -> None:
     assert {"linear", "short_conv"} <= set(STATES)
-    assert all(issubclass(REGISTRY[name], StateMechanism) for name in STATES)
+    assert all(REGISTRY[name].forms for name in STATES)
     assert [row.details["name"] for row in rows_of(layers.layer_rows, "layer_speedup")] == STATES
     assert [row.details["name"] for row in rows_of(layers.train_rows, "train_speedup")] == STATES
     assert [row.details["name"] for row in rows_of(steps.step_rows, "step_growth")] == ["full", *STATES]
@@ -147,13 +147,18 @@ def test_the_rows_draw_the_picture_of_the_exponents(monkeypatch: pytest.MonkeyPa
 
 def wrong_from_now_on(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor, str], bool]) -> None:
     """Let linear attention's layer give something else for some inputs and forms."""
-    right = LinearAttention.mix
+    right = LinearAttention.forward
 
-    def mix(self: LinearAttention, x: Tensor, state: Any, form: str) -> Any:
-        y, state = right(self, x, state, form)
-        return (y * 1.5 if when(x, form) else y), state
+    def forward(self: LinearAttention, x: Tensor, cache: Cache | None = None, source: None = None) -> Tensor:
+        y = right(self, x, cache, source)
+        return y * 1.5 if when(x, form_of(self, x, cache)) else y
 
-    monkeypatch.setattr(LinearAttention, "mix", mix)
+    monkeypatch.setattr(LinearAttention, "forward", forward)
+
+
+def form_of(layer: Mechanism, x: Tensor, cache: Cache | None) -> str:
+    """The form that this call takes."""
+    return "recurrent" if cache is not None and x.shape[1] == 1 else layer.form
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,12 +168,12 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LinearAttention.mix
+    right = LinearAttention.forward
 
-    def mix(self: LinearAttention, x: Tensor, state: Any, form: str) -> Any:
-        return right(self, x.detach() + 0 * x if form == "chunked" else x, state, form)
+    def forward(self: LinearAttention, x: Tensor, cache: Cache | None = None, source: None = None) -> Tensor:
+        return right(self, x.detach() + 0 * x, cache, source)
 
-    monkeypatch.setattr(LinearAttention, "mix", mix)
+    monkeypatch.setattr(LinearAttention, "forward", forward)
     with pytest.raises(AssertionError, match="linear"):
         rows_of(layers.train_rows, "train_time")
 
@@ -233,14 +238,14 @@ def test_an_error_that_adds_up_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_numbers_that_are_not_finite_miss_their_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LinearAttention.mix
+    right = LinearAttention.forward
 
-    def mix(self: LinearAttention, x: Tensor, state: Any, form: str) -> Any:
-        y, state = right(self, x, state, form)
-        return (y / 0 if form == "recurrent" and x.shape[1] > 1 else y), state
+    def forward(self: LinearAttention, x: Tensor, cache: Cache | None = None, source: None = None) -> Tensor:
+        y = right(self, x, cache, source)
+        return y / 0 if self.form == "recurrent" and x.shape[1] > 1 else y
 
     only(monkeypatch, "linear")
-    monkeypatch.setattr(LinearAttention, "mix", mix)
+    monkeypatch.setattr(LinearAttention, "forward", forward)
     (row,) = rows_of(endurance.long_rows, "long_finite", state="float32")
     assert (row.measured, row.passed) == ((60 - 20) * 16, False)
 
@@ -270,13 +275,12 @@ def test_other_peoples_mamba_has_the_same_weights_and_may_not_be_faster(
 def test_a_mamba_that_computes_something_else_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    right = REGISTRY[name].mix  # type: ignore[attr-defined]
+    right = REGISTRY[name].forward
 
-    def mix(self: StateMechanism, *given: Any) -> Any:
-        y, state = right(self, *given)
-        return 1.1 * y, state
+    def forward(self: Mechanism, *given: Any) -> Tensor:
+        return 1.1 * right(self, *given)
 
-    monkeypatch.setattr(REGISTRY[name], "mix", mix)
+    monkeypatch.setattr(REGISTRY[name], "forward", forward)
     with pytest.raises(AssertionError, match=rf"(?s)^{name}.*not close"):
         rows_of(peers.peer_rows, "peer_time")
 

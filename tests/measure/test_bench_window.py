@@ -10,7 +10,8 @@ from bench_tools import small_and_timed
 from torch import Tensor, nn
 
 from kvlearn.attention import KV, REGISTRY, RingCache, SlotCache, SparseAttention, WindowAttention
-from kvlearn.attention.core import attention
+from kvlearn.attention.core import attention, causal_mask, rule_mask
+from kvlearn.attention.window import Window
 from kvlearn.measure import Comparison
 from kvlearn.measure.bench import Row, run_benchmark
 from kvlearn.measure.shared_bench import growth
@@ -131,7 +132,7 @@ def test_the_speedup_of_a_window_is_full_attentions_time_over_its_own(seconds: d
 def test_memory_that_grows_with_the_square_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     def dense(self: WindowAttention, q: Tensor, kv: KV) -> Tensor:
         n = torch.arange(q.shape[2])
-        return attention(q, kv.k, kv.v, (n <= n[:, None]) & self.sight.sees(n[:, None], n))
+        return attention(q, kv.k, kv.v, rule_mask(Window(self.window, self.n_sinks), n, n))
 
     def power() -> Row:
         (row,) = found(list(scaling.train_rows(CPU)), "train_memory_exponent")
@@ -139,16 +140,22 @@ def test_memory_that_grows_with_the_square_misses_its_bar(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(scaling, "LENGTHS", (256, 512, 1024))
     assert power().passed
-    monkeypatch.setattr(WindowAttention, "pass_over", dense)
+    monkeypatch.setattr(WindowAttention, "attend", dense)
     assert power().passed is False
 
 
 @pytest.mark.parametrize("name", EVERYONE)
 @pytest.mark.parametrize("n", [7, 50])
-def test_who_sees_whom_is_what_the_layer_says_itself(name: str, n: int) -> None:
+def test_the_visible_keys_are_those_of_the_layers_own_mask_rule(name: str, n: int) -> None:
     layer, s = new_layer(EVERYONE[name], n, CPU), torch.arange(n)
+    if isinstance(layer, SparseAttention):
+        mask = layer.pattern.mask(n)
+    elif isinstance(layer, WindowAttention):
+        mask = rule_mask(Window(layer.window, layer.n_sinks), s, s)
+    else:
+        mask = causal_mask(n, n)
     for t in range(n):
-        assert ((s <= t) & EVERYONE[name].sees(n, t, s)).nonzero().flatten().tolist() == layer.seen(t)
+        assert torch.equal((s <= t) & EVERYONE[name].visible(n, t, s), mask[t])
 
 
 @pytest.mark.parametrize("name", EVERYONE)
@@ -206,12 +213,12 @@ def test_a_wrong_design_is_not_timed(
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = WindowAttention.pass_over
+    right = WindowAttention.attend
 
     def no_gradient_for_keys(self: WindowAttention, q: Tensor, kv: KV) -> Tensor:
         return right(self, q, KV(kv.k.detach() + 0 * kv.k, kv.v, kv.positions))
 
-    monkeypatch.setattr(WindowAttention, "pass_over", no_gradient_for_keys)
+    monkeypatch.setattr(WindowAttention, "attend", no_gradient_for_keys)
     with pytest.raises(AssertionError, match="window"):
         list(scaling.train_rows(CPU))
 
@@ -254,12 +261,12 @@ def test_a_cache_that_allocates_more_misses_its_bar(monkeypatch: pytest.MonkeyPa
 
 
 def test_bytes_that_nobody_reads_miss_their_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SparseAttention, "tokens_read", lambda self, length: self.tokens_kept(length))
+    monkeypatch.setattr(SparseAttention, "read_bytes", SparseAttention.cache_bytes)
     missed = {(row.details["what"], row.details["name"]) for row in sizes.size_rows(CPU) if not row.passed}
     assert {("read", "bigbird"), ("read", "strided")} <= missed
 
 
-def test_the_window_stores_what_is_in_sight_and_bigbird_nearly_everything() -> None:
+def test_the_window_stores_what_it_attends_to_and_bigbird_nearly_everything() -> None:
     n, a_token = 64, 2 * 16 * 4
     stored = {
         row.details["name"]: row.measured for row in found(list(sizes.size_rows(CPU)), "stored", length=n)

@@ -97,7 +97,7 @@ def test_averaging_weights_averages_the_rotated_keys_and_the_values_that_are_cac
     model, x = trained(), torch.randn(2, 9, 24)
     pooled = convert(model, [Spec("gqa", n_kv_heads=2)], init="mean")
     for own, full in zip(pooled.mixers, model.mixers, strict=True):
-        for mean, heads in zip([*own.kv(x)][:2], [*full.kv(x)][:2], strict=True):
+        for mean, heads in zip([*own.project_kv(x)][:2], [*full.project_kv(x)][:2], strict=True):
             torch.testing.assert_close(mean, heads.unflatten(1, (2, 2)).mean(2), atol=1e-5, rtol=1e-5)
 
 
@@ -256,7 +256,7 @@ def test_its_dtype_is_the_models() -> None:
         assert converted(tokens()).isfinite().all()
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("layers", "init", "names"),
     [
@@ -279,7 +279,7 @@ def test_what_cannot_be_converted_is_refused_by_name(layers: list[Spec], init: s
         convert(trained(), layers, init=init)
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_only_a_model_of_full_layers_is_converted() -> None:
     pooled = convert(trained(), [Spec("gqa", n_kv_heads=2)], init="mean")
     with pytest.raises(ValueError, match='model: expected "full" layers'):

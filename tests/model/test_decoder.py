@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvlearn.attention import KVAttention, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.attention import GroupedQueryAttention, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from kvlearn.kernels import decode_attention
 from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
 from kvlearn.model.generation import sample
@@ -73,7 +73,7 @@ def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
 def test_the_pattern_of_layers_repeats_to_the_depth() -> None:
     config = ModelConfig(n_layers=5, layers=("full", Spec("full", rope=None)))
     assert [spec.options for spec in config.specs] == [{}, {"rope": None}, {}, {"rope": None}, {}]
-    assert Decoder(config).mixers[1].rope is None
+    assert Decoder(config).mixers[1].rope.config is None  # type: ignore[union-attr]
 
 
 def test_tied_weights_are_one_matrix() -> None:
@@ -200,7 +200,7 @@ def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
         load(tmp_path / "nothing.safetensors")
 
 
-@pytest.mark.usefixtures("doors")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("options", "error", "names"),
     [
@@ -230,7 +230,7 @@ def test_generate_refuses_nonsense_by_name(
         ({"layers": ()}, "layers"),
         ({"layers": 4 * ("full",)}, "n_layers"),
         ({"d_ff": -1}, "d_ff"),
-        ({"layers": ("fool",)}, "layers: expected one of 'full'"),
+        ({"layers": ("fool",)}, "layers: expected one of 'gqa', 'full'"),
         ({"d_model": 25}, "n_heads: expected a divisor of d_model=25"),
     ],
 )
@@ -301,7 +301,7 @@ def test_steps_of_one_token_can_be_done_by_a_decode_kernel(cache_dtype: torch.dt
 
 
 def test_a_model_whose_layers_take_no_decode_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(KVAttention, "decode")
+    monkeypatch.delattr(GroupedQueryAttention, "decode")
     model = decoder()
     with pytest.raises(ValueError, match="step: no layer"):
         model.decode_with(decode_attention)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlearn.attention import REGISTRY, StateMechanism
+from kvlearn.attention import REGISTRY
 from kvlearn.measure import running_table
 from kvlearn.model import Decoder, ModelConfig, Spec, load, save
 
-NAMES = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, StateMechanism))
+NAMES = sorted(name for name, kind in REGISTRY.items() if kind.forms)
 every_recurrence = pytest.mark.parametrize("name", NAMES)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kvlearn.attention.sparse.moba import MixtureOfBlockAttention
-from kvlearn.attention.sparse.nsa import NativeSparseAttention
+from kvlearn.attention.moba import MixtureOfBlockAttention
+from kvlearn.attention.nsa import NativeSparseAttention
 
 D_MODEL, HEAD_DIM, BATCH, TIME = 32, 8, 2, 53
 

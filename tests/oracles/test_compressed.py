@@ -1,6 +1,6 @@
 """MLA against transformers' DeepSeek-V2 and V3, which cache the latent and decompress it.
 
-Our absorbed road is held against an implementation that has none.
+So our absorbed path is compared with an implementation that has none.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 from transformers.cache_utils import DynamicCache
 
 import kvlearn
-from kvlearn.attention import LatentAttention, LatentCache
+from kvlearn.attention import LatentCache, MultiHeadLatentAttention
 from kvlearn.model import Decoder, half_split, interleave
 from kvlearn.model.deepseek import DEEPSEEK
 
@@ -69,11 +69,11 @@ def deepseek(
     return model
 
 
-def take(road: bool | None, ours: Decoder) -> Decoder:
-    """``ours`` with every layer on one road."""
+def take(absorb: bool | None, ours: Decoder) -> Decoder:
+    """``ours`` with every layer on one path."""
     for mixer in ours.mixers:
-        assert isinstance(mixer, LatentAttention)
-        mixer.absorb = road
+        assert isinstance(mixer, MultiHeadLatentAttention)
+        mixer.absorb = absorb
     return ours
 
 
@@ -86,7 +86,7 @@ def hidden(dtype: torch.dtype = torch.float32, batch: int = 2) -> Tensor:
 
 
 def their_attention(theirs: Any, x: Tensor, first: int = 0, cache: DynamicCache | None = None) -> Tensor:
-    """The first layer's attention alone, of tokens that stand at ``first`` and behind."""
+    """The first layer's attention alone, of tokens at positions ``first`` and after it."""
     positions = torch.arange(first, first + x.shape[1])[None]
     mask = torch.full((x.shape[1], first + x.shape[1]), -torch.inf, dtype=x.dtype).triu(first + 1)
     turns = theirs.model.rotary_emb(x, positions)

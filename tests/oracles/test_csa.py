@@ -17,10 +17,12 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
+from kvlearn.attention.deepseek_v4 import (
+    CompressedCache,
+    CompressedSparseAttention,
+    HeavilyCompressedAttention,
+)
 from kvlearn.attention.rope import RopeConfig, YarnScaling
-from kvlearn.attention.sparse.csa import CompressedSparseAttention
-from kvlearn.attention.sparse.entries import CompressedCache
-from kvlearn.attention.sparse.hca import HeavilyCompressedAttention
 from kvlearn.model import half_split
 
 BATCH, TIME, WIDTH, HEADS, HEAD_DIM, ROPE_DIM, WINDOW = 2, 23, 48, 4, 16, 8, 5

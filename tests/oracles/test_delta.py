@@ -16,9 +16,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule,
 )
 
-from kvlearn.attention.linear.delta import DeltaNet, unit
-from kvlearn.attention.linear.delta_rule import delta_rule
-from kvlearn.attention.linear.gated_delta import GatedDeltaNet
+from kvlearn.attention.delta import DeltaNet, GatedDeltaNet, delta_rule
+from kvlearn.attention.recurrent import l2_normalize
 
 BATCH, HEADS, TIME, K, V = 2, 3, 70, 16, 12
 WIDTH, VALUE_HEADS, KEY_HEADS = 32, 6, 2
@@ -49,10 +48,12 @@ def theirs(
 def test_the_rule_is_theirs(form: str, rule: str, decays: bool, behind: bool) -> None:
     q, k = draw(BATCH, HEADS, TIME, K), draw(BATCH, HEADS, TIME, K, seed=1)
     v, beta = draw(BATCH, HEADS, TIME, V, seed=2), draw(BATCH, HEADS, TIME, seed=3).sigmoid()
-    fades = -F.softplus(draw(BATCH, HEADS, TIME, seed=4)) if decays else None
+    log_decay = -F.softplus(draw(BATCH, HEADS, TIME, seed=4)) if decays else None
     state = draw(BATCH, HEADS, K, V, seed=5) if behind else None
-    out, last = delta_rule(unit(q) * K**-0.5, unit(k), v, beta, fades, state, form=form, chunk=16)
-    expected = theirs(rule, q, k, v, beta, torch.zeros_like(beta) if fades is None else fades, state)
+    out, last = delta_rule(
+        l2_normalize(q) * K**-0.5, l2_normalize(k), v, beta, log_decay, state, form=form, chunk=16
+    )
+    expected = theirs(rule, q, k, v, beta, torch.zeros_like(beta) if log_decay is None else log_decay, state)
     close(out, expected[0])
     close(last, expected[1])
 
@@ -61,7 +62,7 @@ def test_the_rule_is_theirs(form: str, rule: str, decays: bool, behind: bool) ->
 @pytest.mark.parametrize("decays", [True, False], ids=["gated", "ungated"])
 def test_the_rule_in_float64_is_the_equation_with_matrices(form: str, decays: bool) -> None:
     """S_t = a_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, written as matrices multiply."""
-    q, k = draw(HEADS, TIME, K).double(), unit(draw(HEADS, TIME, K, seed=1).double())
+    q, k = draw(HEADS, TIME, K).double(), l2_normalize(draw(HEADS, TIME, K, seed=1).double())
     v, beta = draw(HEADS, TIME, V, seed=2).double(), 2 * draw(HEADS, TIME, seed=3).double().sigmoid()
     log_decay = -F.softplus(draw(HEADS, TIME, seed=4).double())
     out, last = delta_rule(

@@ -1,7 +1,7 @@
 """DeepSeek sparse attention against transformers' DeepSeek-V3.2, which masks what ours does not gather.
 
-At least 16 index heads: with few, scores are often 0 for want of any answer, and which of equal tokens is
-selected is anybody's choice.
+At least 16 index heads: with few, many scores are exactly 0, and which of equal tokens is selected is then
+up to the implementation.
 """
 
 from typing import Any
@@ -13,8 +13,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import kvlearn
-from kvlearn.attention.sparse.dsa import DeepSeekSparseAttention
-from kvlearn.attention.sparse.indexer import IndexedLatentCache
+from kvlearn.attention.dsa import DeepSeekSparseAttention, IndexedLatentCache
 from kvlearn.model import half_split
 
 HEADS, ROPE_DIM, RANK, TIME = 3, 8, 20, 24
@@ -71,7 +70,7 @@ def hidden(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def their_arguments(theirs: Any, x: Tensor, first: int = 0) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Rotations and causal mask of tokens that stand at ``first`` and behind."""
+    """Rotations and causal mask of tokens at positions ``first`` and after it."""
     positions = torch.arange(first, first + x.shape[1])[None]
     mask = torch.full((x.shape[1], first + x.shape[1]), -torch.inf, dtype=x.dtype).triu(first + 1)
     return theirs.model.rotary_emb(x, positions), mask.expand(len(x), 1, -1, -1)
@@ -91,7 +90,7 @@ def test_the_same_weights_give_deepseeks_attention(top_k: int) -> None:
 
 
 def test_what_is_selected_decides_the_output() -> None:
-    """Or else the test above would hold of any selection."""
+    """Otherwise the test above would hold for any selection."""
     few, every = (first_layer(deepseek(top_k))(hidden()) for top_k in (6, TIME))
     torch.testing.assert_close(few[:, :6], every[:, :6])
     assert ((few - every)[:, 8:].abs().amax(-1) > 1e-2).all()
@@ -152,7 +151,7 @@ def test_greedy_generation_is_deepseeks() -> None:
     assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 16), expected)
 
 
-def test_the_indexer_turns_halves_where_attention_turns_neighbours() -> None:
+def test_the_indexer_rotates_halves_where_attention_rotates_neighbours() -> None:
     """With the rows of the index key in the order that attention needs, other tokens are selected."""
     theirs, x = deepseek(), hidden()
     ours = first_layer(theirs)

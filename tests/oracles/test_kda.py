@@ -16,9 +16,8 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
     recurrent_kimi_delta_attention,
 )
 
-from kvlearn.attention.linear.delta import unit
-from kvlearn.attention.linear.generalised_delta_rule import generalised_delta_rule
-from kvlearn.attention.linear.kda import KimiDeltaAttention
+from kvlearn.attention.delta import KimiDeltaAttention, generalised_delta_rule
+from kvlearn.attention.recurrent import l2_normalize
 
 BATCH, HEADS, TIME, D, WIDTH = 2, 3, 70, 16, 40
 
@@ -38,10 +37,9 @@ def test_the_rule_is_theirs(form: str, rule, behind: bool) -> None:  # type: ign
         output_final_state=True,
         use_qk_l2norm_in_kernel=True,
     )
-    written = beta[..., None] * unit(k)
-    got = generalised_delta_rule(
-        unit(q) * D**-0.5, written, v, log_decay.exp() * unit(k), -written, log_decay, state, form=form
-    )
+    q, k = l2_normalize(q) * D**-0.5, l2_normalize(k)
+    beta_k = beta[..., None] * k
+    got = generalised_delta_rule(q, beta_k, v, log_decay.exp() * k, -beta_k, log_decay, state, form=form)
     close(got[0], expected.transpose(1, 2))
     close(got[1], last)
 

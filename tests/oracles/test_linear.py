@@ -18,8 +18,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer, causal_conv1d_f
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
 from kvlearn.attention import GatedLinearAttention, LinearAttention, Retention, ShortConvolution
-from kvlearn.attention.linear.decay import linear_attention
-from kvlearn.attention.linear.linear import elu_features, taylor_features
+from kvlearn.attention.linear import elu_features, linear_attention, taylor_features
 
 D_MODEL, N_HEADS, HEAD_DIM, BATCH, TIME = 32, 4, 8, 2, 53
 FORMS = ("parallel", "recurrent", "chunked")

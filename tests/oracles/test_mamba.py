@@ -10,7 +10,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 import kvlearn
 from kvlearn.attention import StateCache
-from kvlearn.attention.linear.scan import selective_scan
+from kvlearn.attention.mamba import selective_scan
 from kvlearn.model import Decoder
 from kvlearn.model.state_space import MAMBA, MAMBA2
 
@@ -19,12 +19,12 @@ MAMBAS: dict[str, dict[str, Any]] = {
     "mamba": {},
     "no convolution bias": {"use_conv_bias": False},
     "other sizes": {"expand": 3, "state_size": 7, "conv_kernel": 3, "time_step_rank": 5},
-    "an output of its own": {"tie_word_embeddings": False},
+    "an output matrix of its own": {"tie_word_embeddings": False},
 }
 MAMBA2S: dict[str, dict[str, Any]] = {
     "mamba2": {},
     "two groups": {"n_groups": 2},
-    "a group a head": {"n_groups": 6},
+    "a group per head": {"n_groups": 6},
     "no convolution bias 2": {"use_conv_bias": False, "n_groups": 3},
     "other sizes 2": {"expand": 3, "num_heads": 9, "state_size": 7, "conv_kernel": 2, "chunk_size": 5},
     "one weight in and out": {"tie_word_embeddings": True},
@@ -157,7 +157,7 @@ def test_models_are_loaded_from_their_folders(kind: str, tmp_path: object) -> No
         ("mamba2", {"time_step_limit": (0.01, float("inf"))}, "time_step_limit"),
     ],
 )
-def test_what_our_mixers_lack_is_refused_by_name(kind: str, options: dict[str, Any], names: str) -> None:
+def test_unsupported_options_are_refused_by_name(kind: str, options: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         kvlearn.from_transformers(theirs_of(kind, **options))
 

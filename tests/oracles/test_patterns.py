@@ -18,18 +18,26 @@ from transformers import BigBirdConfig, LongformerConfig
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from kvlearn.attention import KV, SparseAttention
-from kvlearn.attention.columns import Sight, attend_columns
-from kvlearn.attention.core import Partial, grouped_partial, merge, merge_heads, split_heads
-from kvlearn.attention.sparse.by_pattern import attend_pattern
-from kvlearn.attention.sparse.pattern import Pattern
-from kvlearn.attention.sparse.sentences import (
+from kvlearn.attention import KV, Pattern, SparseAttention
+from kvlearn.attention.core import (
+    MaskRule,
+    Partial,
+    attend_blockwise,
+    grouped_partial,
+    merge,
+    merge_heads,
+    split_heads,
+)
+from kvlearn.attention.patterns import (
+    Global,
+    Local,
+    Random,
     bigbird,
     longformer,
     sparse_transformer,
     sparse_transformer_fixed,
 )
-from kvlearn.attention.sparse.words import Global, Local, Random
+from kvlearn.attention.sparse import attend_pattern
 
 BATCH, D_MODEL, N_HEADS = 2, 24, 3
 
@@ -57,29 +65,29 @@ def heads(layer: Any, x: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Others:
-    """What a pattern shows of the tokens before, without the token itself."""
+    """A mask rule without the pairs of a token with itself."""
 
-    pattern: Sight
+    rule: MaskRule
 
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return self.pattern.sees(queries, keys) & (queries != keys)
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return self.rule.visible(queries, keys) & (queries != keys)
 
-    def columns(self, first: int, last: int) -> Tensor:
-        return self.pattern.columns(first, last)
+    def visible_keys(self, first: int, last: int) -> Tensor:
+        return self.rule.visible_keys(first, last)
 
 
-def partial(q: Tensor, k: Tensor, v: Tensor, sight: Sight, block: int) -> Partial:
-    """By the executor, with the log-sum-exp as one more column."""
+def partial(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, block: int) -> Partial:
+    """Blockwise, with the log-sum-exp as one more column."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out, lse = grouped_partial(q, k, v, mask)
         return torch.cat((out, lse[..., None]), dim=-1)
 
-    both = attend_columns(q, KV(k, v, torch.arange(q.shape[2])[None]), sight, block, attend)
+    both = attend_blockwise(q, KV(k, v, torch.arange(q.shape[2])[None]), rule, block, attend)
     return Partial(both[..., :-1], both[..., -1])
 
 
-def on_both_sides(q: Tensor, k: Tensor, v: Tensor, past: Sight, future: Sight, block: int) -> Tensor:
+def on_both_sides(q: Tensor, k: Tensor, v: Tensor, past: MaskRule, future: MaskRule, block: int) -> Tensor:
     """``past`` up to the token itself; ``future``, a pattern of the sequence turned around, without it."""
     before = partial(q, k, v, past, block)
     after = partial(*(x.flip(2) for x in (q, k, v)), Others(future), block)
@@ -188,7 +196,7 @@ def bigbird_output(
         from_blocked_mask=masks[0],
         to_blocked_mask=masks[0],
     )[0]
-    # The first and the last block see everything, and draw nothing.
+    # The first and the last block attend to everything, and draw nothing.
     return layer, out, [[[], *rows.tolist(), []] for rows in drawn[0]]
 
 
@@ -244,12 +252,12 @@ def test_a_bigbird_with_another_draw_would_be_seen() -> None:
     assert errors[-1] < 1e-4
 
 
-def by_loops(sees: Callable[[int, int], bool], time: int) -> np.ndarray:
-    """The mask of a definition on paper, pair by pair."""
+def by_loops(visible: Callable[[int, int], bool], time: int) -> np.ndarray:
+    """The mask of a definition, pair by pair."""
     mask = np.zeros((time, time), dtype=bool)
     for i in range(time):
         for j in range(i + 1):
-            mask[i, j] = sees(i, j)
+            mask[i, j] = visible(i, j)
     return mask
 
 
@@ -279,9 +287,9 @@ PAPERS = {
 @pytest.mark.parametrize("block", [1, 7, 16, 64])
 @torch.no_grad()
 def test_strided_and_fixed_are_the_sparse_transformers(name: str, block: int) -> None:
-    pattern, sees = PAPERS[name]
+    pattern, visible = PAPERS[name]
     time = 45
-    mask = torch.from_numpy(by_loops(sees, time))
+    mask = torch.from_numpy(by_loops(visible, time))
     assert torch.equal(pattern.mask(time), mask)
     q, k, v = draw(BATCH, 6, time, 8), draw(BATCH, 2, time, 8, seed=2), draw(BATCH, 2, time, 8, seed=3)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -291,12 +299,12 @@ def test_strided_and_fixed_are_the_sparse_transformers(name: str, block: int) ->
 @pytest.mark.parametrize("name", PAPERS)
 @torch.no_grad()
 def test_a_layer_of_the_sparse_transformer_decodes_as_its_mask_says(name: str) -> None:
-    pattern, sees = PAPERS[name]
+    pattern, visible = PAPERS[name]
     time = 30
     layer = redrawn(SparseAttention(D_MODEL, N_HEADS, pattern=pattern, block=8, rope=None)).eval()
     x, cache = draw(BATCH, time, D_MODEL), layer.new_cache(BATCH, time)
     q, k, v = (split_heads(proj(x), N_HEADS) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
-    mask = torch.from_numpy(by_loops(sees, time))
+    mask = torch.from_numpy(by_loops(visible, time))
     expected = layer.o_proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
     close(torch.cat([layer(part, cache) for part in x.split([11, 4, *[1] * 15], 1)], 1), expected)
 
@@ -307,7 +315,7 @@ def test_a_layer_of_the_sparse_transformer_decodes_as_its_mask_says(name: str) -
     reason="FlexAttention on a CPU needs a C++ compiler: there is no g++ and no clang++",
 )
 @torch.no_grad()
-def test_a_sentence_is_flex_attentions_mask_mod() -> None:
+def test_a_pattern_is_flex_attentions_mask_mod() -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     time = 256

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import RwkvConfig, RwkvForCausalLM
 
 import kvlearn
-from kvlearn.attention.linear.rwkv7 import Rwkv7
+from kvlearn.attention import Rwkv7
 
 LAYERS, TIME = 4, 40
 

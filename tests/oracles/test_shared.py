@@ -133,7 +133,7 @@ def gemma(version: str, kinds: str, n_shared: int) -> PreTrainedModel:
 
 
 def config_of(kinds: str, n_shared: int) -> ModelConfig:
-    """The same stack in our words."""
+    """The same stack as ours."""
     first = len(kinds) - n_shared
     layers = tuple(
         Spec("gqa", n_kv_heads=N_KV_HEADS, rope=RopeConfig(THETA[kind]), reads="last" if i >= first else None)
@@ -225,7 +225,7 @@ def test_owners_and_readers_attend_as_in_gemma(version: str, split: list[int]) -
         for i, owner in enumerate(config.owners):
             x, expected = seen[i][step]
             if config.owners.count(i) > 1:
-                sources[i] = layers[i].kv(x, caches[i])
+                sources[i] = layers[i].project_kv(x, caches[i])
             close(layers[i](x, caches[i], sources.get(owner)), expected)
 
     for i, (cache, theirs) in enumerate(zip(caches, their_cache.layers, strict=True)):
@@ -249,7 +249,7 @@ def test_a_reader_of_the_other_kind_of_layer_would_be_seen() -> None:
     x, expected = seen[4][0]
     for i in (0, 1, 2, 3):
         owner = GemmaAttention(model.layers[i].self_attn, config.specs[i].options["rope"])
-        error = (reader(x, source=owner.kv(seen[i][0][0])) - expected).abs().max()
+        error = (reader(x, source=owner.project_kv(seen[i][0][0])) - expected).abs().max()
         assert (error < 1e-5) == (i == config.owners[4] == 2)
 
 

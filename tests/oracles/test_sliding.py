@@ -25,11 +25,10 @@ import kvlearn
 from kvlearn.attention import (
     Cache,
     GroupedQueryAttention,
-    KVAttention,
     RopeConfig,
-    SlotCache,
     WindowAttention,
 )
+from kvlearn.attention.window import SlotCache
 from kvlearn.model.families import rope
 
 WINDOW, LENGTH = 7, 40
@@ -78,8 +77,8 @@ def mistral(window: int | None = WINDOW, n_kv_heads: int = 2, **options: Any) ->
 def holds_what_theirs_holds(cache: Cache, theirs: Any, tokens: int) -> None:
     """Of our ring the last W - 1 tokens, in the order of their positions."""
     assert isinstance(cache, SlotCache)
-    order = cache.held[0].argsort()[-min(tokens, WINDOW - 1) :]
-    assert cache.held[0, order].tolist() == list(range(max(tokens - WINDOW + 1, 0), tokens))
+    order = cache.slot_positions[0].argsort()[-min(tokens, WINDOW - 1) :]
+    assert cache.slot_positions[0, order].tolist() == list(range(max(tokens - WINDOW + 1, 0), tokens))
     close(cache.k[:, :, order], theirs.keys)
     close(cache.v[:, :, order], theirs.values)
     assert theirs.keys.shape[2] == WINDOW - 1
@@ -162,7 +161,9 @@ class Seen(dict[int, list[tuple[Tensor, Tensor]]]):
         return record
 
 
-def follow(model: PreTrainedModel, layers: list[KVAttention], split: list[int]) -> None:
+def follow(
+    model: PreTrainedModel, layers: list[GroupedQueryAttention | WindowAttention], split: list[int]
+) -> None:
     """Each attention of ``model``, cut like this, by ours on the same inputs; both caches at the end."""
     seen, their_cache = Seen(model), DynamicCache(config=model.config)
     for piece in prompt().split(split, dim=1):
@@ -184,7 +185,7 @@ SHAPE = {"n_kv_heads": N_KV_HEADS, "head_dim": HEAD_DIM}
 
 
 def gemma() -> Gemma3TextModel:
-    """Seven layers, the sixth of which sees everything, and turns by other angles."""
+    """Seven layers, the sixth of which is global, and rotates by other angles."""
     config = Gemma3TextConfig(
         vocab_size=61,
         hidden_size=D_MODEL,
@@ -217,12 +218,14 @@ class HeadNorm(nn.Module):
         return F.rms_norm(heads, (HEAD_DIM,), 1 + self.weight, self.eps).flatten(-2) * self.factor
 
 
-def like_gemma(model: Gemma3TextModel, i: int, window: int = WINDOW) -> KVAttention:
+def like_gemma(
+    model: Gemma3TextModel, i: int, window: int = WINDOW
+) -> GroupedQueryAttention | WindowAttention:
     """Ours with layer i's weights. Theirs divides scores by √scalar, ours by √D: queries make up for it."""
     theirs, config = model.layers[i].self_attn, model.config
     kind = config.layer_types[i]
     turns: RopeConfig = rope(config.rope_parameters[kind])
-    layer: KVAttention = (
+    layer: GroupedQueryAttention | WindowAttention = (
         WindowAttention(D_MODEL, N_HEADS, window=window, rope=turns, **SHAPE)
         if kind == "sliding_attention"
         else GroupedQueryAttention(D_MODEL, N_HEADS, rope=turns, **SHAPE)
@@ -242,7 +245,7 @@ def test_local_and_global_layers_attend_as_in_gemma_3(split: list[int]) -> None:
 
 
 def gpt_oss() -> GptOssModel:
-    """Every other layer sees a window; every head has a logit that takes weight; every projection a bias."""
+    """Every other layer has a window; every head has a sink logit, every projection a bias."""
     config = GptOssConfig(
         vocab_size=61,
         hidden_size=D_MODEL,
@@ -302,7 +305,7 @@ def test_a_window_that_is_off_by_one_would_be_seen(window: int) -> None:
     theirs = mistral()
     ours = kvlearn.from_transformers(theirs)
     for mixer in ours.mixers:
-        mixer.sight = type(mixer.sight)(window)  # type: ignore[union-attr]
+        mixer.window = window  # type: ignore[assignment]
     error = (ours(prompt()) - theirs(prompt()).logits).abs().amax((0, 2))
     same = min(window, WINDOW)
     assert (error[:same] < 1e-4).all()

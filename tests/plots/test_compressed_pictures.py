@@ -25,11 +25,11 @@ def test_a_latent_wider_than_half_of_what_it_squeezes_is_not_drawn() -> None:
 
 
 def test_the_crossover_is_where_the_lines_meet() -> None:
-    from kvlearn.attention.compressed import crossover, road_flops
+    from kvlearn.attention.mla import crossover, path_flops
 
     meet = crossover(16, 32)
     flops = {
-        road: [road_flops(road, 8, 16, 32, 8, new=n, cached=100_000) for n in (int(meet) - 1, int(meet) + 2)]
+        road: [path_flops(road, 8, 16, 32, 8, new=n, cached=100_000) for n in (int(meet) - 1, int(meet) + 2)]
         for road in ("naive", "absorbed")
     }
     picture = plots.roads([int(meet) - 1, int(meet) + 2], flops, crossover=meet)

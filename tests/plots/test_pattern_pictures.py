@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from kvlearn import plots
-from kvlearn.attention import SparseAttention, parse
-from kvlearn.attention.cache import KV
-from kvlearn.attention.columns import attend_columns
-from kvlearn.attention.core import grouped_attention
-from kvlearn.attention.sparse import by_pattern
-from kvlearn.attention.sparse.by_pattern import attend_pattern
-from kvlearn.attention.sparse.sentences import bigbird, longformer
+from kvlearn.attention import KV, SparseAttention, parse, sparse
+from kvlearn.attention.core import attend_blockwise, grouped_attention
+from kvlearn.attention.patterns import bigbird, longformer
+from kvlearn.attention.sparse import attend_pattern
 
 SENTENCES = [
     "local(9)",
@@ -36,7 +33,7 @@ def test_what_is_pale_is_what_the_executor_computes(sentence: str) -> None:
         return grouped_attention(q, k, v, mask)
 
     q, k, v = torch.randn(3, 1, 1, n, 4)
-    with patch.object(by_pattern, "attend_columns", partial(attend_columns, attend=counting)):
+    with patch.object(sparse, "attend_blockwise", partial(attend_blockwise, attend=counting)):
         attend_pattern(q, KV(k, v, torch.arange(n)[None]), parse(sentence), block)
     data = plots.gallery({"it": sentence}, n_tokens=n, block=block).data["it"]
     assert int(data["computed"].sum()) == sum(scores)

@@ -30,7 +30,7 @@ from kvlearn.study import (
     train,
     train_and_measure,
 )
-from kvlearn.study.conversion import RUNS, SIGHTS
+from kvlearn.study.conversion import MASK_RUNS, RUNS
 from kvlearn.study.other_text import paragraphs
 from kvlearn.study.routing import compare
 
@@ -375,12 +375,12 @@ def test_the_command_prints_the_table_and_records_the_rows(
     recorded = results.read(tmp_path / "convert-some-machine.json")
     assert recorded.command == "kvlearn study convert --record"
     assert recorded.rows[0]["training"]["lr"] == SETTINGS["lr"]
-    CliRunner().invoke(app, ["study", "sight"])
-    assert asked == [(RUNS, "convert"), (RUNS, "convert"), (SIGHTS, "sight")]
+    CliRunner().invoke(app, ["study", "window_quality"])
+    assert asked == [(RUNS, "convert"), (RUNS, "convert"), (MASK_RUNS, "window_quality")]
 
 
 def test_only_studies_with_rows_can_be_recorded() -> None:
     refused = CliRunner().invoke(app, ["study", "speed", "--record"])
     assert refused.exit_code == 2
     said = " ".join(refused.output.replace("│", " ").split())  # the box may break a line
-    assert "only convert, routing, sight, sinks, recall have rows" in said
+    assert "only convert, routing, window_quality, sinks, recall have rows" in said

@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlearn.attention.linear.channel_decay import gated_linear_attention
-from kvlearn.attention.linear.decay import linear_attention
-from kvlearn.attention.linear.delta import unit
-from kvlearn.attention.linear.delta_rule import delta_rule
-from kvlearn.attention.linear.linear import elu_features, normalised
-from kvlearn.attention.linear.scan import selective_scan
-from kvlearn.attention.linear.wkv import wkv
+from kvlearn.attention.delta import delta_rule
+from kvlearn.attention.linear import elu_features, gated_linear_attention, linear_attention, normalised
+from kvlearn.attention.mamba import selective_scan
+from kvlearn.attention.recurrent import l2_normalize
+from kvlearn.attention.rwkv import wkv
 from kvlearn.measure.linear_bench import designs
 from kvlearn.measure.shared_bench.growth import Core
 from kvlearn.measure.shared_bench.rows import agree
@@ -56,7 +54,7 @@ def gated_delta(n: int, device: torch.device) -> Form:
     q, k, v = draw(n, device)
     beta = torch.rand(q.shape[:3], device=device)
     log_decay = draw_log_decay(beta.shape).to(device)
-    return lambda form: delta_rule(unit(q), unit(k), v, beta, log_decay, form=form)[0]
+    return lambda form: delta_rule(l2_normalize(q), l2_normalize(k), v, beta, log_decay, form=form)[0]
 
 
 def gla(n: int, device: torch.device) -> Form:

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from kvlearn.attention import REGISTRY, Mechanism, StateMechanism
+from kvlearn.attention import REGISTRY, Mechanism
 
 D_MODEL, N_HEADS = 256, 4
 
 
 def state_names() -> list[str]:
     """All registered mechanisms with a state, by name."""
-    return [name for name, kind in REGISTRY.items() if issubclass(kind, StateMechanism)]
+    return [name for name, kind in REGISTRY.items() if kind.forms]
 
 
 def new_layer(

@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from kvlearn.attention import StateMechanism
+from kvlearn.attention import Mechanism, StateCache
 from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench.designs import details, new_layer, state_names
 
@@ -28,7 +28,6 @@ def long_rows(device: torch.device) -> Iterator[Row]:
     x = torch.randn(1, LENGTH, D_MODEL, device=device)
     for name in state_names():
         layer = new_layer(name, device, D_MODEL, N_HEADS)
-        assert isinstance(layer, StateMechanism)
         exact = through_cache(deepcopy(layer).double(), x.double(), PIECE)
         layer.form = "recurrent"
         out = through_cache(layer, x, 1 if name in STEPPED else PIECE)
@@ -46,20 +45,21 @@ def long_rows(device: torch.device) -> Iterator[Row]:
             yield Row(title, error(y, exact), "x", most, "<=", details=found)
 
 
-def through_cache(layer: StateMechanism, x: Tensor, piece: int) -> Tensor:
+def through_cache(layer: Mechanism, x: Tensor, piece: int) -> Tensor:
     """The text in pieces through a cache; the last ``LAST`` tokens one by one."""
     cache = layer.new_cache(batch=1, max_len=x.shape[1])
     pieces = (*x[:, :-LAST].split(piece, dim=1), *x[:, -LAST:].split(1, dim=1))
     return torch.cat([layer(each, cache) for each in pieces], dim=1)
 
 
-def rounding_state(layer: StateMechanism, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Token by token, with the memory kept in ``dtype`` between them; what is computed with it is fp32."""
-    state, outs = layer.start(x), []
+def rounding_state(layer: Mechanism, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Token by token, with the memory rounded to ``dtype`` between them; the arithmetic is fp32."""
+    cache, outs = layer.new_cache(batch=1, max_len=x.shape[1]), []
+    assert isinstance(cache, StateCache)
+    memory = cache.state["memory"]
     for token in x.split(1, dim=1):
-        out, state = layer.mix(token, state, "recurrent")
-        state["memory"] = state["memory"].to(dtype).to(x.dtype)
-        outs.append(out)
+        outs.append(layer(token, cache))
+        memory.copy_(memory.to(dtype))
     return torch.cat(outs, dim=1)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kvlearn.attention import StateMechanism
+from kvlearn.attention import StateCache
 from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench.designs import details, new_layer
 from kvlearn.measure.memory import peak_memory
@@ -33,7 +33,6 @@ def peer_rows(device: torch.device) -> Iterator[Row]:
     x = torch.randn(1, LENGTH, D_MODEL, device=device)
     for name, new_peer in PEERS.items():
         layer = new_layer(name, device, D_MODEL, N_HEADS)
-        assert isinstance(layer, StateMechanism)
         with device:
             peer = new_peer().eval()
         share_weights(layer, peer)
@@ -45,7 +44,9 @@ def peer_rows(device: torch.device) -> Iterator[Row]:
             yield time_row(by_turns, title, who, details("peer_time", name, LENGTH, who=who, **sizes))
         found = details("peer_speedup", name, LENGTH, goal=GOAL, **sizes)
         yield ratio_row(by_turns, f"{title} (goal {GOAL})", "transformers", name, found, bar=FASTER)
-        states = LENGTH * torch.Size(layer.state_shapes["memory"]).numel() * x.itemsize
+        cache = layer.new_cache(batch=1, max_len=LENGTH)
+        assert isinstance(cache, StateCache)
+        states = LENGTH * cache.state["memory"].numel() * x.itemsize
         for who, call in calls.items():
             found = details("peer_memory", name, LENGTH, who=who, states=states, **sizes)
             bar = states if who == name else None

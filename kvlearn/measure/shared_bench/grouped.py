@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlearn.attention import GroupedQueryAttention, KVAttention
-from kvlearn.attention.core import attention, causal_attention, visible
+from kvlearn.attention import GroupedQueryAttention
+from kvlearn.attention.core import attention, causal_attention, causal_mask_at
 from kvlearn.measure.bench import Row
 from kvlearn.measure.shared_bench.rows import Calls, agree, ratio_row, time_row
 from kvlearn.measure.steps import filled_cache, next_token
@@ -117,7 +117,7 @@ def new_layer(shape: Shape, n_kv_heads: int, device: torch.device) -> GroupedQue
 
 
 @torch.no_grad()
-def copy_heads(few: KVAttention, many: KVAttention) -> None:
+def copy_heads(few: GroupedQueryAttention, many: GroupedQueryAttention) -> None:
     """Make ``many`` compute what ``few`` does: each KV head in as many copies as query heads share it."""
     for name in ("q_proj", "o_proj"):
         getattr(many, name).weight.copy_(getattr(few, name).weight)
@@ -158,7 +158,7 @@ def core_calls(shape: Shape, device: torch.device, ways: Sequence[str], cached: 
         else:
             calls[name] = partial(causal_attention, q, k, v, positions)
     for kind, (k, v) in kv.items():
-        expected = attention(q, *copies(shape, k, v), visible(positions, n_tokens))
+        expected = attention(q, *copies(shape, k, v), causal_mask_at(positions, n_tokens))
         agree({name: call for name, call in calls.items() if name.split(",")[0] == kind}, expected)
     return calls
 

@@ -1,4 +1,4 @@
-"""The two roads of a latent, naive and absorbed: a step of decode, its memory, and where chunks change sides.
+"""The two paths of a latent, naive and absorbed: a step of decode, its memory, and where chunks change sides.
 
 The best that can be done naively is sought among several ways to decompress; each is checked against the
 equation, written down once more in fp64.
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlearn.attention import FullAttention, MultiHeadCompression
-from kvlearn.attention.compressed import Road, absorbed_attention, crossover, naive_attention, road_flops
-from kvlearn.attention.core import visible
+from kvlearn.attention.core import causal_mask_at
+from kvlearn.attention.mla import AttentionPath, absorbed_attention, crossover, naive_attention, path_flops
 from kvlearn.measure.bench import Row
 from kvlearn.measure.memory import peak_memory
 from kvlearn.measure.shared_bench.rows import Calls, agree, ratio_row, time_row
@@ -52,7 +52,7 @@ CHUNKS = Shape(rank=512)  # 4 · head_dim, as in MLA: absorbed costs more than i
 
 
 class Drawn(NamedTuple):
-    """What both roads start from; in the order of ``naive_attention``'s arguments."""
+    """What both paths start from; in the order of ``naive_attention``'s arguments."""
 
     q: Tensor
     latents: Tensor
@@ -114,12 +114,12 @@ def exact(given: Drawn) -> Tensor:
     )
     scores = torch.einsum("bhtd, bhsd -> bhts", q[..., :head_dim], k)
     scores += torch.einsum("bhtd, bsd -> bhts", q[..., head_dim:], latents[..., rank:])
-    hidden = ~visible(given.positions, latents.shape[1])
+    hidden = ~causal_mask_at(given.positions, latents.shape[1])
     return (scores * given.scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
 def step_rows(device: torch.device) -> Iterator[Row]:
-    """One token over a long cache, absorbed against the best naive road, and the memory that each needs."""
+    """One token over a long cache, absorbed against the best naive path, and the memory that each needs."""
     given = draw(STEP, LENGTH - 1, 1, device)
     calls: Calls = {
         "absorbed": partial(absorbed_attention, *given),
@@ -129,8 +129,8 @@ def step_rows(device: torch.device) -> Iterator[Row]:
     by_turns = compare(calls, rounds=ROUNDS)
     title = f"{STEP.n_heads} heads, rank {STEP.rank}, {LENGTH} tokens"
     for name in calls:
-        road: Road = "absorbed" if name == "absorbed" else "naive"
-        found = STEP.details("road_time", name, length=LENGTH, flops=flops(STEP, road, LENGTH - 1, 1))
+        path: AttentionPath = "absorbed" if name == "absorbed" else "naive"
+        found = STEP.details("road_time", name, length=LENGTH, flops=flops(STEP, path, LENGTH - 1, 1))
         yield time_row(by_turns, title, name, found)
     best = min(NAIVE, key=lambda name: by_turns.time(name).median)
     found = STEP.details("road_speedup", best, length=LENGTH)
@@ -151,13 +151,13 @@ def layer_rows(device: torch.device) -> Iterator[Row]:
         full = FullAttention(d_model, STEP.n_heads).eval()
     step = next_token(layer, torch.randn(1, 1, d_model, device=device), filled_cache(layer, 1, LENGTH))
 
-    def by(road: Road) -> Tensor:
-        layer.absorb = road == "absorbed"
+    def by(path: AttentionPath) -> Tensor:
+        layer.absorb = path == "absorbed"
         return step()
 
-    roads: dict[str, Callable[[], Tensor]] = {road: partial(by, road) for road in get_args(Road)}
-    agree(roads, by("naive"))
-    by_turns = compare({"full": last_token(full, 1, LENGTH), **roads}, rounds=ROUNDS)
+    paths: dict[str, Callable[[], Tensor]] = {path: partial(by, path) for path in get_args(AttentionPath)}
+    agree(paths, by("naive"))
+    by_turns = compare({"full": last_token(full, 1, LENGTH), **paths}, rounds=ROUNDS)
     title = f"layer {d_model}, rank {STEP.rank}, {LENGTH} tokens"
     for name in by_turns.rounds:
         yield time_row(by_turns, title, name, STEP.details("layer_time", name, length=LENGTH))
@@ -167,7 +167,7 @@ def layer_rows(device: torch.device) -> Iterator[Row]:
 
 
 def chunk_rows(device: torch.device) -> Iterator[Row]:
-    """More and more new tokens over a long cache: both roads' times beside their FLOPs, and the crossover."""
+    """More and more new tokens over a long cache: both paths' times beside their FLOPs, and the crossover."""
     ratios = {}
     for new in NEW:
         given = draw(CHUNKS, LENGTH, new, device)
@@ -178,10 +178,10 @@ def chunk_rows(device: torch.device) -> Iterator[Row]:
         check_chunk(calls, given)
         by_turns = compare(calls, rounds=ROUNDS if new < 64 else ROUNDS // 3)
         title = f"{new} new over {LENGTH}, rank {CHUNKS.rank}"
-        for road in get_args(Road):
-            counted = flops(CHUNKS, road, LENGTH, new)
-            found = CHUNKS.details("chunk_time", road, new=new, cached=LENGTH, flops=counted)
-            yield time_row(by_turns, title, road, found)
+        for path in get_args(AttentionPath):
+            counted = flops(CHUNKS, path, LENGTH, new)
+            found = CHUNKS.details("chunk_time", path, new=new, cached=LENGTH, flops=counted)
+            yield time_row(by_turns, title, path, found)
         by_flops = flops(CHUNKS, "naive", LENGTH, new) / flops(CHUNKS, "absorbed", LENGTH, new)
         found = CHUNKS.details("chunk_speedup", "absorbed", new=new, cached=LENGTH, by_flops=by_flops)
         yield ratio_row(by_turns, title, "naive", "absorbed", found)
@@ -196,17 +196,17 @@ def chunk_rows(device: torch.device) -> Iterator[Row]:
 
 
 def check_chunk(calls: Calls, given: Drawn) -> None:
-    """Both roads alike in every token, and the last token as the equation says."""
+    """Both paths alike in every token, and the last token as the equation says."""
     naive = calls["naive"]()
     agree({"absorbed": calls["absorbed"]}, naive)
     last = given._replace(q=given.q[:, :, -1:], positions=given.positions[:, -1:])
     agree({"naive": lambda: naive[:, :, -1:]}, exact(last))
 
 
-def flops(shape: Shape, road: Road, cached: int, new: int) -> int:
+def flops(shape: Shape, path: AttentionPath, cached: int, new: int) -> int:
     """By formula."""
     sizes = (shape.n_heads, shape.head_dim, shape.rank, shape.rope_dim)
-    return road_flops(road, *sizes, new=new, cached=cached)
+    return path_flops(path, *sizes, new=new, cached=cached)
 
 
 def crossing(ratios: dict[int, float]) -> float | None:

@@ -6,14 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvlearn.attention import KVAttention
 from kvlearn.measure.bench import Row
 from kvlearn.measure.memory import peak_memory
 from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
 from kvlearn.measure.timing import compare
 from kvlearn.measure.units import GIB
 from kvlearn.measure.window_bench import designs
-from kvlearn.measure.window_bench.designs import DESIGNS, WITH_SINKS, Design, details
+from kvlearn.measure.window_bench.designs import DESIGNS, WITH_SINKS, Design, Layer, details
 from kvlearn.measure.window_bench.reference import attend_in_layer, some_queries
 
 LENGTH, LONG = 16384, 32768
@@ -49,12 +48,12 @@ def memory_rows(device: torch.device) -> Iterator[Row]:
             yield Row(title, peak_memory(call, device), "B", MOST, "<=", details=found)
 
 
-def into_cache(layer: KVAttention, x: Tensor) -> Tensor:
+def into_cache(layer: Layer, x: Tensor) -> Tensor:
     """A prompt in one pass into a new cache."""
     return layer(x, layer.new_cache(batch=len(x), max_len=x.shape[1]))
 
 
-def check(name: str, call: Callable[[], Tensor], layer: KVAttention, x: Tensor, design: Design) -> None:
+def check(name: str, call: Callable[[], Tensor], layer: Layer, x: Tensor, design: Design) -> None:
     """Raises AssertionError unless some tokens of a prompt come out as the equation says."""
     at = some_queries(x.shape[1])
     agree({name: lambda: call()[:, at]}, attend_in_layer(layer, x, design, at))

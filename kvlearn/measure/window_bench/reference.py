@@ -5,9 +5,8 @@ import random
 import torch
 from torch import Tensor, nn
 
-from kvlearn.attention import KVAttention
 from kvlearn.attention.core import merge_heads, split_heads
-from kvlearn.measure.window_bench.designs import Design
+from kvlearn.measure.window_bench.designs import Design, Layer
 
 SAMPLES = 32
 
@@ -27,7 +26,7 @@ def attend(
     """
     n = k.shape[2]
     s = torch.arange(n)
-    seen = torch.stack([(s <= t) & design.sees(n, t, s) for t in at]).to(k.device)
+    seen = torch.stack([(s <= t) & design.visible(n, t, s) for t in at]).to(k.device)
     scores = q[:, :, at].double() @ k.double().mT / k.shape[3] ** 0.5
     scores = scores.masked_fill(~seen, -torch.inf)
     if sink_logits is not None:
@@ -36,10 +35,10 @@ def attend(
     return scores.softmax(-1)[..., :n] @ v.double()
 
 
-def attend_in_layer(layer: KVAttention, x: Tensor, design: Design, at: list[int]) -> Tensor:
+def attend_in_layer(layer: Layer, x: Tensor, design: Design, at: list[int]) -> Tensor:
     """The same between the layer's own projections: its output at the positions ``at``."""
-    k, v, positions = layer.kv(x)
-    q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), positions)
+    k, v, positions = layer.project_kv(x)
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), positions)
     logits = getattr(layer, "sink_logits", None)
     assert logits is None or isinstance(logits, nn.Parameter)
     heads = attend(q, k, v, design, at, logits)

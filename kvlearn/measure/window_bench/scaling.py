@@ -2,8 +2,8 @@
 
 Every design at every length takes its turn in every round, so that whatever slows the machine meets all of
 them alike. An exponent is the slope of log(time) over log(N), fitted round by round; memory is counted
-exactly and fitted once. Below four windows much of a text is still in sight: those lengths are shown and not
-fitted.
+exactly and fitted once. Below four windows most of a text is inside the window: those lengths are shown
+and not fitted.
 """
 
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def checked_core(name: str, design: Design, q: Tensor, k: Tensor, v: Tensor) -> 
     kv = KV(k, v, torch.arange(n, device=q.device)[None])
 
     def core() -> Tensor:
-        return layer.pass_over(q, kv)
+        return layer.attend(q, kv)
 
     at = some_queries(n)
     agree({name: lambda: core()[:, :, at]}, attend(q, k, v, design, at))
@@ -83,7 +83,7 @@ def checked_train_step(name: str, design: Design, q: Tensor, k: Tensor, v: Tenso
     def step(upstream: Tensor = upstream) -> Tensor:
         with torch.enable_grad():
             q_, k_, v_ = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = layer.pass_over(q_, KV(k_, v_, positions))
+            out = layer.attend(q_, KV(k_, v_, positions))
             return torch.stack(torch.autograd.grad(out, leaves, upstream))
 
     at = some_queries(n)

@@ -18,7 +18,7 @@ def size_rows(device: torch.device) -> Iterator[Row]:
         for name, design in {**DESIGNS, **WITH_SINKS}.items():
             layer = designs.new_layer(design, n, torch.device("cpu"))
             allocated = layer.new_cache(batch=1, max_len=n, device=device).nbytes
-            seen = int(design.sees(n, n - 1, s).sum())
+            seen = int(design.visible(n, n - 1, s).sum())
             a_token = 2 * layer.n_kv_heads * layer.head_dim * torch.float32.itemsize
             stored, read = layer.cache_bytes(n), layer.read_bytes(n)
             sizes = {"stored": stored, "read": read, "dtype": "float32"}

@@ -6,14 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvlearn.attention import Cache, KVAttention
+from kvlearn.attention import Cache
 from kvlearn.attention.core import merge_heads, split_heads
 from kvlearn.measure.bench import Row
 from kvlearn.measure.shared_bench.rows import agree, time_row
 from kvlearn.measure.steps import next_token
 from kvlearn.measure.timing import compare
 from kvlearn.measure.window_bench import designs
-from kvlearn.measure.window_bench.designs import DESIGNS, WITH_SINKS, Design, details
+from kvlearn.measure.window_bench.designs import DESIGNS, WITH_SINKS, Design, Layer, details
 from kvlearn.measure.window_bench.reference import attend_in_layer
 
 LENGTHS = (2048, 16384)  # full rings at both
@@ -58,13 +58,13 @@ def checked_steps(name: str, design: Design, x: Tensor) -> dict[str, Step]:
     return {"layer": step, "attention": core}
 
 
-def attention_alone(layer: KVAttention, x: Tensor, cache: Cache) -> Step:
+def attention_alone(layer: Layer, x: Tensor, cache: Cache) -> Step:
     """What the last token's query does with what the cache holds."""
-    kv = layer.kv(x, cache)
-    q = layer.rotate(split_heads(layer.q_proj(x), layer.n_heads), kv.positions)
-    return partial(layer.pass_over, q, kv)
+    kv = layer.project_kv(x, cache)
+    q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), kv.positions)
+    return partial(layer.attend, q, kv)
 
 
-def through_output(layer: KVAttention, core: Step) -> Tensor:
+def through_output(layer: Layer, core: Step) -> Tensor:
     """The layer's output, from its attention."""
     return layer.o_proj(merge_heads(core()))

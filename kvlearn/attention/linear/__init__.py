@@ -1,1 +1,0 @@
-"""Chapter 06: a state of constant size in place of a cache that grows."""

@@ -1,1 +1,0 @@
-"""Chapter 04: attention to the last W tokens, and a cache that stops growing."""
