@@ -1,6 +1,6 @@
 """Every figure of the course, in one style, drawn from data that a test can check."""
 
-from kvlearn.plots.compressed import roads, rope_on_latent, spectrum
+from kvlearn.plots.compressed import path_flops, rope_on_latent, spectrum
 from kvlearn.plots.full_attention import (
     cache_saves,
     loss_by_position,
@@ -40,11 +40,11 @@ __all__ = [
     "loss_curve",
     "loss_over_rank",
     "on_the_roofline",
+    "path_flops",
     "pools",
     "recall_curves",
     "recall_over_state",
     "ring",
-    "roads",
     "rope_on_latent",
     "scaling",
     "selections",

@@ -1,4 +1,4 @@
-"""Pictures of chapter 03: where the two roads of decode cross, what is low-rank, what RoPE breaks."""
+"""Pictures of chapter 03: where the two paths of decode cross, what is low-rank, what RoPE breaks."""
 
 from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
@@ -11,10 +11,10 @@ from kvlearn import validate
 from kvlearn.measure import Quartiles, format_seconds
 from kvlearn.plots.picture import COLOURS, MISTAKES, Line, Picture, drawing, line_styles
 
-ROADS = {"naive": Line(COLOURS["memory"], "--", "s"), "absorbed": Line(COLOURS["compressed"], "-", "o")}
+PATHS = {"naive": Line(COLOURS["memory"], "--", "s"), "absorbed": Line(COLOURS["compressed"], "-", "o")}
 
 
-def roads(
+def path_flops(
     T: Sequence[int],
     flops: Mapping[str, Sequence[float]],
     times: Mapping[str, Sequence[Quartiles]] | None = None,
@@ -22,23 +22,23 @@ def roads(
     crossover: float | None = None,
     title: str = "",
 ) -> Picture:
-    """FLOPs of the naive and the absorbed road over the new tokens of a call, and times measured beside them.
+    """FLOPs of the naive and the absorbed path over the new tokens of a call, and times measured beside them.
 
     Keys of ``flops`` and ``times`` are "naive" and "absorbed"; a list of times may be shorter than ``T``.
     ``crossover``: where the lines meet on paper; None or infinity where they do not.
     """
     for name in (*flops, *(times or {})):
-        validate.one_of("road", name, ROADS)
+        validate.one_of("path", name, PATHS)
     with drawing(1, 2 if times else 1, size=(7.8, 3.7), squeeze=False) as (figure, grid):
         panels = grid[0]
         for name, counts in flops.items():
-            panels[0].plot(T, np.asarray(counts) / 1e9, label=name, **ROADS[name].style())
+            panels[0].plot(T, np.asarray(counts) / 1e9, label=name, **PATHS[name].style())
         for name, measured in (times or {}).items():
             median, q1, q3 = (
                 np.array([getattr(q, at) * 1e3 for q in measured]) for at in ("median", "q1", "q3")
             )
             bars = [median - q1, q3 - median]
-            look = {**ROADS[name].style(), "capsize": 3, "elinewidth": 1}
+            look = {**PATHS[name].style(), "capsize": 3, "elinewidth": 1}
             panels[1].errorbar(T[: len(median)], median, bars, label=name, **look)
         if crossover is not None and min(T) <= crossover <= max(T):
             panels[0].axvline(crossover, color="#8a8a8a", lw=1, ls=":")
@@ -71,7 +71,7 @@ def roads(
         for name, m in (times or {}).items()
     )
     meet = f" The lines meet at {crossover:.3g} tokens." if crossover and isfinite(crossover) else ""
-    alt = f"{title or 'Two roads of latent attention'}, over new tokens a call: {listed}.{meet}"
+    alt = f"{title or 'Two paths of latent attention'}, over new tokens a call: {listed}.{meet}"
     data = {"T": list(T), "flops": dict(flops), "times": dict(times or {}), "crossover": crossover}
     return Picture(figure, f"{alt} Measured: {measured_}." if times else alt, data)
 

@@ -1,4 +1,4 @@
-"""The picture of chapter 03: a token's keys and values squeezed to R numbers, and the two roads of decode."""
+"""The picture of chapter 03: a token's keys and values squeezed to R numbers, and the two paths of decode."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ TITLE: dict[str, Any] = {"fontsize": 11, "weight": "bold"}
 def squeeze(
     n_heads: int = 8, head_dim: int = 16, rank: int = 32, rope_dim: int = 8, *, n_tokens: int = 8192
 ) -> Picture:
-    """A token's keys and values squeezed to R numbers and a rotary key; the two roads of decode from there.
+    """A token's keys and values squeezed to R numbers and a rotary key; the two paths of decode from there.
 
     Above, a cell is a number, of the same size on both sides; below, a block of S tokens is as wide as it has
     numbers a token. ``n_tokens`` is S, the tokens in the cache.
@@ -38,11 +38,11 @@ def squeeze(
         axes.grid(False)
         axes.spines[:].set_visible(False)
         _draw_squeeze(axes, n_heads, head_dim, rank, rope_dim)
-        _draw_naive_road(axes, 27.5, n_heads, head_dim, rank, rope_dim, n_tokens)
-        _draw_absorbed_road(axes, 5.0, n_heads, head_dim, rank, rope_dim, n_tokens)
+        _draw_naive_path(axes, 27.5, n_heads, head_dim, rank, rope_dim, n_tokens)
+        _draw_absorbed_path(axes, 5.0, n_heads, head_dim, rank, rope_dim, n_tokens)
     alt = (
         f"Above: {full:,} numbers of a token, keys and values of {n_heads} heads, are squeezed to a latent "
-        f"of {rank} and a rotary key of {rope_dim}; only these {cached} are cached. Below, two roads of "
+        f"of {rank} and a rotary key of {rope_dim}; only these {cached} are cached. Below, two paths of "
         f"decode over {n_tokens:,} cached tokens. Naive: the cache is decompressed to all heads, "
         f"{largest['naive']:,} numbers, then attended. Absorbed: the query is folded down to the latent, "
         f"attends there and the result is folded up; the largest intermediate is {largest['absorbed']:,} "
@@ -74,13 +74,13 @@ def _draw_squeeze(axes: Axes, n_heads: int, head_dim: int, rank: int, rope_dim: 
     axes.text(62.6, top + 2.4, f"the cache, for all heads: {sizes}", fontsize=9)
 
 
-def _draw_naive_road(
+def _draw_naive_path(
     axes: Axes, y: float, n_heads: int, head_dim: int, rank: int, rope_dim: int, n_tokens: int
 ) -> None:
     """Cache, keys and values of all heads, scores, output."""
     full = 2 * n_heads * head_dim
     unit, start, end = _draw_ends(axes, y, n_heads, head_dim, rank, rope_dim, n_tokens)
-    axes.text(0, y + 13.6, "Naive road: decompress every token, then attend", **TITLE)
+    axes.text(0, y + 13.6, "Naive path: decompress every token, then attend", **TITLE)
     lines = "#8a8a8a" if n_heads <= 16 else "none"
     for i in range(2 * n_heads):
         strip = (34 + i * head_dim * unit, y), head_dim * unit, 11
@@ -93,12 +93,12 @@ def _draw_naive_road(
     _arrow(axes, end, 99.5, y + 5.5, "softmax · V", f"out: H·D = {full // 2:,}")
 
 
-def _draw_absorbed_road(
+def _draw_absorbed_path(
     axes: Axes, y: float, n_heads: int, head_dim: int, rank: int, rope_dim: int, n_tokens: int
 ) -> None:
     """Cache, scores, output: the query goes to the latent, and what it finds there comes back."""
     _, start, end = _draw_ends(axes, y, n_heads, head_dim, rank, rope_dim, n_tokens)
-    title = "Absorbed road: fold the query down, attend in the latent, fold up"
+    title = "Absorbed path: fold the query down, attend in the latent, fold up"
     axes.text(0, y + 13.6, title, **TITLE)
     width = "R + Dr" if rope_dim else "R"
     words = f"the query folded down: H·({width}) = {n_heads * (rank + rope_dim):,}; no token is decompressed"
@@ -112,7 +112,7 @@ def _draw_absorbed_road(
 def _draw_ends(
     axes: Axes, y: float, n_heads: int, head_dim: int, rank: int, rope_dim: int, n_tokens: int
 ) -> tuple[float, float, float]:
-    """What both roads have: the cache at the left, the scores at the right.
+    """What both paths have: the cache at the left, the scores at the right.
 
     Returns the width of one number a token, where the cache ends and where the scores end.
     """

@@ -32,12 +32,12 @@ def test_the_crossover_is_where_the_lines_meet() -> None:
         road: [path_flops(road, 8, 16, 32, 8, new=n, cached=100_000) for n in (int(meet) - 1, int(meet) + 2)]
         for road in ("naive", "absorbed")
     }
-    picture = plots.roads([int(meet) - 1, int(meet) + 2], flops, crossover=meet)
+    picture = plots.path_flops([int(meet) - 1, int(meet) + 2], flops, crossover=meet)
     first, last = zip(*picture.data["flops"].values(), strict=True)
     assert first[0] > first[1]
     assert last[0] < last[1]
     assert f"meet at {meet:.3g} tokens" in picture.alt
-    assert "meet" not in plots.roads([1, 2], {"naive": [1, 1]}, crossover=float("inf")).alt
+    assert "meet" not in plots.path_flops([1, 2], {"naive": [1, 1]}, crossover=float("inf")).alt
 
 
 def test_the_share_of_the_energy_is_of_the_squares_summed() -> None:

@@ -36,7 +36,7 @@ FIGURES: dict[str, Callable[[], Picture]] = {
     ),
     "uptraining": lambda: plots.uptraining(results.load("convert")[0].rows, CONVERTED, family="compressed"),
     "loss_over_rank": lambda: plots.loss_over_rank(dict.fromkeys((*NAMES, "random"), POINTS), base=1.0),
-    "roads": lambda: plots.roads([1], {"naive": [4e9], "absorbed": [1e8]}),
+    "path_flops": lambda: plots.path_flops([1], {"naive": [4e9], "absorbed": [1e8]}),
     "spectrum": lambda: plots.spectrum({"as they are": ENERGIES, "without their mean": ENERGIES}),
     "rope_on_latent": lambda: plots.rope_on_latent(dict.fromkeys((*NAMES, "RoPE on the latent"), np.ones(8))),
     "influence": lambda: plots.influence(

@@ -128,7 +128,7 @@ PICTURES = {
     ),
     "uptraining": lambda: plots.uptraining(recorded("full", "pool"), {"pool": "mean"}),
     "squeeze": plots.squeeze,
-    "roads": lambda: plots.roads(
+    "path_flops": lambda: plots.path_flops(
         [1, 64],
         {"naive": [4e9, 5e9], "absorbed": [1e8, 6e9]},
         {"naive": [SOME, SOME], "absorbed": [SOME]},
