@@ -1,7 +1,7 @@
-"""Argument checks: every check of what a caller passes in, so that the mathematics stays free of checks.
+"""Argument checks for all of kvlearn, kept apart from the mathematics.
 
-Each function returns the value it was given, or raises an error that names the argument, says what came
-and says what was expected: ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
+Each function returns the value it was given, or raises an error with the argument's name, its value and the
+expected one: ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
 """
 
 import operator

@@ -8,8 +8,8 @@
     layer.read_bytes(length)                       READ by one decode step at this length
     y = layer(x, cache, source=kv)                 reads another layer's keys and values, and stores 0 bytes
 
-The model, the measurements and the tests know a mechanism by these methods alone. Every class in ``REGISTRY``
-is tested by tests/attention/test_contract.py.
+The model, the measurements and the tests use only these methods. Every class in ``REGISTRY`` is tested
+by tests/attention/test_contract.py.
 """
 
 from abc import ABC, abstractmethod
@@ -25,18 +25,18 @@ from kvlearn import validate
 
 
 class Cache(ABC):
-    """What one layer keeps of the tokens it has seen.
+    """The cache of one layer.
 
     Rows of a batch may differ in length: prompts of different lengths are padded on the right, fed together,
     and cut back to their own lengths by ``trim``.
     """
 
-    can_trim = True  # False where what was seen cannot be forgotten: a state, a ring that wrote over its past
+    can_trim = True  # False where past tokens cannot be removed: a state, a ring that has overwritten some
 
     def __init__(self, batch: int, max_len: int, device: torch.device | str) -> None:
         self.batch = validate.positive("batch", batch)
         self.max_len = validate.positive("max_len", max_len)
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as in tensors
         self.length = 0  # of the longest row
         self.lengths: Int[Tensor, "B"] | None = None  # of every row, where they differ
 
@@ -46,7 +46,7 @@ class Cache(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes really allocated for content, counted at the storages, each once."""
+        """Bytes really allocated for content; each storage counts once."""
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.tensors())}
         return sum(storages.values())
 
@@ -56,7 +56,7 @@ class Cache(ABC):
         return start + torch.arange(n_tokens, device=self.device)[None]
 
     def check_room(self, n_tokens: int) -> None:
-        """Raise ValueError where ``max_len`` has no room for ``n_tokens`` more; called before writing."""
+        """Raise ValueError if ``n_tokens`` more would exceed ``max_len``; called before writing."""
         if self.length + n_tokens > self.max_len:
             raise ValueError(
                 f"cache: expected at most max_len={self.max_len} tokens, got {self.length} and {n_tokens} new"
@@ -70,7 +70,7 @@ class Cache(ABC):
             self.lengths = self.lengths + n_tokens
 
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
-        """Forget in each row what lies past its own length: right padding, or tokens that were rejected.
+        """Remove each row's tokens past its new length: right padding, or tokens that were rejected.
 
         Raises ValueError for lengths that the rows never had, and where ``can_trim`` is False.
         """
@@ -135,7 +135,7 @@ class KVCache(Cache):
     ) -> None:
         super().__init__(batch, max_len, device)
         validate.floating("dtype", dtype)
-        # Zeros, not whatever the memory held: a masked slot weighs 0, and 0 · NaN would be NaN.
+        # Zeros, since a masked slot has weight 0, and 0 · NaN would be NaN.
         self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
 
@@ -143,7 +143,7 @@ class KVCache(Cache):
         return [self.k, self.v]
 
     def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
-        """Write new keys and values behind the old ones; return views of all of them, never a copy."""
+        """Write new keys and values after the old ones; return views of all of them, never a copy."""
         n_heads, head_dim = self.k.shape[1], self.k.shape[3]
         for name, new in (("k", k), ("v", v)):
             validate.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
@@ -167,7 +167,7 @@ class NoCache(Cache):
 
 
 # One token per row over its cache: q (B, H, D), keys and values (B, G, S, D), lengths (B,) int32 ->
-# (B, H, D); kvlearn.kernels.decode_attention, for one.
+# (B, H, D); for example kvlearn.kernels.decode_attention.
 DecodeStep = Callable[..., Tensor]
 
 
@@ -182,17 +182,17 @@ def decode_step(
 class Mechanism(nn.Module, ABC):
     """A layer that mixes tokens causally.
 
-    Every constructor takes ``d_model`` and ``n_heads``, then options of its own; among them, where they mean
-    something to it, ``head_dim`` (d_model / n_heads unless given) and ``rope`` (None: no positions). Raises
-    ValueError or TypeError that names the argument.
+    Every constructor takes ``d_model`` and ``n_heads``, then its own options; among them, if they apply,
+    ``head_dim`` (d_model / n_heads unless given) and ``rope`` (None: no positions). Raises ValueError or
+    TypeError that names the argument.
     """
 
     name: str  # in the registry
-    chooses_by_content = False  # True where the output jumps when a choice between pools or tokens tips over
-    auxiliary_parameters: tuple[str, ...] = ()  # they only choose: the output has no gradient for them
-    no_weight_decay: tuple[str, ...] = ()  # matrices that weight decay leaves alone
-    forms: tuple[str, ...] = ()  # of a recurrence: how it can go through its tokens (recurrent.py)
-    form = ""  # the one of these for more than one token
+    chooses_by_content = False  # True if the output jumps where the selected pools or tokens change
+    auxiliary_parameters: tuple[str, ...] = ()  # used for selection only: the output has no gradient for them
+    no_weight_decay: tuple[str, ...] = ()  # matrices excluded from weight decay
+    forms: tuple[str, ...] = ()  # of a recurrence: the forms in which it can be computed (recurrent.py)
+    form = ""  # the form for more than one token
     state_shapes: Mapping[str, tuple[int, ...]] | None = None  # of a recurrence, once a cache has been used
 
     def __init__(self, d_model: int, n_heads: int, head_dim: int | None) -> None:
@@ -209,12 +209,12 @@ class Mechanism(nn.Module, ABC):
     ) -> Float[Tensor, "B T M"]:
         """The layer's output for the new tokens ``x``, which continue the sequence in ``cache``.
 
-        ``source`` holds another layer's keys and values, to be read in place of this layer's own; ``cache``
-        is then left alone.
+        ``source`` holds another layer's keys and values, read in place of this layer's own; ``cache`` is then
+        not changed.
         """
 
     def __call__(self, x: Tensor, cache: Cache | None = None, source: KV | None = None) -> Tensor:
-        """``forward``; with a cache no graph is kept, since a cache holds numbers and is written in place."""
+        """``forward``; with a cache no gradient is computed, since a cache is written in place."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             return super().__call__(x, cache, source)
 
@@ -222,7 +222,7 @@ class Mechanism(nn.Module, ABC):
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         """``forward(x)`` written again from the paper: fp32, and a bare loop over time.
 
-        It shares with ``forward`` the weights, and no code that could be wrong in both.
+        It shares only the weights with ``forward``, so that no error can be in both.
         """
 
     @abstractmethod
@@ -241,7 +241,7 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        """READ: bytes of cache that one decode step touches when ``length`` tokens are in it."""
+        """READ: bytes of cache that one decode step reads when ``length`` tokens are in it."""
 
     @classmethod
     @abstractmethod
@@ -263,7 +263,7 @@ class Mechanism(nn.Module, ABC):
         )
 
     def initialise(self) -> None:
-        """Draw the weights that have a start of the mechanism's own; a model calls it last."""
+        """Set the weights that have an initialisation of their own; a model calls this last."""
 
     def dtype_and_device(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -273,7 +273,7 @@ class Mechanism(nn.Module, ABC):
         return dtype or weight.dtype, torch.device(device) if device is not None else weight.device
 
     def to_bytes(self, numbers: int, batch: int, dtype: torch.dtype | None) -> int:
-        """Bytes of so many cached numbers per row, in ``dtype`` or that of the weights."""
+        """Bytes of ``numbers`` cached per row, in ``dtype`` or in the weights' dtype."""
         return validate.positive("batch", batch) * numbers * self.dtype_and_device(dtype)[0].itemsize
 
     def check_inputs(
@@ -311,7 +311,7 @@ class Mechanism(nn.Module, ABC):
 
 
 def token_positions(x: Float[Tensor, "B T M"], cache: Cache | None) -> Int[Tensor, "#B T"]:
-    """Positions of the tokens ``x``: from 0, or behind what ``cache`` holds."""
+    """Positions of the tokens ``x``: from 0, or after the tokens in ``cache``."""
     return torch.arange(x.shape[1], device=x.device)[None] if cache is None else cache.positions(x.shape[1])
 
 

@@ -30,7 +30,7 @@ def attention(
     mask: Bool[Tensor, "..."] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H T Dv"]:
-    """softmax(q kᵀ · scale) v, as it is written on paper: the reference for everything faster.
+    """softmax(q kᵀ · scale) v, as on paper: the reference for all faster forms.
 
     Computed in fp32 at least, returned in q's dtype. ``mask`` broadcasts to (B, H, T, S); ``scale`` is 1/√D
     unless given. Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
@@ -41,7 +41,7 @@ def attention(
 def causal_mask(n_queries: int, n_keys: int, device: torch.device | str | None = None) -> Bool[Tensor, "T S"]:
     """The mask of ``n_queries`` tokens that are the *last* of ``n_keys``: aligned bottom-right.
 
-    Query t has position n_keys - n_queries + t and sees the keys up to and including its own.
+    Query t has position n_keys - n_queries + t and attends to the keys up to and including its own.
     Raises ValueError for more queries than keys.
     """
     validate.at_most("n_queries", n_queries, n_keys, "n_keys: each query has a key of its own")
@@ -68,7 +68,7 @@ def causal_attention(
     """Causal attention of queries at ``positions`` over keys 0…S-1, by PyTorch's SDPA.
 
     Where all rows have the same positions, those must be the last T of S. Two cases then need no mask: one
-    new token, which sees everything, and a sequence from its start, for which SDPA builds none itself.
+    new token, to which every key is visible, and a sequence from its start, for which SDPA stores none.
     """
     S = k.shape[2]
     together = len(positions) == 1
@@ -86,9 +86,9 @@ def grouped_attention(
 ) -> Float[Tensor, "B H T Dv"]:
     """PyTorch's SDPA of H query heads over G KV heads: H/G neighbouring query heads read one KV head.
 
-    Keys and values are not copied for them: a step turns the heads of a pool into the rows of one matrix of
-    queries, so that each key is fetched once; a longer pass makes a batch of the pools and shows each to all
-    its heads. G must divide H.
+    Keys and values are not copied for them: for one new token the heads of a pool are the rows of one query
+    matrix, so that each key is read once; for more tokens the pools are a batch, expanded to their heads. G
+    must divide H.
     """
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
@@ -104,10 +104,10 @@ def grouped_attention(
 
 
 def _parts(pools: int, heads: int, device: torch.device) -> int:
-    """Into how many matrices a step cuts the ``heads`` of each pool.
+    """The number of query matrices for the ``heads`` of each pool in a step.
 
-    One, but on a processor with more threads than pools. There SDPA gives a matrix to a thread; of a lone one
-    it would do each little product by all threads, which wait for each other every time.
+    One, except on a CPU with more threads than pools. There SDPA gives each thread a matrix; with a single
+    matrix all threads would share every small product, and wait for each other every time.
     """
     if device.type != "cpu":
         return 1
@@ -116,10 +116,10 @@ def _parts(pools: int, heads: int, device: torch.device) -> int:
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys: the normalised output, and the log of what normalised it.
+    """Attention over some of the keys: the normalised output, and its log-sum-exp.
 
-    ``lse`` is log Σ exp(score) over those keys. It is all that is needed to merge two partial results as if
-    their keys had been seen together. No keys give out = 0 and lse = -inf.
+    ``lse`` is log Σ exp(score) over those keys. By it two partial results merge to attention over all their
+    keys. No keys give out = 0 and lse = -inf.
     """
 
     out: Float[Tensor, "B H T Dv"]
@@ -160,7 +160,7 @@ def grouped_partial(
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Two partial results over disjoint keys, as one: each output weighs exp(its lse - the common lse).
+    """Two partial results over disjoint keys, as one: exp(its lse - the common lse) weights each output.
 
     lse = log(exp(lse_a) + exp(lse_b)), taken relative to the larger of the two so that nothing overflows.
     Source: Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018), section 3.1; the form
@@ -191,11 +191,11 @@ def blockwise_attention(
 
 
 def with_sinks(part: Partial, sink_logits: Float[Tensor, "H"]) -> Float[Tensor, "B H T Dv"]:
-    """The output where each head's softmax has one more logit, which nothing of value belongs to.
+    """The output where each head's softmax has one more logit, which has no value.
 
         softmax over [scores, s], without the last weight:   out · e^lse / (e^lse + e^s) = out · σ(lse - s)
 
-    A head that finds nothing can so put its weight nowhere. Source: OpenAI, "gpt-oss" (2025), section 2.2;
+    A head can so give no weight to any token. Source: OpenAI, "gpt-oss" (2025), section 2.2;
     Miller, "Attention Is Off By One" (2023), is the case s = 0.
     """
     return part.out * torch.sigmoid(part.lse - upcast(sink_logits)[:, None])[..., None]
@@ -208,7 +208,7 @@ AttendMasked = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @runtime_checkable
 class MaskRule(Protocol):
-    """Which keys a query attends to, by their positions; asked only for keys that are not in the future."""
+    """Which keys a query attends to, by their positions; used only for keys at or before the query."""
 
     def visible(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Whether the query at each position attends to the key at each, for keys at or before it."""
@@ -230,11 +230,11 @@ def attend_blockwise(
     block: int,
     attend: AttendMasked = grouped_attention,
 ) -> Float[Tensor, "B H T _"]:
-    """Attention of ``block`` queries at a time over the keys that at least one of them sees.
+    """Attention of ``block`` queries at a time over the keys that are visible to at least one of them.
 
-    What no query of a block sees is not computed: time O(T · keys of a block), and no T x S matrix. Keys are
-    in the order of their positions, empty slots first; for a single query in any order. A query that sees
-    nothing gets 0. Rows of a batch that differ in their positions are computed one by one.
+    No other key is computed: time O(T · keys of a block), and no T x S matrix. Keys are in the order of their
+    positions, empty slots first; for a single query in any order. A query without visible keys gets 0. Rows
+    of a batch that differ in their positions are computed one by one.
     """
     positions, key_positions = kv.positions, kv.key_positions
     if max(len(positions), len(key_positions)) > 1:
@@ -246,15 +246,15 @@ def attend_blockwise(
         return attend(q, kv.k[:, :, at], kv.v[:, :, at], None)
     blocks, slots = positions[0].split(block), key_positions[0].contiguous()
     wanted = (rule.visible_keys(int(now[0]), int(now[-1])).to(slots.device) for now in blocks)
-    columns = [_as_slice(torch.searchsorted(slots, keys)) for keys in wanted]
+    selections = [_as_slice(torch.searchsorted(slots, keys)) for keys in wanted]
     outs = [
         attend(part, k, v, rule_mask(rule, now, slots[at])[None, None])
         for part, now, at, k, v in zip(
             q.split(block, dim=2),
             blocks,
-            columns,
-            gathered(kv.k, columns),
-            gathered(kv.v, columns),
+            selections,
+            gathered(kv.k, selections),
+            gathered(kv.v, selections),
             strict=True,
         )
     ]
@@ -262,39 +262,39 @@ def attend_blockwise(
 
 
 def gathered(
-    x: Float[Tensor, "B G S D"], columns: list[slice | Tensor]
+    x: Float[Tensor, "B G S D"], selections: list[slice | Tensor]
 ) -> Iterable[Float[Tensor, "B G _ D"]]:
-    """``x`` at each of ``columns``: one after the other, or all at once where gradients will come."""
+    """``x`` at each of ``selections``: one after the other, or all at once where a gradient is needed."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return GatheredSlices.apply(x, columns)
-    return (x[:, :, at] for at in columns)
+        return GatheredSlices.apply(x, selections)
+    return (x[:, :, at] for at in selections)
 
 
 class GatheredSlices(torch.autograd.Function):
     """Several selections from one tensor, whose gradients are added into one tensor of its length.
 
-    Taken one by one, each would have a gradient of that length, nearly all zeros: O(T²) bytes to add up.
+    Indexed one by one, each would have a gradient of that length, nearly all zeros: O(T²) bytes to add up.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: list[slice | Tensor]) -> tuple[Tensor, ...]:
-        ctx.columns, ctx.shape = columns, x.shape
-        return tuple(x[:, :, at] for at in columns)
+    def forward(ctx: Any, x: Tensor, selections: list[slice | Tensor]) -> tuple[Tensor, ...]:
+        ctx.selections, ctx.shape = selections, x.shape
+        return tuple(x[:, :, at] for at in selections)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].new_zeros(ctx.shape)
-        for at, grad in zip(ctx.columns, grads, strict=True):
+        for at, grad in zip(ctx.selections, grads, strict=True):
             total[:, :, at] += grad
         return total, None
 
 
-def _as_slice(columns: Int[Tensor, "n"]) -> slice | Int[Tensor, "n"]:
-    """The same columns, as a slice where they are neighbours: a view then, and else a copy."""
-    n = len(columns)
-    if n and int(columns[-1] - columns[0]) == n - 1 and bool((columns.diff() == 1).all()):
-        return slice(int(columns[0]), int(columns[0]) + n)
-    return columns
+def _as_slice(indices: Int[Tensor, "n"]) -> slice | Int[Tensor, "n"]:
+    """The same indices, as a slice if they are consecutive, which gives a view and not a copy."""
+    n = len(indices)
+    if n and int(indices[-1] - indices[0]) == n - 1 and bool((indices.diff() == 1).all()):
+        return slice(int(indices[0]), int(indices[0]) + n)
+    return indices
 
 
 TILE = 64  # queries whose scores exist at the same time, where a query selects blocks of keys
@@ -303,9 +303,9 @@ TILE = 64  # queries whose scores exist at the same time, where a query selects 
 def top_blocks(
     scores: Float[Tensor, "B H T N"], allowed: Bool[Tensor, "#B #H #T N"], n_blocks: int
 ) -> Bool[Tensor, "B H T N"]:
-    """True at the ``n_blocks`` of highest score among those allowed; at all of these, where they are fewer.
+    """True at the ``n_blocks`` of highest score among those allowed; at all of these, if they are fewer.
 
-    Of equal scores the earlier block is taken.
+    Of equal scores the earlier block is selected.
     """
     order = scores.masked_fill(~allowed, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     top = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :n_blocks], True)
@@ -322,23 +322,24 @@ def attend_to_blocks(
 ) -> Float[Tensor, "B H T D"]:
     """softmax(q kᵀ / √D) v of each query over the blocks selected for it, up to its own position.
 
-    ``selected`` is given for each query head, or for each KV head and so for all its readers. A KV head
-    fetches each block that any of its queries here has selected, once, and touches no other key or value.
-    Every query must have selected its own block.
+    ``selected`` is per query head, or per KV head and so for all its query heads. A KV head reads each block
+    that any of its queries here has selected, once, and no other key or value. Every query must have selected
+    its own block.
     """
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     rows = selected.unflatten(1, (G, -1)).expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, H/G · T, N)
     union = rows.any(2)
     blocks = union.sort(dim=-1, descending=True, stable=True).indices[..., : int(union.sum(-1).max())]
     live = union.gather(-1, blocks)  # the unions of some KV heads are smaller
-    blocks = torch.where(live, blocks, blocks[..., :1])  # there, a block again that is read anyway
+    blocks = torch.where(live, blocks, blocks[..., :1])  # padding: a block that is read anyway
     slots = (blocks[..., None] * block + torch.arange(block, device=q.device)).flatten(2)
     at = slots.clamp_max(S - 1)[..., None].expand(-1, -1, -1, D)  # the last block may be half-filled
-    seen = rows.gather(-1, blocks[:, :, None].expand(-1, -1, rows.shape[2], -1)) & live[:, :, None]
-    seen = seen.repeat_interleave(block, dim=-1).unflatten(2, (-1, T))
-    seen = seen & (slots[:, :, None, None] <= positions[:, None, None, :, None])
+    visible = rows.gather(-1, blocks[:, :, None].expand(-1, -1, rows.shape[2], -1)) & live[:, :, None]
+    visible = visible.repeat_interleave(block, dim=-1).unflatten(2, (-1, T))
+    visible = visible & (slots[:, :, None, None] <= positions[:, None, None, :, None])
     keys, values = (x.gather(2, at).to(q.dtype) for x in (k, v))
-    out = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), keys, values, attn_mask=seen.flatten(2, 3))
+    mask = visible.flatten(2, 3)
+    out = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), keys, values, attn_mask=mask)
     return out.reshape(B, H, T, D)
 
 
@@ -346,21 +347,21 @@ def by_tiles(
     attend: Callable[..., Tensor],
     q: Float[Tensor, "B H T D"],
     positions: Int[Tensor, "#B T"],
-    *memory: Tensor,
+    *past: Tensor,
 ) -> Float[Tensor, "... T D"]:
-    """``attend(q, positions, *memory)`` for ``TILE`` queries at a time, whose outputs are put together again.
+    """``attend(q, positions, *past)`` for ``TILE`` queries at a time, and the outputs concatenated.
 
-    Its scores live as long as a tile: in training they are not kept but computed again for the gradient.
+    Scores exist for one tile only: in training they are not kept but computed again for the gradient.
     """
     if torch.is_grad_enabled():
         attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
     starts = range(0, q.shape[2], TILE)
-    tiles = [attend(q[:, :, a : a + TILE], positions[:, a : a + TILE], *memory) for a in starts]
+    tiles = [attend(q[:, :, a : a + TILE], positions[:, a : a + TILE], *past) for a in starts]
     return torch.cat(tiles, dim=-2)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """To fp32, where it is less."""
+    """To fp32, unless it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

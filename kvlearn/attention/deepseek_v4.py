@@ -1,7 +1,7 @@
 """Attention over a compressed sequence, as in DeepSeek-V4: HCA and CSA.
 
-A block of m tokens becomes one entry, which stands in the cache in place of all of them; beside the entries a
-ring keeps the last W tokens. Multi-head compression (mla.py) makes every token smaller; here there are fewer
+A block of m tokens becomes one entry, which the cache holds in place of all of them; a ring keeps the last W
+tokens too. Multi-head compression (mla.py) makes every token smaller; here there are fewer
 of them. Heavily compressed attention (HCA) reads all entries of long blocks. Compressed sparse attention
 (CSA) makes short blocks and reads the ``top_k`` entries that an indexer scores highest.
 
@@ -43,8 +43,8 @@ from kvlearn.attention.window import RingCache
 class TrailingRope(nn.Module):
     """RoPE on the last ``rope_dim`` coordinates; the others stay as they are, and all of them without it.
 
-    ``back`` turns the other way. Where keys are values too, a mean of values comes out turned by its keys'
-    positions; turned back by the query's own, only distances remain of them.
+    ``back`` rotates the other way. Where keys are values too, a mean of values is rotated by its keys'
+    positions; rotated back by the query's own, it depends on distances only.
     """
 
     def __init__(self, rope_dim: int, config: RopeConfig | None) -> None:
@@ -57,22 +57,22 @@ class TrailingRope(nn.Module):
     ) -> Float[Tensor, "B H T D"]:
         if self.rope is None:
             return x
-        still, turned = x[..., : -self.rope_dim], x[..., -self.rope_dim :]
-        turned = self.rope(turned, -positions if back else positions)
+        other, rotated = x[..., : -self.rope_dim], x[..., -self.rope_dim :]
+        rotated = self.rope(rotated, -positions if back else positions)
         if back:
-            turned = turned / self.rope.factor**2  # of YaRN: once from the keys, once from this rotation
-        return torch.cat((still, turned), dim=-1)
+            rotated = rotated / self.rope.factor**2  # of YaRN: once from the keys, once from this rotation
+        return torch.cat((other, rotated), dim=-1)
 
     def naive(
         self, x: Float[Tensor, "B T H D"], positions: list[int], back: bool = False
     ) -> Float[Tensor, "B T H D"]:
-        """The same pair by pair, for heads behind time."""
+        """The same pair by pair, with the dimension of heads after time."""
         if self.config is None:
             return x
-        turned = rotate_naive(x[..., -self.rope_dim :], self.config, [-t if back else t for t in positions])
+        rotated = rotate_naive(x[..., -self.rope_dim :], self.config, [-t if back else t for t in positions])
         if back:
-            turned = turned / angular_frequencies(self.rope_dim, self.config)[1] ** 2
-        return torch.cat((x[..., : x.shape[-1] - self.rope_dim], turned), dim=-1)
+            rotated = rotated / angular_frequencies(self.rope_dim, self.config)[1] ** 2
+        return torch.cat((x[..., : x.shape[-1] - self.rope_dim], rotated), dim=-1)
 
 
 class Compressor(nn.Module):
@@ -183,7 +183,7 @@ class Entries:
     def append(
         self, compressor: Compressor, x: Float[Tensor, "B T M"], length: int
     ) -> Float[Tensor, "B E D"]:
-        """Take in the tokens behind ``length`` others; return a view of all complete entries."""
+        """Append the tokens after the first ``length``; return a view of all complete entries."""
         first, waiting = divmod(length, self.rate)
         tokens = torch.cat((self.waiting[:, :waiting].to(x.dtype), compressor.project(x)), dim=1)
         n_blocks, left = divmod(tokens.shape[1], self.rate)
@@ -221,7 +221,7 @@ class CompressedCache(Cache):
     def append(
         self, x: Float[Tensor, "B T M"], k: Float[Tensor, "B 1 T D"], compressors: list[Compressor]
     ) -> tuple[KV, list[Tensor]]:
-        """Take in new tokens; return keys of the window and of the new tokens, and all complete entries."""
+        """Append new tokens; return keys of the window and of the new tokens, and all complete entries."""
         window = self.window.append(k, k)
         entries = [
             memory.append(compressor, x, self.length)
@@ -247,8 +247,8 @@ class HeavilyCompressedAttention(Mechanism):
     The equation is that of the module, with one k_s = norm(W_k x_s) for all heads, key and value in one, and
     the entries e_i of a ``Compressor``. An entry is visible from its block's last token on; until then the
     window shows that block's tokens, all of them where W ≥ m. Queries are normalised head by head; q, k and e
-    are turned by RoPE in their last ``rope_dim`` coordinates, an entry to where its block begins, and since k
-    is a value too, the output is turned back at the query's position. ``sink`` is a learned logit of each
+    are rotated by RoPE in their last ``rope_dim`` coordinates, an entry to where its block begins, and since
+    k is a value too, the output is rotated back at the query's position. ``sink`` is a learned logit of each
     head, ``q_rank`` as in ``mla``.
 
     Cache: B · (min(max_len, W) + ⌊max_len / m⌋ + 2(m - 1)) · D numbers: a ring, entries, tokens that wait.
@@ -482,8 +482,8 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
     the same once more, Di wide, for the indexer: B · (min(max_len, W) · D + (⌊max_len / m⌋ + 2(3m - 2)) ·
     (D + Di)) numbers. A step reads all ⌊length / m⌋ index keys and min(top_k, ⌊length / m⌋) entries.
 
-    The selection has no gradient, so no loss on the output trains ``auxiliary_parameters``: that is what
-    ``indexer_loss`` is for. ``index_dim`` is D/4 unless given, or ``rope_dim`` where that is more, and
+    The selection has no gradient, so no loss on the output trains ``auxiliary_parameters``:
+    ``indexer_loss`` does. ``index_dim`` is D/4 unless given, or ``rope_dim`` where that is more, and
     ``index_heads`` H, as in DeepSeek-V4-Flash, whose m = 4 and top_k = 512 are the defaults.
 
     Raises ValueError for a ``rope_dim`` above ``index_dim``.

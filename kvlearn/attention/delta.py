@@ -61,7 +61,7 @@ def delta_rule(
     """
     state = check_recurrence(q, k, v, state)
     validate.tensor("beta", beta, q.shape[:3], device=q.device)
-    if beta.device.type == "cpu" and not bool(beta.isfinite().all()):  # elsewhere a look would synchronise
+    if beta.device.type == "cpu" and not bool(beta.isfinite().all()):  # a GPU would synchronise
         raise ValueError("beta: expected finite numbers, got NaN or infinity among them")
     if log_decay is None:
         log_decay = torch.zeros((), device=q.device).expand(q.shape[:3])
@@ -486,7 +486,7 @@ class KimiDeltaAttention(Mechanism):
         return cls(d_model=24, n_heads=3, head_dim=8, rank=5)
 
 
-# The naive forms of the three layers, in fp32 at least and with heads behind time.
+# The naive forms of the three layers, in fp32 at least and with the dimension of heads after time.
 
 
 def naive_delta_rule(

@@ -43,7 +43,7 @@ from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 
 
 class IndexQuery(NamedTuple):
-    """What tokens search with: the queries of J index heads, and the weight of each head's score."""
+    """The search input of tokens: the queries of J index heads, and the weight of each head's score."""
 
     q: Float[Tensor, "B J T Di"]
     weight: Float[Tensor, "B J T"]
@@ -80,7 +80,7 @@ def indexer_loss(
 ) -> Float[Tensor, ""]:
     """Mean over t of KL(p_t ‖ softmax(I_t)), p_t = the mean over the heads of softmax(attention's scores).
 
-    It trains an indexer, which no loss on the output reaches: its ``scores`` shall say what attention reads.
+    It trains an indexer, which no loss on the output reaches: ``scores`` approach attention's weights.
     ``attention_scores`` get no gradient. Both softmaxes go over the ``visible`` keys, of which every query
     needs at least one. Source: DeepSeek-AI, "DeepSeek-V3.2" (2025), equation 3 where all of a query's past is
     visible, 4 where only the selected tokens are.
@@ -96,8 +96,8 @@ class LightningIndexer(nn.Module):
 
         q = RoPE(W_q a),   κ = RoPE(LayerNorm(W_k x)),   w = W_w x / √(J · Di)
 
-    a is what the queries of attention are made from: their latent, or x. Of q and κ the first ``rope_dim``
-    numbers are rotated. Every pair is scored, O(N²), but cheaply: J · Di multiplications, where absorbed
+    a is the input of attention's query projection: the queries' latent, or x. The first ``rope_dim`` numbers
+    of q and κ are rotated. Every pair is scored, O(N²), but cheaply: J · Di multiplications, where absorbed
     attention takes H · (2R + Dr). For DeepSeek-V3.2 that is 8,192 in place of 139,264.
 
     Raises ValueError for a ``rope_dim`` that is odd or above ``index_dim``. Source: DeepSeek-AI,
@@ -215,11 +215,11 @@ class DeepSeekSparseAttention(Mechanism):
     with k_s and v_s as in mla.py. Cache: B · max_len · (R + Dr + Di) numbers, the latent and an index key:
     more is *stored* than by MLA. A step *reads* all index keys and ``top_k`` latents. All queries, of a
     prefill too, gather their own latents and take the absorbed path, ``block`` queries at a time: B · block ·
-    (J · S + K · (R + Dr)) numbers are held, never (J, N, N) or (H, N, N). (With a graph, what was gathered is
-    kept for the backward pass.) ``decode_latent_step``, where it is set, gets the gathered latents.
+    (J · S + K · (R + Dr)) numbers are held, never (J, N, N) or (H, N, N). (With gradients, gathered latents
+    are kept for the backward pass.) ``decode_latent_step``, where it is set, gets the gathered latents.
 
-    The selection has no gradient, so no loss on the output trains ``auxiliary_parameters``: that is what
-    ``indexer_loss`` is for. ``index_dim`` is the head's width unless given, as in DeepSeek-V3.2, or
+    The selection has no gradient, so no loss on the output trains ``auxiliary_parameters``:
+    ``indexer_loss`` does. ``index_dim`` is the head's width unless given, as in DeepSeek-V3.2, or
     ``rope_dim`` where that is more; that model has 64 index heads for 128 heads. The other options are those
     of ``mla``.
 
@@ -335,7 +335,7 @@ class DeepSeekSparseAttention(Mechanism):
         positions: Int[Tensor, "#B T"],
         now: slice,
     ) -> Int[Tensor, "B C K"]:
-        """The slots that the tokens ``now`` read. None of these tokens sees beyond the last of them."""
+        """The slots that the tokens ``now`` read. No key after the last of these tokens is visible."""
         visible = keys.shape[1] - positions.shape[1] + now.stop
         return self.indexer.select(query.part(now), keys[:, :visible], positions[:, now])
 
@@ -374,7 +374,7 @@ class DeepSeekSparseAttention(Mechanism):
         return mask & causal_mask(T, T, x.device)
 
     def indexer_loss(self, x: Float[Tensor, "B T M"], dense: bool = False) -> Float[Tensor, ""]:
-        """What trains the indexer, and it alone: the function ``indexer_loss`` over the selected tokens.
+        """The loss of the indexer alone: the function ``indexer_loss`` over the selected tokens.
 
         With ``dense`` it goes over the whole past, as for an indexer that selects nothing useful yet. Holds
         (H, T, T) numbers.

@@ -38,7 +38,7 @@ class GroupedQueryAttention(Mechanism):
     is full attention.
 
     A ``reader`` has no keys and values of its own: it reads another layer's, passed as ``source``, and stores
-    0 bytes. ``decode``, where it is set, computes the attention of steps of one token.
+    0 bytes. ``decode``, if set, computes the attention of steps of one token.
     Sources: Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Shazeer, "Fast Transformer
     Decoding" (2019), section 3 (MQA); Ainslie et al., "GQA" (2023), section 2.2; readers: Brandon et al.,
     "Cross-Layer Attention" (2024).
@@ -83,7 +83,7 @@ class GroupedQueryAttention(Mechanism):
 
     @property
     def pools(self) -> list[int]:
-        """Which KV head each query head reads."""
+        """The KV head that each query head reads."""
         return [h * self.n_kv_heads // self.n_heads for h in range(self.n_heads)]
 
     def attend(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
@@ -133,8 +133,8 @@ class GroupedQueryAttention(Mechanism):
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """2 · B · G · length · D · bytes per number; for a reader too, which reads its source again.
 
-        (PyTorch's attention wants one dtype: a cache in another than the weights' is converted at every step,
-        which saves memory and costs time. A kernel can read it as it is.)
+        (PyTorch's attention needs one dtype: a cache in another than the weights' is converted at every step.
+        It saves memory and costs time. A kernel can read it unconverted.)
         """
         numbers = 2 * self.n_kv_heads * validate.positive("length", length) * self.head_dim
         return self.to_bytes(numbers, batch, dtype)

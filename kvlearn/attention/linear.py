@@ -84,7 +84,7 @@ def linear_parallel(
 def decay_mask(log_decay: Float[Tensor, "B H T"]) -> Float[Tensor, "B H T T"]:
     """L[t, s] = a_{s+1} ⋯ a_t for s ≤ t, and 0 above the diagonal.
 
-    Summed for every s from s + 1 on: a difference of two sums from the start would lose a weak decay behind a
+    Summed for every s from s + 1 on: a difference of two sums from the start would lose a weak decay after a
     strong one, and overflow in exp above the diagonal.
     """
     rows = log_decay[..., None].expand(*log_decay.shape, log_decay.shape[-1])
@@ -152,7 +152,7 @@ def normalised(sums: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     below 0: features that let this happen make no weights.
     """
     out, total = sums[..., :-1], sums[..., -1:]
-    if total.device.type == "cpu" and not bool((total >= 0).all()):  # elsewhere a look would synchronise
+    if total.device.type == "cpu" and not bool((total >= 0).all()):  # a GPU would synchronise
         least = float(total.detach().min())
         raise ValueError(f"q, k: expected features whose products sum to at least 0, got {least:.3g}")
     return out / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -453,7 +453,7 @@ def faded_products(
 
 
 def after(log_decay: Float[Tensor, "*B T K"]) -> Float[Tensor, "*B T K"]:
-    """log (a_{s+1} ⋯ a_T) for every s, each summed for itself: a difference of two sums is rounded."""
+    """log (a_{s+1} ⋯ a_T) for every s, each summed separately: a difference of two sums is rounded."""
     return F.pad(log_decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 

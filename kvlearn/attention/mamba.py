@@ -1,12 +1,12 @@
-"""Mamba and Mamba-2: state space models whose token chooses what is written, what is read and what decays.
+"""Mamba and Mamba-2: state space models whose write, read and decay depend on the token.
 
     h_t = exp(dt_t A) ⊙ h_{t-1} + dt_t B_t x_t        h: (E, N), one row per channel
     y_t = h_t C_t + D ⊙ x_t
 
-The token chooses dt (the size of its step in time), B (what is written) and C (what is read); A and D are
-weights. In Mamba every entry of h has a decay of its own, so no product of matrices gives all tokens at once:
-the selective scan has no parallel form, and its speed is bound by memory. In Mamba-2 all numbers of a head
-share one decay, and the recurrence is linear attention with C, B and dt x as q, k and v.
+The token determines dt (the size of its step in time), B (the write) and C (the read); A and D are weights.
+In Mamba every entry of h has a decay of its own, so no product of matrices gives all tokens at once: the
+selective scan has no parallel form, and its speed is bound by memory. In Mamba-2 all numbers of a head share
+one decay, and the recurrence is linear attention with C, B and dt x as q, k and v.
 
 Letters of this file: E channels, N state numbers per channel, P channels per head, L tokens per segment.
 Sources: Gu & Dao, "Mamba" (2023), equation 2 and algorithm 2; A is discretised as in its equation 4 (exact),
@@ -183,7 +183,7 @@ def check_scan(
     validate.tensor("B", B, (rows, time, N), device=x.device)
     validate.tensor("C", C, (rows, time, N), device=x.device)
     validate.tensor("D", D, (E,), device=x.device)
-    if x.device.type == "cpu":  # elsewhere a look at the values would synchronise
+    if x.device.type == "cpu":  # a GPU would synchronise
         if not bool((dt >= 0).all()):  # NaN fails too
             raise ValueError(f"dt: expected at least 0, got {float(dt.detach().min())}")
         least, most = (float(bound) for bound in A.detach().aminmax())
@@ -202,7 +202,7 @@ class Mamba(Mechanism):
         y_t = h_t C_t + D ⊙ u_t;   out = (y ⊙ silu(z)) W_o
 
     A model of Mamba has no MLP beside it: ``ModelConfig(d_ff=0, layers=("mamba",))``. There are no heads:
-    ``n_heads`` must divide d_model and means nothing else. ``conv`` is the width of the convolution,
+    ``n_heads`` must divide d_model and has no other effect. ``conv`` is the width of the convolution,
     ``dt_rank`` is d_model / 16, rounded up, unless given. By default it has about 6 · d_model² weights.
 
     Cache: B · E · (N + conv - 1) numbers: 38 · d_model by default.
@@ -307,7 +307,7 @@ class Mamba(Mechanism):
 
 
 class GateThenNorm(nn.Module):
-    """w ⊙ RMSNorm(y ⊙ silu(gate)), the norm over each of ``n_groups`` parts of y by itself; fp32 at least."""
+    """w ⊙ RMSNorm(y ⊙ silu(gate)), the norm over each of ``n_groups`` parts of y; fp32 at least."""
 
     def __init__(self, width: int, n_groups: int, eps: float) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
     [c_t, r_t] = compress(x_t),   k_t = [W_uk c_t, RoPE(r_t)],   v_t = W_uv c_t            of each head
 
-"MHC" is this course's name for what its article describes: a learned linear map (``mhc``) or a small
+"MHC" is this course's name for the method of its article: a learned linear map (``mhc``) or a small
 transformer over the heads (``mhc_transformer``) in front of the cache. From the latent c on it is MLA: cache,
 decompression and the naive and the absorbed path are those of mla.py. Published relatives are MLA, Palu, and
 the conversions of trained models to them. mHC, "manifold-constrained hyper-connections" (2025), is something
@@ -105,14 +105,14 @@ class MultiHeadCompression(Mechanism):
             heads = absorbed_step(self.decode_latent_step, q, latents, self.up, positions, self.scale)
         return self.o_proj(merge_heads(heads))
 
-    # What ``mhc_transformer`` does in another way: the weights in front of the cache, and their use.
+    # ``mhc_transformer`` overrides these: the weights in front of the cache, and their use.
 
     def add_compression(self) -> None:
         """The weights of ``compress``."""
         self.kv_down = nn.Linear(self.d_model, self.rank + self.rope_dim, bias=False)
 
     def compress(self, x: Float[Tensor, "B T M"]) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T Dr"]]:
-        """Each token by itself as a latent and a shared key, not rotated."""
+        """Each token alone as a latent and a shared key, not rotated."""
         latent, k_rope = self.kv_down(x).split((self.rank, self.rope_dim), dim=-1)
         return latent, k_rope
 
@@ -149,7 +149,7 @@ class MultiHeadCompression(Mechanism):
     def absorbs(self, new: int, cached: int | None) -> bool:
         """Whether a call with ``new`` tokens after ``cached`` ones takes the absorbed path; None: no cache.
 
-        Raises ValueError where ``absorb`` asks for what cannot be done.
+        Raises ValueError for ``absorb=True`` where ``absorbable`` is False.
         """
         check_absorb(self.absorb, self.absorbable)
         if self.absorb is not None or cached is None or not self.absorbable:
@@ -258,8 +258,8 @@ class MultiHeadCompressionTransformer(MultiHeadCompression):
         h = W_kv x, keys and then values of all heads;   c = HeadCompressor(h),   r = W_r x
 
     A token is compressed by itself: tokens are not mixed over time. Decompressing stays linear: compressing
-    runs once per token, while decompressing would run again for every cached token at every step, and what is
-    not linear cannot be absorbed into the query.
+    runs once per token, while decompressing would run again for every cached token at every step, and only a
+    linear map can be absorbed into the query.
 
     Source: the second of the two ways that the course's article names; no published one of this form is known
     to us.

@@ -47,7 +47,7 @@ class LatentCache(Cache):
         validate.floating("dtype", dtype)
         self.rank = validate.positive("rank", rank)
         width = rank + validate.at_least("rope_dim", rope_dim, 0)
-        # Zeros, not whatever the memory held: a masked slot weighs 0, and 0 · NaN would be NaN.
+        # Zeros, since a masked slot has weight 0, and 0 · NaN would be NaN.
         self.latents = torch.zeros(batch, max_len, width, dtype=dtype, device=device)
 
     def tensors(self) -> list[Tensor]:
@@ -56,7 +56,7 @@ class LatentCache(Cache):
     def append(
         self, latent: Float[Tensor, "B T R"], k_rope: Float[Tensor, "B T Dr"]
     ) -> Float[Tensor, "B S RDr"]:
-        """Write new tokens behind the old ones; return a view of all rows so far."""
+        """Write new tokens after the old ones; return a view of all rows so far."""
         validate.tensor("latent", latent, (self.batch, "time", self.rank), device=self.device)
         n_tokens, rope_dim = latent.shape[1], self.latents.shape[2] - self.rank
         validate.tensor("k_rope", k_rope, (self.batch, n_tokens, rope_dim), device=self.device)
@@ -110,7 +110,7 @@ def absorbed_attention(
     """
     R = kv_up.shape[2]
     rope_dim = latents.shape[-1] - R
-    # Values R + Dr wide, of which R are wanted: with another width than the keys', PyTorch's attention leaves
+    # Values R + Dr wide, of which R are used: with another width than the keys', PyTorch's attention leaves
     # its fast path and copies them.
     shared = latents[:, None]  # (B, 1, S, R + Dr)
     out = causal_attention(fold_up(q, kv_up, rope_dim), shared, shared, positions, scale)
@@ -171,7 +171,7 @@ class MultiHeadLatentAttention(Mechanism):
     ``rank`` is 4 · D unless given, the paper's choice, or the heads' width H · (D + Dv) where that is less.
     ``scale`` of the scores is 1/√(D + Dr) unless given; DeepSeek multiplies it by mscale² where YaRN
     stretches the context. ``absorb`` names the path that a call takes: True or False, or None for the one
-    with fewer FLOPs (without a cache the naive one, which is what training wants). ``decode_latent_step``,
+    with fewer FLOPs (without a cache, as in training, the naive one). ``decode_latent_step``,
     where it is set, computes the absorbed steps of one token.
 
     Positions, by ``rope_dim`` (None: half a head; 0 without ``rope``):
@@ -277,7 +277,7 @@ class MultiHeadLatentAttention(Mechanism):
     def absorbs(self, new: int, cached: int | None) -> bool:
         """Whether a call with ``new`` tokens after ``cached`` ones takes the absorbed path; None: no cache.
 
-        Raises ValueError where ``absorb`` asks for what cannot be done.
+        Raises ValueError for ``absorb=True`` where ``absorbable`` is False.
         """
         check_absorb(self.absorb, self.absorbable)
         if self.absorb is not None or cached is None or not self.absorbable:
@@ -345,7 +345,7 @@ def rotary_width(rope_dim: int | None, head_dim: int, rope: RopeConfig | None) -
 
 
 def check_absorb(absorb: bool | None, absorbable: bool) -> None:
-    """Raise ValueError where ``absorb`` asks for what rotated decompressed keys make impossible."""
+    """Raise ValueError if ``absorb=True`` is given with rotated decompressed keys."""
     if absorb and not absorbable:
         raise ValueError("absorb: expected None or False: keys are rotated after decompression, got True")
 
@@ -382,7 +382,7 @@ def latent_attention_naive(
 #
 # For ``new`` tokens (T) of a sequence after ``cached`` ones, S = cached + T tokens are in the cache, and the
 # causal mask lets P = T · cached + T · (T + 1) / 2 pairs through. A multiplication with its addition is 2
-# FLOPs. What both paths do alike (projections of x, softmax, RoPE, output matrix) is not counted.
+# FLOPs. The common work (projections of x, softmax, RoPE, output matrix) is not counted.
 
 
 AttentionPath = Literal["naive", "absorbed"]
@@ -463,7 +463,7 @@ def crossover(head_dim: int, rank: int, v_head_dim: int | None = None, cached: i
     """The number T of new tokens at which both paths do as many FLOPs; for fewer the absorbed path does less.
 
     Folding a query and unfolding its output costs R · (D + Dv) per head, exactly what the naive path pays to
-    decompress that new token, so both cancel. What is left to compare is decompressing the cached tokens with
+    decompress that new token, so both cancel. It remains to compare decompressing the cached tokens with
     the wider scores and outputs of all pairs:
 
         cached · R · (D + Dv) = P · (2R - D - Dv),    P = T · cached + T · (T + 1) / 2

@@ -72,7 +72,7 @@ class MixtureOfBlockAttention(Mechanism):
     always read and never scored: its mean would contain later tokens. Keys are averaged as they are cached,
     after RoPE.
 
-    Every query head selects for itself, as in the paper. So the H/G readers of a KV head may select as many
+    Each query head has its own selection, as in the paper. So the H/G readers of a KV head may select as many
     different blocks, and the KV head reads their union: sharing keys saves less here than for ``gqa``.
     Cache: full attention's 2 · B · G · max_len · D numbers, and D more for every block and KV head.
 

@@ -59,12 +59,12 @@ class Sizes:
 
 
 class BlockMap(nn.Module):
-    """φ: a block of l keys (or values) to one, by a small network that knows the place of each in the block.
+    """φ: a block of l keys (or values) to one, by a small network that encodes positions in the block.
 
         φ(k_1 … k_l) = W_2 gelu(W_1 [k_1 + e_1, …, k_l + e_l])
 
     The same for all KV heads. Source: Yuan et al., "Native Sparse Attention" (2025), φ of equation 7, which
-    says no more of it than that it is an MLP and that it encodes places in the block.
+    says only that it is an MLP and that it encodes positions in the block.
     """
 
     def __init__(self, head_dim: int, compress: int) -> None:
@@ -95,7 +95,7 @@ class NSACache(Cache):
     ``ring``        keys and values of the last ``window`` tokens
     """
 
-    can_trim = False  # what a ring wrote over and what was compressed cannot come back
+    can_trim = False  # overwritten and compressed tokens cannot be restored
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class NSACache(Cache):
     def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> tuple[KV, KV]:
         """Write the keys and values of selection and of the window, side by side on dimension 1 (H = 2G).
 
-        Returns what the new tokens may read of each.
+        Returns the keys and values of each that the new tokens may read.
         """
         _, n_heads, _, head_dim = self.tokens.k.shape
         for name, new in (("k", k), ("v", v)):
@@ -167,7 +167,7 @@ def compressed_weights(
 ) -> Float[Tensor, "B G n T C"]:
     """p = softmax(q k̃ᵀ / √D) over the complete compressed blocks, for the n query heads of each KV head.
 
-    A query sees a compressed block from its last token on; one that sees none yet has only zeros.
+    A compressed block is visible from its last token on; a query without visible blocks has only zeros.
     Source: Yuan et al., "Native Sparse Attention" (2025), equation 8.
     """
     groups = upcast(q).unflatten(1, (k_cmp.shape[1], -1))
@@ -286,7 +286,7 @@ class NativeSparseAttention(Mechanism):
             cache.check_room(x.shape[1])
         n = self.n_kv_heads
         k, v = (split_heads(project(x), 3 * n) for project in (self.k_proj, self.v_proj))
-        raw = torch.stack((k[:, :n], v[:, :n]))  # not rotated: φ knows places in a block only
+        raw = torch.stack((k[:, :n], v[:, :n]))  # not rotated: φ encodes only positions in a block
         k, v = self.rope(k[:, n:], positions), v[:, n:]
         if not isinstance(cache, NSACache):
             tokens, window = (KV(*kv, positions) for kv in zip(k.chunk(2, 1), v.chunk(2, 1), strict=True))

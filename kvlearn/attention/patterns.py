@@ -1,4 +1,4 @@
-"""Sparse attention patterns: which earlier tokens a token attends to, by position alone, whatever they say.
+"""Sparse attention patterns: which earlier tokens a token attends to, by position and not by content.
 
 A pattern is a union of primitives. Its spec is written as text; the published patterns are
 
@@ -8,8 +8,8 @@ A pattern is a union of primitives. Its spec is written as text; the published p
     local(128, block=64) | global(64) | random(3, skip_first=1, skip_last=1)    BigBird
 
 Since a pattern is known before any token is, it also determines when each key is read for the last time, how
-many keys a cache must hold, and in which slots. A pattern that reads few keys may have to keep many: what
-counts is how soon the *last* reader of a key comes.
+many keys a cache must hold, and in which slots. A pattern that reads few keys may have to keep many: a
+key is kept until its *last* reader.
 """
 
 import ast
@@ -47,7 +47,7 @@ class Pattern(ABC):
     def last_readers(self, n_tokens: int) -> Int[Tensor, "n_tokens"]:
         """For each of ``n_tokens`` tokens the last of them that attends to it, -1 for none.
 
-        The cache may forget token j once the token at last_readers[j] has attended.
+        The cache may drop token j once the token at last_readers[j] has attended.
         """
 
     def mask(self, n_tokens: int) -> Bool[Tensor, "n_tokens n_tokens"]:
@@ -180,7 +180,7 @@ class Global(Pattern):
 
     Every token attends to them, and they attend to every token before them.
 
-    A cache can forget nothing until the last global token has come, since that token will read all of it.
+    A cache can drop nothing until the last global token, which will read all of it.
     """
 
     first: int = 0
@@ -227,7 +227,7 @@ class Global(Pattern):
 class Random(Pattern):
     """For each block of ``block`` queries, ``n_blocks`` earlier blocks of keys, drawn without replacement.
 
-    The first ``skip_first`` blocks and the ``skip_last`` just before the query's are left to others.
+    The first ``skip_first`` blocks and the ``skip_last`` just before the query's are excluded.
     The draw depends on ``seed`` and the block's number alone, so that prefill and decode agree, whatever the
     length of the text.
     """
@@ -303,7 +303,7 @@ def _primitive(text: str) -> Pattern:
 
 
 def _options(text: str) -> tuple[list[Any], dict[str, Any]]:
-    """The literals behind a primitive's opening bracket, up to the closing one: positional, and named."""
+    """The literals between a primitive's brackets: positional, and named."""
     call = ast.parse(f"primitive({text}", mode="eval").body
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
         raise ValueError("expected one pair of brackets")
@@ -374,7 +374,7 @@ class SlotAllocation:
 
 @lru_cache(maxsize=64)
 def allocate_slots(pattern: Pattern, max_len: int) -> SlotAllocation:
-    """A slot for every token: the first whose token has been read for the last time, or else a new one."""
+    """A slot for every token: the first whose token has been read for the last time, or a new one."""
     slots: list[int] = []
     used: list[int] = []
     free: list[int] = []

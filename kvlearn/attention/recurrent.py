@@ -1,9 +1,9 @@
-"""What recurrences share: a state of constant size as their cache, the forms, and the parts around them.
+"""Shared parts of recurrences: a state of constant size as the cache, the forms, norms and convolutions.
 
-A recurrence goes through its tokens in one of these forms, which give the same numbers:
+A recurrence is computed in one of these forms, which give the same numbers:
 
     parallel     all pairs of tokens at once, masked: quadratic; for understanding, and inside a chunk
-    recurrent    one token after the other: what a decode step does
+    recurrent    one token after the other, as in a decode step
     chunked      chunk after chunk, parallel inside, the state carried across: linear in time and in memory
 
 Letters of this family: K key features per head, V numbers of a value per head, C tokens of a chunk.
@@ -23,14 +23,14 @@ from kvlearn.attention.base import KV, Cache, Mechanism, register
 from kvlearn.attention.core import upcast
 
 FORMS = ("parallel", "recurrent", "chunked")
-State = dict[str, Tensor]  # what is kept of the past, by name; the first dimension is the batch
+State = dict[str, Tensor]  # the parts of the state by name; the first dimension is the batch
 
 
 class StateCache(Cache):
     """A state of constant size, whatever the length; fp32 at least, since rounding errors add up in it.
 
-    It cannot forget what it has seen, so it does not trim: rows of a batch have one length, and prompts of
-    different lengths are fed each with a cache of its own. ``shapes`` are the parts of the state and their
+    Past tokens cannot be removed, so it does not trim: rows of a batch have one length, and prompts of
+    different lengths need one cache each. ``shapes`` are the parts of the state and their
     shapes in one row of a batch; a part starts from 0, or from its number in ``starts``.
     """
 
@@ -56,7 +56,7 @@ class StateCache(Cache):
         return list(self.state.values())
 
     def replace(self, state: State, n_tokens: int) -> None:
-        """Keep the state behind ``n_tokens`` more."""
+        """Store the state after ``n_tokens`` more."""
         self.advance(n_tokens)
         for name, new in state.items():
             self.state[name].copy_(new)
@@ -68,11 +68,11 @@ class StateCache(Cache):
 
 
 def load_state(layer: Mechanism, x: Float[Tensor, "B T M"], cache: Cache | None) -> tuple[State, str]:
-    """The state in front of ``x``, in fp32 at least and not to be written to, and the form to go on in.
+    """The state before ``x``, in fp32 at least and read-only, and the form for ``x``.
 
-    Without a cache that is the state in front of the first token. A single token behind a cache takes the
-    recurrent form, everything else ``layer.form``. Raises ValueError for a cache without room for ``x``, or
-    with the state of a layer of other sizes.
+    Without a cache it is the state before the first token. A single token after a cache uses the recurrent
+    form, everything else ``layer.form``. Raises ValueError if ``x`` exceeds the cache, or if the cache
+    is for a layer of other sizes.
     """
     if not isinstance(cache, StateCache):
         empty = layer.new_cache(len(x), 1, x.dtype, x.device)
@@ -91,7 +91,7 @@ def load_state(layer: Mechanism, x: Float[Tensor, "B T M"], cache: Cache | None)
 
 
 def store_state(cache: Cache | None, state: State, n_tokens: int) -> None:
-    """Keep ``state``, which is that behind ``n_tokens`` more, where there is a cache."""
+    """Store ``state``, after ``n_tokens`` more, if there is a cache."""
     if isinstance(cache, StateCache):
         cache.replace(state, n_tokens)
 
@@ -111,10 +111,10 @@ def by_form(
 ) -> tuple[Tensor, Tensor]:
     """A recurrence over ``inputs``, each (B, H, T, …), in the form of this name and the dtype of ``state``.
 
-    Returns the outputs (B, H, T, V) and the state behind the last token. The parallel form is one chunk of
-    all tokens; the chunked form is the parallel one chunk after chunk, each given the state of the one
-    before. The last chunk may be shorter. What a chunk needs for itself lives no longer than the chunk (but
-    for gradients), so memory stays linear in T.
+    Returns the outputs (B, H, T, V) and the state after the last token. The parallel form is one chunk of all
+    tokens; the chunked form is the parallel one chunk after chunk, each from the state of the one before. The
+    last chunk may be shorter. Intermediate results exist for one chunk only (except for gradients), so memory
+    is linear in T.
     """
     validate.one_of("form", form, FORMS)
     validate.positive("chunk", chunk)
@@ -159,7 +159,7 @@ def check_state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> T
 def check_log_decay(log_decay: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise ValueError unless these are logarithms of decays in (0, 1]."""
     validate.tensor("log_decay", log_decay, shape, device=device)
-    if log_decay.device.type == "cpu":  # elsewhere a look at the values would synchronise
+    if log_decay.device.type == "cpu":  # on a GPU reading the values would synchronise
         least, most = (float(bound) for bound in log_decay.detach().aminmax())
         if not (-math.inf < least and most <= 0):  # NaN fails too
             raise ValueError(f"log_decay: expected logarithms of decays in (0, 1], got {least} to {most}")
@@ -184,7 +184,7 @@ def naive_softplus(x: Tensor) -> Tensor:
 def step_biases(n: int) -> Float[Tensor, "{n}"]:
     """Biases b for steps softplus(b) that begin between 0.001 and 0.1, log-uniformly.
 
-    So that at first a token moves each state by a thousandth to a tenth. Source: the code published with
+    At first a token then changes each state by a thousandth to a tenth. Source: the code published with
     Mamba (2023); section 3.6 of the paper has the step itself uniform.
     """
     dt = torch.empty(n).uniform_(math.log(0.001), math.log(0.1)).exp()
@@ -194,8 +194,8 @@ def step_biases(n: int) -> Float[Tensor, "{n}"]:
 class HeadNorm(nn.RMSNorm):
     """y = RMSNorm(head) ⊙ w, in fp32 at least, whatever dtype the weights have.
 
-    For recurrences that divide by no sum of weights: without softmax nothing keeps the size of a head's
-    output near that of a value, and the norm does.
+    For unnormalised recurrences: without softmax the output of a head can be of any size, and the norm fixes
+    it.
     """
 
     def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
@@ -208,7 +208,7 @@ class HeadNorm(nn.RMSNorm):
 class GatedNorm(HeadNorm):
     """y = RMSNorm(head) ⊙ w ⊙ silu(gate), in fp32 at least; or with another ``activation`` of the gate.
 
-    The gate, made from the token itself, lets a head be silent.
+    The gate, computed from the token, can set a head's output to 0.
     Source: Sun et al., "Retentive Network" (2023), equation 8; with RMSNorm and per head as in Yang et al.,
     "Gated Linear Attention" (2024), section 4.4, and in Gated DeltaNet (2025).
     """
@@ -226,7 +226,7 @@ class GatedNorm(HeadNorm):
 
 
 class ShortConvolution(nn.Conv1d):
-    """y_t[c] = Σ_{i < width} w[c, i] · x_{t - width + 1 + i}[c] (+ b[c]): each channel for itself, causal.
+    """y_t[c] = Σ_{i < width} w[c, i] · x_{t - width + 1 + i}[c] (+ b[c]): depthwise and causal.
 
     Tensors are those of ``nn.Conv1d``: weight (channels, 1, width), the newest token last, bias (channels,).
     """
@@ -237,13 +237,13 @@ class ShortConvolution(nn.Conv1d):
 
     @property
     def past_shape(self) -> tuple[int, int]:
-        """The inputs that a step still needs, in one row: those of the last width - 1 tokens."""
+        """Shape per row of the past inputs that a step needs: those of the last width - 1 tokens."""
         return self.kernel_size[0] - 1, self.in_channels
 
     def run(
         self, x: Float[Tensor, "B T C"], past: Float[Tensor, "B P C"]
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B P C"]]:
-        """Outputs for ``x`` behind ``past``, and the past of the next token; before the text are zeros."""
+        """Outputs for ``x`` after ``past``, and the past of the next token; a sequence starts after zeros."""
         T, taps = x.shape[1], self.weight[:, 0].T
         inputs = torch.cat((past.to(x.dtype), x), dim=1)
         y = inputs[:, :T] * taps[0]
@@ -264,13 +264,13 @@ class ShortConvolution(nn.Conv1d):
 
 @register("short_conv")
 class ShortConvolutionMixer(Mechanism):
-    """A short convolution as a layer of its own: y = conv(x), each channel for itself.
+    """A short convolution as a layer: y = conv(x), depthwise.
 
-    It moves information by fewer than ``width`` tokens, and no further. Alone it is the control in tests of
-    recall; before another mixer it lets a token know the one right before it, which softmax attention in two
-    layers learns to find out by itself, and a state does not.
+    It moves information by fewer than ``width`` tokens. Alone it is the control in tests of recall; before
+    another mixer it gives each token the one before it. Two layers of softmax attention learn to find that
+    token by themselves, a state does not.
 
-    Cache: B · (width - 1) · d_model numbers. ``n_heads`` must divide d_model and means nothing else.
+    Cache: B · (width - 1) · d_model numbers. ``n_heads`` must divide d_model and has no other effect.
     Source: Fu et al., "Hungry Hungry Hippos" (2023), section 3 (the shift); Arora et al., "Zoology" (2023).
     """
 

@@ -1,6 +1,6 @@
-"""Rotary position embedding (RoPE): queries and keys turned by an angle that grows with their position.
+"""Rotary position embedding (RoPE): queries and keys rotated by an angle that grows with their position.
 
-A pair of coordinates (x_i, x_{i+D/2}) is turned by the angle m·ω_i at position m, so that a score depends on
+A pair of coordinates (x_i, x_{i+D/2}) is rotated by the angle m·ω_i at position m, so that a score depends on
 the distance of two tokens alone: ⟨R_m q, R_n k⟩ = ⟨q, R_{n-m} k⟩.
 
 Pairs are *half-split*, as in Llama: coordinate i goes with i + D/2. The paper pairs neighbours (2i, 2i+1);
@@ -27,7 +27,7 @@ class LinearScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        _stretches(self.factor)
+        _check_factor(self.factor)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Llama3Scaling:
     original_max_len: int
 
     def __post_init__(self) -> None:
-        _stretches(self.factor)
+        _check_factor(self.factor)
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class YarnScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _stretches(self.factor)
+        _check_factor(self.factor)
 
 
-def _stretches(factor: float) -> None:
+def _check_factor(factor: float) -> None:
     if not factor >= 1:
         raise ValueError(f"factor: expected a number of at least 1, got {factor}")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The base of the angles, and how they are stretched to reach further than the model was trained."""
+    """The base of the angles, and their scaling for contexts longer than those of training."""
 
     theta: float = 10_000.0
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
@@ -94,7 +94,7 @@ def angular_frequencies(
         case YarnScaling(factor, original, fast, slow, attention_factor, truncate):
 
             def dimension(turns: float) -> float:
-                """The dimension that makes so many turns within the original context."""
+                """The dimension that makes ``turns`` full turns within the original context."""
                 return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
             first, last = dimension(fast), dimension(slow)
@@ -116,7 +116,7 @@ def rotate_half(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
 
 
 class Rope(nn.Module):
-    """Turns the heads of queries or keys to their positions; with a ``config`` of None it turns nothing.
+    """Rotates the heads of queries or keys by their positions; with a ``config`` of None it rotates nothing.
 
     Raises ValueError for an odd ``head_dim`` or a ``theta`` that is not above 1.
     """
@@ -137,8 +137,8 @@ class Rope(nn.Module):
         self.register_buffer("omega", omega, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rope":
-        """Moves with its model, but stays fp32 when that becomes bf16: at position 1000, a rounded frequency
-        would be off by a radian."""
+        """Moves with its model, but stays fp32 when the model becomes bf16: at position 1000, a rounded
+        frequency gives an error of a radian."""
         super()._apply(fn, recurse)
         if self.config is not None:
             wide = torch.promote_types(self.omega.dtype, torch.float32)
@@ -160,11 +160,11 @@ class Rope(nn.Module):
 def rotate_naive(
     x: Float[Tensor, "B T H D"], config: RopeConfig | None, positions: Sequence[int] | None = None
 ) -> Float[Tensor, "B T H D"]:
-    """Every head of every token turned pair by pair: the independent form that ``naive`` uses.
+    """Every head of every token rotated pair by pair: the independent form that ``naive`` uses.
 
         (a, b) -> (a cos mω_i - b sin mω_i,  a sin mω_i + b cos mω_i),   a = x_i, b = x_{i + D/2}
 
-    ``positions`` are 0, 1, … T - 1 unless given; a negative one turns back.
+    ``positions`` are 0, 1, … T - 1 unless given; a negative one rotates back.
     """
     if config is None:
         return x
@@ -174,10 +174,10 @@ def rotate_naive(
     else:
         scaled, factor = angular_frequencies(2 * half, config, torch.float64)
         omega = scaled.tolist()
-    turned = torch.empty_like(x)
+    rotated = torch.empty_like(x)
     for t, m in enumerate(range(x.shape[1]) if positions is None else positions):
         for i in range(half):
             a, b = x[:, t, :, i], x[:, t, :, i + half]
             cos, sin = math.cos(m * omega[i]) * factor, math.sin(m * omega[i]) * factor
-            turned[:, t, :, i], turned[:, t, :, i + half] = a * cos - b * sin, a * sin + b * cos
-    return turned
+            rotated[:, t, :, i], rotated[:, t, :, i + half] = a * cos - b * sin, a * sin + b * cos
+    return rotated

@@ -27,7 +27,7 @@ from kvlearn.attention.core import causal_attention, merge_heads, split_heads, u
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 
-MARGIN = 0.1  # by which a route leads at first: a training of some hundred steps can overturn it
+MARGIN = 0.1  # initial margin of a route: a training of some hundred steps can change it
 
 
 def one_hot_choice(logits: Float[Tensor, "... G"]) -> Float[Tensor, "... G"]:
@@ -43,7 +43,7 @@ def one_hot_choice(logits: Float[Tensor, "... G"]) -> Float[Tensor, "... G"]:
 
 
 class PooledAttention(Mechanism):
-    """What the two mechanisms of this file share: projections, cache and bytes, those of ``gqa``.
+    """The common part of the two mechanisms of this file: projections, cache and bytes, as in ``gqa``.
 
     Cache: 2 · B · G · max_len · D numbers. G is at most H, and need not divide it. ``reader`` and ``decode``
     are those of ``gqa``.
@@ -133,7 +133,7 @@ class RoutedAttention(PooledAttention):
         head_h = softmax(q_h (Σ_g c_hg K_g)ᵀ / √D) Σ_g c_hg V_g
 
     Cache: 2 · B · G · max_len · D numbers, as for ``gqa``; the route itself is H · G weights. It is the same
-    for all tokens, so that a token's keys are written once, whichever heads will read them.
+    for all tokens, so that a token's keys are written once for all heads.
     Routing between fixed pools is the article's wording; the nearest published method is Chen et al., "DHA"
     (2024). Straight-through choice: ``one_hot_choice``.
     """
@@ -285,7 +285,7 @@ class TokenRoutedAttention(PooledAttention):
 
     @classmethod
     def tiny_at_limit(cls) -> tuple[Mechanism, Mechanism]:
-        """Pools that are all alike: whichever is chosen, it is full attention whose heads have one key."""
+        """Equal pools: for any choice it is full attention whose heads have one key."""
         limit, full = cls(d_model=24, n_heads=3, n_kv_heads=3), FullAttention.tiny()
         for proj in (limit.k_proj, limit.v_proj):
             proj.weight.data = proj.weight.data[:8].repeat(3, 1)

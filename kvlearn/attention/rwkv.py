@@ -72,10 +72,10 @@ def wkv(
         wkv_t = (Σ_{s<t} e^{k_s - (t-1-s) w} v_s + e^{k_t + u} v_t) / (the same without v)
 
     A key is a number per channel, and there is no query. A token loses a factor e^-w of its weight with every
-    token that follows; at its own position it weighs e^u times as much. e^k may overflow, so the sums are
+    token that follows; at its own position its weight is e^u times as much. e^k may overflow, so the sums are
     kept relative to the largest exponent in them, as FlashAttention keeps its softmax.
 
-    Returns the averages and the ``Sums`` of (B, M) behind the last token, both in fp32 at least. ``form`` is
+    Returns the averages and the ``Sums`` of (B, M) after the last token, both in fp32 at least. ``form`` is
     "recurrent", a bare loop, or "chunked": ``wkv_blocked`` over ``chunk`` tokens at a time. Raises ValueError
     or TypeError for tensors that do not fit each other, and for w below 0 or not finite.
     Source: Peng et al. (2023), on the WKV operator, and the appendix on its form as an RNN.
@@ -86,7 +86,7 @@ def wkv(
     validate.tensor("v", v, (B, T, M), dtype=k.dtype, device=k.device)
     for name, x in (("w", w), ("u", u)):
         validate.tensor(name, x, (M,), device=k.device)
-    if w.device.type == "cpu" and not bool(((w >= 0) & w.isfinite()).all()):  # elsewhere it would synchronise
+    if w.device.type == "cpu" and not bool(((w >= 0) & w.isfinite()).all()):  # a GPU would synchronise
         raise ValueError(f"w: expected finite numbers of at least 0, decays e^-w in (0, 1], got {w.tolist()}")
     validate.one_of("form", form, ("recurrent", "chunked"))
     validate.positive("chunk", chunk)
@@ -142,10 +142,10 @@ def wkv_blocked(w: Tensor, u: Tensor, k: Tensor, v: Tensor, past: Sums) -> tuple
     steps = torch.arange(width, dtype=w.dtype, device=w.device)[:, None]
     in_block = Sums(*(torch.stack(parts, dim=2) for parts in zip(*earlier, strict=True)))
     in_front = Sums(*(torch.stack(parts, dim=1)[:, :, None] for parts in zip(*before, strict=True)))
-    seen = Sums(*(x.flatten(1, 2)[:, :T] for x in in_front.decay(steps * w).add(in_block)))
-    read = seen.add(Sums.of(k + u, v))
+    sums = Sums(*(x.flatten(1, 2)[:, :T] for x in in_front.decay(steps * w).add(in_block)))
+    read = sums.add(Sums.of(k + u, v))
     # Not the sum over the last block, which includes the padding.
-    last = Sums(*(x[:, -1] for x in seen)).decay(w).add(Sums.of(k[:, -1], v[:, -1]))
+    last = Sums(*(x[:, -1] for x in sums)).decay(w).add(Sums.of(k[:, -1], v[:, -1]))
     return read.num / read.den, last
 
 
@@ -156,7 +156,7 @@ class Rwkv4(Mechanism):
         k_t = W_k (μ_k ⊙ x_t + (1 - μ_k) ⊙ x_{t-1}),   v_t and r_t alike with μ_v and μ_r
         y_t = W_o (σ(r_t) ⊙ wkv_t),   wkv_t as in ``wkv``, with w = e^time_decay and u = time_first
 
-    Each of the d_model channels is a head of size 1; ``n_heads`` must divide d_model and means nothing else.
+    Each of the d_model channels is a head of size 1; ``n_heads`` must divide d_model and has no other effect.
     The published start of decays and μ depends on the layer's depth, which a layer does not know here: each
     begins as the one in the middle of the depth.
 
@@ -266,7 +266,7 @@ class Rwkv4ChannelMix(Mechanism):
         y_t = σ(r_t) ⊙ W_v k_t
 
     A model of it takes layers=("rwkv4", "rwkv4_channel") and d_ff=0. ``hidden`` is the width of k, 4 d_model
-    unless given; ``n_heads`` must divide d_model and means nothing else. W_v is called ``o_proj``, the name
+    unless given; ``n_heads`` must divide d_model and has no other effect. W_v is called ``o_proj``, the name
     of the projection back to the residual stream in every mechanism.
 
     Cache: B · d_model numbers, the last token's input.
@@ -344,7 +344,7 @@ class Rwkv4ChannelMix(Mechanism):
 
 @register("rwkv7")
 class Rwkv7(Mechanism):
-    """RWKV-7's time mixing: each token chooses what the state forgets, how fast, and what it writes.
+    """RWKV-7's time mixing: each token sets the decays, the removal and the write of the state.
 
         x^□_t = x_t + μ_□ ⊙ (x_{t-1} - x_t)                               for □ = r, w, k, v, a, g
         r, k, v = W_r x^r, W_k x^k, W_v x^v;   a = σ(low-rank of x^a);   g = low-rank of x^g
@@ -352,11 +352,11 @@ class Rwkv7(Mechanism):
         S_t = diag(decay_t) S_{t-1} - (a_t ⊙ κ_t)(κ_tᵀ S_{t-1}) + k̃_t v_tᵀ
         y_t = W_o (g_t ⊙ (norm(S_tᵀ r_t) + (r_t · (ρ ⊙ k̃_t)) v_t))
 
-    a, the in-context learning rate, is a number for each feature: what is removed, κ, and what replaces it,
-    k̃, are two keys. A decay is never below e^{-0.607} = 0.545. The norm is LayerNorm of each head. ``rank``
-    is that of decay and rate, the published code's for this d_model unless given; the gate's is twice as
-    much. The paper's residual of values is left out: there, all layers but the first mix the first one's v
-    into theirs, and layers here know of no other.
+    a, the in-context learning rate, is a number for each feature. The key of the removal, κ, and the key of
+    the write, k̃, differ. A decay is never below e^{-0.607} = 0.545. The norm is LayerNorm of each head.
+    ``rank`` is that of decay and rate, the published code's for this d_model unless given; the gate's is
+    twice as much. The paper's residual of values is left out: there, all layers but the first mix the first
+    one's v into theirs, and layers here know of no other.
 
     Cache: B · (H · D² + d_model) numbers: one matrix per head, and the last token's input; every step reads
     all of it. RWKV-7-2.9B, with 40 heads of 64 and d_model 2560, keeps 166,400 of them per layer, 0.67 MB in

@@ -1,6 +1,6 @@
 """Attention by a fixed sparse pattern: only visible keys are computed, only those still needed cached.
 
-    head_t = softmax(q_t K_Sᵀ / √D) V_S,   S = {s ≤ t : the pattern shows s to t}
+    head_t = softmax(q_t K_Sᵀ / √D) V_S,   S = {s ≤ t : s is visible to t}
 
 The patterns (Sparse Transformer, Longformer, BigBird, any union of primitives) are in patterns.py.
 """
@@ -44,7 +44,7 @@ from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 def attend_pattern(
     q: Float[Tensor, "B H T D"], kv: KV, pattern: Pattern, block: int
 ) -> Float[Tensor, "B H T D"]:
-    """Attention of each query over the keys that the pattern shows it, ``block`` queries at a time.
+    """Attention of each query over the keys that are visible to it, ``block`` queries at a time.
 
     Neighbouring queries need nearly the same keys, except in a strided primitive: there, queries one stride
     apart do. So strided primitives are computed separately, in that order, and merged with the rest by the
@@ -106,9 +106,9 @@ def _attend_partial(q: Tensor, kv: KV, rule: MaskRule, block: int) -> Partial:
 
 @register("sparse")
 class SparseAttention(Mechanism):
-    """Causal attention to the keys that a fixed ``pattern`` shows, given as a spec or as a ``Pattern``.
+    """Causal attention to the keys that a fixed ``pattern`` selects, given as a spec or as a ``Pattern``.
 
-        head_t = softmax(q_t K_Sᵀ / √D) V_S,   S = {s ≤ t : the pattern shows s to t}
+        head_t = softmax(q_t K_Sᵀ / √D) V_S,   S = {s ≤ t : s is visible to t}
 
     Queries are computed ``block`` at a time over the keys that they need. Cache: 2 · B · G · n · D numbers,
     n = the most tokens that are still needed at one time (patterns.py: ``n_slots``); a step reads only those
@@ -140,7 +140,8 @@ class SparseAttention(Mechanism):
         self.pattern, self.block = parse(pattern), validate.positive("block", block)
         if not self.pattern.includes_self:
             raise ValueError(
-                f"pattern: expected one in which every token sees itself, as by local(1); got {self.pattern}"
+                "pattern: expected one in which every token attends to itself, as by local(1); got "
+                f"{self.pattern}"
             )
         self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         if not reader:
@@ -165,7 +166,7 @@ class SparseAttention(Mechanism):
         return self.o_proj(merge_heads(heads))
 
     def attend(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
-        """Every query over the keys that the pattern shows it, a block of queries at a time."""
+        """Every query over the keys that are visible to it, a block of queries at a time."""
         kv = KV(kv.k.to(q.dtype), kv.v.to(q.dtype), kv.positions, kv.slot_positions)
         return attend_pattern(q, kv, self.pattern, self.block)
 
@@ -241,7 +242,7 @@ class SparseAttention(Mechanism):
 
 
 def visible_naive(pattern: Pattern, query: int, key: int) -> bool:
-    """Whether one query attends to one earlier key: the primitives on a page, for ``naive``."""
+    """Whether one query attends to one earlier key: the definitions of the primitives, for ``naive``."""
     match pattern:
         case Union(parts):
             return any(visible_naive(part, query, key) for part in parts)

@@ -1,4 +1,4 @@
-"""Sliding window attention: a token attends to the last W tokens, itself among them, and no more are kept.
+"""Sliding window attention: a token attends to the last W tokens, itself included, and only those are kept.
 
 Over L layers the receptive field grows: after L windows an output can depend on the L · (W - 1) tokens before
 its own. The cache is a ring buffer: W slots, in which each new token replaces the one that leaves the window.
@@ -35,14 +35,14 @@ from kvlearn.attention.core import (
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 
-BLOCK = 256  # queries at a time: they see W + BLOCK - 1 keys, so fewer compute less and cost more calls
+BLOCK = 256  # queries at a time, over W + BLOCK - 1 keys: smaller blocks compute less and need more calls
 
 
 class SlotCache(Cache):
-    """Keys and values in ``n_slots`` slots, which are used again when their token is not needed any more.
+    """Keys and values in ``n_slots`` slots, which are reused when their token is no longer needed.
 
-    The slot of a token depends on its position alone. So every row of a batch, and every way of cutting a
-    sequence into chunks, leads to the same memory. With ``shared`` the values are the keys, stored once.
+    The slot of a token depends on its position alone, so every row of a batch and every division of a
+    sequence into chunks leads to the same content. With ``shared`` the values are the keys, stored once.
 
     ``slot_positions`` is the position that each slot holds, -1 for none (8 bytes per slot, not counted).
     ``first_reuse`` is the first position whose token takes a slot that was taken before.
@@ -65,7 +65,7 @@ class SlotCache(Cache):
         self.n_slots, self.first_reuse = validate.positive("n_slots", n_slots), first_reuse
         self.k = torch.zeros(batch, n_heads, n_slots, head_dim, dtype=dtype, device=device)
         self.v = self.k if shared else torch.zeros_like(self.k)
-        self.slot_positions = torch.full((1, n_slots), -1, device=device)  # one row per row that differs
+        self.slot_positions = torch.full((1, n_slots), -1, device=device)  # one row per differing row
 
     @abstractmethod
     def slots(self, positions: Int[Tensor, "#B T"]) -> Int[Tensor, "#B T"]:
@@ -77,18 +77,18 @@ class SlotCache(Cache):
 
     @property
     def can_trim(self) -> bool:  # type: ignore[override]
-        """Whether nothing has been written over: what is gone cannot come back."""
+        """Whether no slot has been overwritten: an overwritten token cannot be restored."""
         return self.length <= self.first_reuse
 
     def tensors(self) -> list[Tensor]:
         return [self.k] if self.v is self.k else [self.k, self.v]
 
     def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
-        """Write new keys and values; return what the new tokens may attend to.
+        """Write new keys and values; return those that the new tokens may attend to.
 
-        One token: views of the slots in use, in the order of storage, itself among them. Several: a copy of
-        what was kept before, in the order of positions, and the new ones behind it. The first of them may
-        still need what the last of them write over, so nothing is trimmed before they have attended.
+        One token: views of the slots in use, in the order of storage, its own included. Several: a copy of
+        the earlier ones, in the order of positions, and then the new ones. The first new tokens may still
+        need slots that the last ones overwrite, so nothing is dropped before they have attended.
         """
         B, n_heads, _, head_dim = self.k.shape
         T = k.shape[2]
@@ -115,7 +115,7 @@ class SlotCache(Cache):
         return KV(k, v, positions, torch.cat((kept.expand(rows, -1), positions.expand(rows, -1)), dim=-1))
 
     def _write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Each new token to its slot; of several for one slot the last."""
+        """Write each new token to its slot; of several for one slot, the last."""
         slots = self.slots(positions)
         if len(slots) > len(self.slot_positions):
             self.slot_positions = self.slot_positions.repeat(len(slots), 1)
@@ -143,12 +143,12 @@ class SlotCache(Cache):
 
 
 class RingCache(SlotCache):
-    """Keys and values of the first ``n_sinks`` tokens, which stay, and of the last ``window``, which turn.
+    """Keys and values of the first ``n_sinks`` tokens, which stay, and of the last ``window``, in a ring.
 
         slot(p) = p                                      p < n_sinks
                   n_sinks + (p - n_sinks) mod window     else
 
-    It holds min(max_len, n_sinks + window) tokens, however many it has seen. Sources: Jiang et al.,
+    It holds min(max_len, n_sinks + window) tokens, however long the sequence is. Sources: Jiang et al.,
     "Mistral 7B" (2023), section 2 (the rolling buffer); Xiao et al., "Efficient Streaming Language Models
     with Attention Sinks" (2023), section 3.2 (the tokens that stay).
     """
@@ -170,8 +170,8 @@ class RingCache(SlotCache):
         super().__init__(batch, n_heads, n_slots, head_dim, max_len, n_sinks + window, dtype, device, shared)
 
     def slots(self, positions: Int[Tensor, "#B T"]) -> Int[Tensor, "#B T"]:
-        turning = self.n_sinks + (positions - self.n_sinks) % self.window
-        return torch.where(positions < self.n_sinks, positions, turning)
+        in_ring = self.n_sinks + (positions - self.n_sinks) % self.window
+        return torch.where(positions < self.n_sinks, positions, in_ring)
 
     def used(self, length: int) -> int:
         return min(length, self.n_slots)
@@ -179,8 +179,7 @@ class RingCache(SlotCache):
 
 @dataclass(frozen=True)
 class Window:
-    """The mask rule: the last ``size`` tokens up to the query's own, and the first ``n_sinks``, which come on
-    top."""
+    """The mask rule: the last ``size`` tokens up to the query's own, and also the first ``n_sinks``."""
 
     size: int
     n_sinks: int = 0
@@ -205,10 +204,10 @@ class WindowAttention(Mechanism):
 
     Cache: 2 · B · G · min(max_len, n_sinks + W) · D numbers. It stops growing; every step reads all of it.
 
-    ``n_sinks`` kept tokens keep their own positions. (StreamingLLM counts places in the cache instead, so no
-    distance is longer than the trained ones.) ``sink_logits`` gives each head a learned logit that takes
+    ``n_sinks`` kept tokens keep their own positions. (StreamingLLM uses positions in the cache instead, so
+    that no distance is longer than in training.) ``sink_logits`` gives each head a learned logit that takes
     weight and has no value (core.py: ``with_sinks``). ``reader`` and ``decode`` as in ``gqa``. Raises
-    ValueError for a window below 1, sinks below 0, more kept tokens than the window is long, and a cache for
+    ValueError for a window below 1, sinks below 0, more sinks than the window is long, and a cache for
     another window or other sinks.
     Sources: Jiang et al., "Mistral 7B" (2023), section 2; Xiao et al., "Efficient Streaming Language Models
     with Attention Sinks" (2023), section 3.2; OpenAI, "gpt-oss" (2025), section 2.2.
@@ -263,13 +262,13 @@ class WindowAttention(Mechanism):
         return self.o_proj(merge_heads(heads))
 
     def attend(self, q: Float[Tensor, "B H T D"], kv: KV) -> Float[Tensor, "B H T D"]:
-        """Every query over the window behind it, a block of queries at a time."""
+        """Every query over its window, a block of queries at a time."""
         if self.in_ring(q, kv) and len(kv.positions) == 1:
             return self.attend_masked(q, kv.k, kv.v, None)
         return attend_blockwise(q, kv, Window(self.window, self.n_sinks), BLOCK, self.attend_masked)
 
     def in_ring(self, q: Tensor, kv: KV) -> bool:
-        """Whether this is one token per row over a ring, which holds exactly what its newest token sees."""
+        """Whether this is one token per row over a ring, whose keys are all visible to it."""
         return q.shape[2] == 1 and kv.k.shape[2] <= self.window + self.n_sinks
 
     def project_kv(self, x: Float[Tensor, "B T M"], cache: Cache | None = None) -> KV:
@@ -291,7 +290,7 @@ class WindowAttention(Mechanism):
     def attend_masked(
         self, q: Float[Tensor, "B H T D"], k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Float[Tensor, "B H T D"]:
-        """Some queries over some keys, and over the sink logit where there is one."""
+        """Some queries over some keys, and over the sink logit if there is one."""
         k, v = k.to(q.dtype), v.to(q.dtype)
         if self.sink_logits is None:
             return grouped_attention(q, k, v, mask)

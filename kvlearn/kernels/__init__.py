@@ -1,9 +1,9 @@
-"""Decode kernels in Triton: the one that people use, and the stages that lead to it.
+"""Decode kernels in Triton: the library's kernel, and the stages of chapter 11 that lead to it.
 
 Imports without Triton; only running a kernel needs it.
 """
 
-from kvlearn.kernels import runtime  # first: it decides whether Triton interprets
+from kvlearn.kernels import runtime  # first: it sets whether Triton interprets
 from kvlearn.kernels.decode import decode_attention, decode_latent, validate_decode_inputs
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.tiling import Tiling, choose_splits

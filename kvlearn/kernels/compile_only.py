@@ -1,9 +1,9 @@
-"""Triton's own launch path without a GPU: all is real up to the launch, and the launch is written down.
+"""Triton's own launch path without a GPU: it compiles as on a GPU, and records launches instead of running.
 
-Triton asks its driver which card it is on, to load the binary and to start it. The driver below answers with
-the card it is told, looks into what was compiled, and starts nothing. So a kernel is compiled from the very
-call that a GPU would get: its types, which addresses and strides are multiples of 16, the tiling that the
-launcher chose. No list of signatures can drift from the code.
+Triton asks its driver for the GPU, to load the binary and to start it. The driver below reports the given
+target, examines the binary and starts nothing. So a kernel is compiled for exactly the call that a GPU would
+get: types, addresses and strides that are multiples of 16, the launcher's tiling. No separate list of
+signatures has to follow the code.
 
 Needs a process in which Triton compiles (``TRITON_INTERPRET=0``); `kvlearn.kernels.compiled` starts one.
 """
@@ -31,7 +31,7 @@ PACKAGE = Path(__file__).parents[1]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CACHE_LINE = re.compile(r"^\s*(?:k|v|k_rope|latent|rope) = tl\.load\(")  # how all kernels here read a tile
 
-# PTX, the assembly that Triton writes; ptxas turns it into the card's own and gives out the registers.
+# PTX is the assembly that Triton writes; ptxas translates it to machine code and allocates registers.
 FILE = re.compile(r'^\s*\.file\s+(\d+) "(.+)"', re.MULTILINE)
 PLACE = re.compile(r"^\s*\.loc\s+(\d+) (\d+)")
 LOAD = re.compile(r"\bld\.global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[bsuf](\d+)\s")
@@ -41,20 +41,20 @@ PRODUCT = re.compile(r"\b(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\.")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel started by a launcher: what it takes of a multiprocessor, and how it reads the cache."""
+    """One launched kernel: its resources on a multiprocessor, and its loads of the cache."""
 
     kernel: str
     num_warps: int
-    registers: int  # a thread
-    stack: int  # bytes a thread: what did not fit into registers lives in memory
-    shared: int  # bytes a program
+    registers: int  # per thread
+    stack: int  # bytes per thread that did not fit into registers and are in memory
+    shared: int  # bytes per program
     loads: dict[int, int]  # of the cache: bytes that one thread loads at once -> instructions
     copies: dict[int, int]  # the asynchronous ones among them (cp.async), straight into shared memory
     products: dict[str, int]  # tensor core instructions: wgmma works for four warps together, mma for one
 
 
 def examine(metadata: Any) -> Launch:
-    """Read the assembly and the binary that Triton has just compiled, or compiled long ago, and kept."""
+    """Read a kernel's assembly and binary from Triton's cache."""
     kept = get_cache_manager(metadata.hash)
     ptx, cubin = (kept.get_file(f"{metadata.name}.{kind}") for kind in ("ptx", "cubin"))
     command = [CUOBJDUMP, "--dump-resource-usage", cubin]
@@ -86,13 +86,13 @@ def read_assembly(ptx: str) -> tuple[dict[int, int], dict[int, int], dict[str, i
 
 
 def _reads_cache(file: str, line: int) -> bool:
-    # Triton keeps binaries by their source text and line: this one may come from another checkout of it.
+    # Triton caches binaries by source text and line: this one may come from another checkout.
     here = PACKAGE.joinpath(*file.rpartition("/kvlearn/")[2].split("/"))
     return CACHE_LINE.match(linecache.getline(str(here if here.exists() else file), line)) is not None
 
 
 class CompileOnly(DriverBase):
-    """A driver for an absent card of compute capability ``target``: it notes launches and runs none."""
+    """A driver for compute capability ``target`` without a GPU: it records launches and runs none."""
 
     def __init__(self, target: int) -> None:
         super().__init__()
@@ -102,13 +102,13 @@ class CompileOnly(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # never chosen by Triton itself
+        return False  # Triton itself never selects it
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # a kernel's compiled forms are kept by device: a device for each target
+        return self.target.arch  # Triton caches compiled kernels by device: one device per target
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -122,7 +122,7 @@ class CompileOnly(DriverBase):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         compiled = examine(metadata)
-        # The driver of the day: Triton keeps what this returns, and may launch it for another form.
+        # The driver active at the launch: Triton keeps this function and may call it for another form.
         return lambda *call: triton.runtime.driver.active.launches.append(compiled)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -137,9 +137,9 @@ class CompileOnly(DriverBase):
 
 @contextmanager
 def compile_only(target: int) -> Iterator[list[Launch]]:
-    """Inside, kernels are compiled for ``target`` and run nowhere; the list fills with what was launched.
+    """Inside, kernels are compiled for ``target`` and not run; the list receives every launch.
 
-    Raises what Triton raises on a card: OutOfResources where a program asks for too much shared memory.
+    Raises OutOfResources, as on a GPU, if a program needs too much shared memory.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET: expected 0, since the interpreter compiles nothing")

@@ -1,7 +1,7 @@
-"""What each kernel becomes on a card: registers, stack, shared memory, width of its loads. No GPU needed.
+"""The resources of each compiled kernel: registers, stack, shared memory, width of loads. No GPU needed.
 
-``python -m kvlearn.kernels.compiled`` prints the table, `report` returns its rows. The numbers are those of
-the installed Triton: another version may allot other registers.
+``python -m kvlearn.kernels.compiled`` prints the table, `report` returns its rows. The numbers hold for
+the installed Triton: another version may allocate other registers.
 """
 
 import functools
@@ -23,7 +23,7 @@ from kvlearn import validate
 from kvlearn.kernels.runtime import HAS_TRITON
 
 CARDS = {80: "A100", 90: "H100, H200", 100: "B200"}
-# A multiprocessor's shared memory in bytes, of which each program loses 1 KiB; the rest is alike on all.
+# A multiprocessor's shared memory in bytes; the system takes 1 KiB per program. All GPUs share the rest.
 SHARED_OF_CARD = {80: 167_936, 90: 233_472, 100: 233_472}
 REGISTERS, WARPS, PROGRAMS = 65_536, 64, 32
 
@@ -33,24 +33,24 @@ class Compiled:
     """One kernel of one form, compiled for compute capability ``target`` (90 for sm_90)."""
 
     form: str
-    group: str  # "stage", "decode", or "broken": what a mistake does to it
+    group: str  # "stage", "decode", or "broken" (by a mistake)
     target: int
     kernel: str = ""
     num_warps: int = 0
-    registers: int = 0  # a thread; 255 at most
-    stack: int = 0  # bytes a thread of what did not fit into the registers
-    shared: int = 0  # bytes a program
+    registers: int = 0  # per thread; 255 at most
+    stack: int = 0  # bytes per thread that did not fit into the registers
+    shared: int = 0  # bytes per program
     loads: dict[int, int] = field(
         default_factory=dict
-    )  # of the cache: bytes a thread loads at once -> instructions
+    )  # of the cache: bytes that a thread loads at once -> instructions
     copies: dict[int, int] = field(default_factory=dict)  # the asynchronous ones among them (cp.async)
     products: dict[str, int] = field(default_factory=dict)  # tensor core instructions by name
-    problem: str = ""  # why there is no such kernel; then nothing above is filled in
+    problem: str = ""  # why the kernel does not compile; the fields above are then empty
 
     @property
     def programs(self) -> int:
-        """Programs that fit on one multiprocessor at a time: the other loads that are in flight meanwhile."""
-        registers = -(-self.registers * 32 // 256) * 256 * self.num_warps  # given out to warps by 256
+        """Programs that fit on one multiprocessor at a time, so that some load while others compute."""
+        registers = -(-self.registers * 32 // 256) * 256 * self.num_warps  # allocated to warps by 256
         shared = SHARED_OF_CARD[self.target] // (self.shared + 1024)
         return min(PROGRAMS, WARPS // self.num_warps, REGISTERS // registers, shared)
 
@@ -59,8 +59,8 @@ class Compiled:
 def report(targets: tuple[int, ...] = tuple(CARDS), only: str = "") -> tuple[Compiled, ...]:
     """Compile every form whose group or name contains ``only``, in one process for each target.
 
-    Takes 30 s a target on one core when Triton's cache is empty, 3 s afterwards.
-    Raises ValueError for a card that is not in `CARDS`, RuntimeError where there is no Triton or a process
+    Takes 30 s per target on one core when Triton's cache is empty, 3 s afterwards.
+    Raises ValueError for a card that is not in `CARDS`, RuntimeError without Triton or if a process
     fails.
     """
     for target in targets:
@@ -91,7 +91,7 @@ COLUMNS = (" warps", "regs", "stack", "  KiB", "fit", "16 B", "less", "async")
 
 
 def table(rows: Sequence[Compiled], target: int) -> Table:
-    """The rows of one target, as a learner reads them; `LEGEND` says what the columns are."""
+    """The rows of one target as a table; `LEGEND` explains the columns."""
     drawn = Table(
         title=f"sm_{target} ({CARDS[target]})",
         title_justify="left",
@@ -132,13 +132,13 @@ def table(rows: Sequence[Compiled], target: int) -> Table:
 
 
 LEGEND = """\
-warps    of 32 threads, in a program
-regs     registers a thread; it has 255 at most, and what does not fit is kept in memory
-stack    bytes a thread of that; 0 is right
-KiB, fit shared memory of a program, and how many programs a multiprocessor holds
-16 B     instructions that load 16 bytes of the cache a thread
-less     those that load fewer bytes; 0 is right
-async    those, of either kind, that run ahead of the arithmetic (cp.async)
+warps    per program, of 32 threads each
+regs     registers per thread, 255 at most; numbers that do not fit are kept in memory
+stack    bytes per thread kept in memory; 0 is right
+KiB, fit shared memory per program, and programs per multiprocessor
+16 B     instructions that load 16 bytes of the cache per thread
+less     instructions that load fewer bytes; 0 is right
+async    instructions of both kinds that run ahead of the arithmetic (cp.async)
 products on tensor cores. mma: of one warp, 16 rows; wgmma (from Hopper on) and tcgen05
          (Blackwell): of four warps, 64 rows or more"""
 
@@ -148,7 +148,7 @@ def main(
     only: Annotated[str, typer.Option(help="Forms whose group or name contains this.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Compile every kernel without a GPU and print what it takes."""
+    """Compile every kernel without a GPU and print its resources."""
     targets = tuple(target or CARDS)
     try:
         rows = report(targets, only)

@@ -1,9 +1,9 @@
-"""One decode step of attention over a cache, for every layout and number format that a server meets.
+"""One decode step of attention over a cache, for all common layouts and number formats.
 
     out_bh = Σ_s w_s v_s,   w = softmax over the row's live keys s of (scale · q_bh · k_s)
 
-On a GPU the Triton kernel of kernel.py, on a CPU its PyTorch form; both fill the same two tensors. Under
-``torch.compile`` a step is one operator, ``kvlearn::decode``, with nothing traced inside.
+A GPU runs the Triton kernel of kernel.py, a CPU its PyTorch form; both write the same two tensors. Under
+``torch.compile`` a step is one operator, ``kvlearn::decode``, whose inside is not traced.
 """
 
 from typing import Literal, Unpack, overload
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlearn import validate as checks
-from kvlearn.kernels.inputs import Request, check_shapes, check_values, expect_tensors, split_scale
+from kvlearn.kernels.inputs import Request, check_shapes, check_values, split_scale, validate_tensors
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.operator import decode_operator, fill
 from kvlearn.kernels.options import Backend, DecodeOptions, LatentOptions
@@ -62,33 +62,34 @@ def decode_attention(
     backend: Backend = "auto",
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of one new token a row over its cache: (B, H, D), the dtype of ``q``.
+    """Attention of one new token per row over its cache: (B, H, D), in the dtype of ``q``.
 
     Query head h reads KV head h // (H / G): MHA with G = H, GQA at any ratio, MQA with G = 1. Any strides.
 
     q: (B, H, D) in fp16, bf16 or fp32. k_cache, v_cache: (B, G, S, D), or with a ``block_table``
     (pages, G, page, D), in any of these types, fp8 (e4m3, e5m2) or int8. lengths: (B,) int32, tokens in each
-    row's cache, this one included; 0 gives 0 and a log-sum-exp of -inf. What lies past a row's length is
-    never used, be it NaN.
+    row's cache, this one included; 0 gives 0 and a log-sum-exp of -inf. Slots past a row's length are never
+    used, even if they hold NaN.
 
     scale: of the scores, 1/√D unless given. window: only the last ``window`` tokens, this one included, and
-    on top of them the first ``n_sinks``, which stay where they stood. sink_logits: (H,), one more score a
-    head, without a value. block_table: (B, pages of a row) int32; entries past a row's length may be
-    anything. k_scale, v_scale: what numbers of the cache are multiplied by: a number, (G,), or one a key in
-    the cache's shape without D; int8 must have them.
+    in addition the first ``n_sinks``, which keep their positions. sink_logits: (H,), one more score per head,
+    without a value. block_table: (B, pages per row) int32; entries past a row's length are ignored. k_scale,
+    v_scale: factors of the cached numbers: a number, (G,), or one per key in the cache's shape without D;
+    required for int8.
 
-    num_splits: pieces that a row's context is cut into, chosen from the machine unless given. out: (B, H, D)
-    to write to. workspace: a ``Workspace``; with it and ``out`` a call allocates nothing but the log-sum-exp
-    that it returns. return_lse: also the natural log of what normalised, (B, H) fp32, by which such results
-    merge. backend: "triton" on a CPU runs the interpreter. validate: look at lengths and tables too, which on
-    a GPU waits for it; by default on CPUs only. Without it both are masked: a wrong table gives a wrong
-    answer, and never a read out of range.
+    num_splits: splits of a row's context, by the GPU's size unless given. out: (B, H, D) to write to.
+    workspace: a ``Workspace``; with it and ``out`` a call allocates only the log-sum-exp that it returns.
+    return_lse: return the natural log-sum-exp too, (B, H) fp32, by which such results merge. backend:
+    "triton" on a CPU runs the interpreter. validate: check the values of lengths and tables too, which
+    synchronises with a GPU; by default on CPUs only. Without it both are masked: a wrong table gives a wrong
+    result, never a read out of range.
 
-    No gradient is kept. The first call of each layout and format compiles: make it before a CUDA graph does.
+    No gradient is computed. The first call for each layout and format compiles: make it before capturing a
+    CUDA graph.
 
     Raises ValueError or TypeError that names the argument.
     """
-    expect_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    validate_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     k_factor, k_scale = split_scale("k_scale", k_scale, k_cache)
     v_factor, v_scale = split_scale("v_scale", v_scale, v_cache)
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
@@ -140,21 +141,21 @@ def decode_latent(
     backend: Backend = "auto",
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Absorbed latent attention (MLA) of one new token a row: (B, H, R), to be multiplied by W_uv.
+    """Absorbed latent attention (MLA) of one new token per row: (B, H, R), to be multiplied by W_uv.
 
         score_s = scale · (q_latent · c_s + q_rope · r_s),   out = Σ_s softmax(score)_s c_s
 
-    A cached row is one latent c of R numbers, key and value of all heads, and its rotated part r of Dr: read
-    once, used twice.
+    A cached row is one latent c of R numbers, key and value of all heads, and a rotated part r of Dr numbers.
+    Each row is read once and used twice.
 
     q_latent: (B, H, R), the queries times W_uk. q_rope: (B, H, Dr). cache: (B, S, R + Dr), or with a
-    ``block_table`` (pages, page, R + Dr). scale: give it. It belongs to the heads before absorption, 1/√192
-    in DeepSeek-V3; without it this is 1/√(R + Dr), the width that is multiplied here. k_scale: a number, or
-    one a key in the cache's shape without the last dimension. All else as in ``decode_attention``.
+    ``block_table`` (pages, page, R + Dr). scale: pass the scale of the heads before absorption, 1/√192 in
+    DeepSeek-V3; the default is 1/√(R + Dr), by the width of the products here. k_scale: a number, or one per
+    key in the cache's shape without the last dimension. Other arguments as in ``decode_attention``.
 
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
     """
-    expect_tensors(q_latent=q_latent, q_rope=q_rope, lengths=lengths)
+    validate_tensors(q_latent=q_latent, q_rope=q_rope, lengths=lengths)
     cache = checks.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
     if isinstance(k_scale, Tensor) and k_scale.dim() == 2:
         k_scale = k_scale.unsqueeze(1)
@@ -178,8 +179,8 @@ def validate_decode_inputs(
     k_scale: float | Tensor | None = None,
     v_scale: float | Tensor | None = None,
 ) -> None:
-    """All that ``decode_attention`` checks with ``validate=True``; raises what it would raise."""
-    expect_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    """The checks of ``decode_attention`` with ``validate=True``; raises the same errors."""
+    validate_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     scales = (split_scale("k_scale", k_scale, k_cache)[1], split_scale("v_scale", v_scale, v_cache)[1])
     keys = (window, n_sinks, sink_logits, block_table, *scales)
     request = Request(q, None, k_cache, v_cache, lengths, 1.0, *keys)
@@ -187,7 +188,7 @@ def validate_decode_inputs(
     check_values(request)
 
 
-@torch.no_grad()  # a step of decoding: nothing is kept to differentiate
+@torch.no_grad()  # a decode step needs no gradient
 def _decode(
     request: Request,
     num_splits: int | None,
@@ -220,10 +221,10 @@ def _decode(
     if not tracing:
         fill(request, out, lse, workspace, num_splits, backend)
     else:
-        r = request
-        room = (workspace.parts, workspace.part_lses, workspace.tickets) if workspace else (None, None, None)
+        r, w = request, workspace
+        buffers = (w.parts, w.part_lses, w.tickets) if w else (None, None, None)
         decode_operator(
             *(r.q, r.q_rope, r.k, r.v, r.lengths, r.scale, r.window, r.n_sinks, r.sink_logits),
-            *(r.block_table, r.k_scale, r.v_scale, r.out_scale, out, lse, *room, num_splits, backend),
+            *(r.block_table, r.k_scale, r.v_scale, r.out_scale, out, lse, *buffers, num_splits, backend),
         )
     return (out, lse) if return_lse else out

@@ -1,4 +1,4 @@
-"""The forms of the kernels that are compiled ahead: one call each, as a user writes it.
+"""The kernel forms that are compiled ahead of time: one call per form, as a user writes it.
 
 ``python -m kvlearn.kernels.forms 90`` prints their rows as JSON; `kvlearn.kernels.compiled` starts it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from kvlearn.kernels.compiled import Compiled
 from kvlearn.kernels.stages import STAGES
 
-BATCH, SLOTS, LENGTH = 2, 4096, 4001  # a length that 16 does not divide, as most
+BATCH, SLOTS, LENGTH = 2, 4096, 4001  # like most lengths, not a multiple of 16
 HALF = torch.bfloat16
 
 
@@ -43,7 +43,7 @@ def attention(
     scaled: bool = False,
     **options: Any,
 ) -> None:
-    """`decode_attention` on a cache of type ``stored``, ``scaled`` by a number a key."""
+    """`decode_attention` on a cache of type ``stored``, ``scaled`` by one number per key."""
     from kvlearn.kernels.decode import decode_attention
 
     q = torch.zeros(BATCH, n_heads, head_dim, dtype=dtype)
@@ -54,7 +54,7 @@ def attention(
 
 
 def latent(n_heads: int, page: int = 0, dtype: torch.dtype = HALF) -> None:
-    """`decode_latent`."""
+    """`decode_latent` on DeepSeek's sizes."""
     from kvlearn.kernels.decode import decode_latent
 
     q, q_rope, cache = (t.to(dtype) for t in _latent(n_heads))
@@ -67,10 +67,10 @@ def latent(n_heads: int, page: int = 0, dtype: torch.dtype = HALF) -> None:
 
 def stage(name: str, page: int = 0) -> None:
     """A stage of chapter 11 on the case that its file predicts."""
-    chosen = STAGES[name]
+    selected = STAGES[name]
     q = torch.zeros(BATCH, 32, 128, dtype=HALF)
     k, v, paging = _caches(4, 128, HALF, page)
-    chosen.decode(q, k, v, _lengths() if chosen.ragged else LENGTH, **paging)
+    selected.decode(q, k, v, _lengths() if selected.ragged else LENGTH, **paging)
 
 
 def latent_stage(n_heads: int) -> None:
@@ -84,7 +84,7 @@ def latent_stage(n_heads: int) -> None:
 def _caches(
     n_kv_heads: int, head_dim: int, dtype: torch.dtype, page: int, offset: int = 0
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """K, V and, with pages, the block table; ``offset`` moves both off their 16-byte boundary."""
+    """K, V and, with pages, the block table; ``offset`` shifts both from their 16-byte boundary."""
     shape: tuple[int, ...] = (BATCH, n_kv_heads, SLOTS, head_dim)
     paging = {}
     if page:
@@ -142,7 +142,7 @@ FORMS = (
 
 
 def compile_form(form: Form, target: int) -> list[Compiled]:
-    """A row for each kernel that the call launches; one that says why where there is none."""
+    """One row per kernel that the call launches, or one row that says why it does not compile."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
@@ -161,5 +161,5 @@ def compile_form(form: Form, target: int) -> list[Compiled]:
 
 if __name__ == "__main__":
     number, *only = sys.argv[1:]
-    chosen = [form for form in FORMS if not only or only[0] in f"{form.group} {form.name}"]
-    print(json.dumps([asdict(row) for form in chosen for row in compile_form(form, int(number))]))
+    forms = [form for form in FORMS if not only or only[0] in f"{form.group} {form.name}"]
+    print(json.dumps([asdict(row) for form in forms for row in compile_form(form, int(number))]))

@@ -1,4 +1,4 @@
-"""What a decode step is given, in the one form that the PyTorch form, the kernel and the checks share."""
+"""The arguments of one decode step, shared by the PyTorch form, the kernel and the checks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 class Request:
     """One decode step. Latent attention has ``q_rope``, one KV head, and no ``v``: the latent is the value.
 
-    Caches are (B, G, S, D), or with a ``block_table`` (pages, G, page, D). Scales have a cache's shape
+    Caches are (B, G, S, D), or with a ``block_table`` (pages, G, page, D). A scale has its cache's shape
     without the last dimension.
     """
 
@@ -29,7 +29,7 @@ class Request:
     window: int | None = None
     n_sinks: int = 0
     sink_logits: Tensor | None = None  # (H,)
-    block_table: Tensor | None = None  # (B, pages of a row)
+    block_table: Tensor | None = None  # (B, pages per row)
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     out_scale: float = 1.0
@@ -48,7 +48,7 @@ class Request:
 
     @property
     def group(self) -> int:
-        """Query heads of one KV head."""
+        """Query heads per KV head."""
         return self.n_heads // self.n_kv_heads
 
     @property
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for."""
+        """The most tokens that a row can hold."""
         return self.k.shape[2] if self.block_table is None else self.k.shape[2] * self.block_table.shape[1]
 
     def live(self, length: int) -> Iterator[slice]:
@@ -73,14 +73,14 @@ class Request:
         yield slice(begin, length)
 
 
-def expect_tensors(**arguments: object) -> None:
-    """TypeError for an argument that is no tensor at all."""
+def validate_tensors(**arguments: object) -> None:
+    """Raise TypeError for an argument that is not a tensor."""
     for name, value in arguments.items():
         validate.instance(name, value, Tensor)
 
 
 def check_shapes(request: Request) -> None:
-    """Shapes, dtypes and devices; ValueError or TypeError names the argument."""
+    """Check shapes, dtypes and devices. Raises ValueError or TypeError that names the argument."""
     q, k, device = request.q, request.k, request.q.device
     validate.tensor("q", q, ("batch", "heads", "width"))
     validate.one_of("q.dtype", q.dtype, FLOATS)
@@ -95,7 +95,7 @@ def check_shapes(request: Request) -> None:
     validate.divides("k_cache.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
     if request.v is not None:
         validate.tensor("v_cache", request.v, (*k.shape[:3], "width"), dtype=k.dtype, device=device)
-    # fp32 queries can take any number as it is; fp16 cannot hold all of bf16's.
+    # fp32 holds every number of the other formats; fp16 does not hold all of bf16's.
     floats = FLOATS if q.dtype == torch.float32 else (q.dtype,)
     validate.one_of("k_cache.dtype", k.dtype, (*floats, *QUANTISED))
     for dimension in range(3):
@@ -116,11 +116,11 @@ def check_shapes(request: Request) -> None:
 
 
 def check_values(request: Request) -> None:
-    """Lengths within the cache, and the pages that they need within the pool. On a GPU this waits for it."""
+    """Check lengths against the cache, and the pages in use against the pool. Synchronises with a GPU."""
     lengths = request.lengths
     if bool(((lengths < 0) | (lengths > request.capacity)).any()):
         raise ValueError(
-            f"lengths: expected 0 to {request.capacity} (the cache's room), got {lengths.tolist()}"
+            f"lengths: expected 0 to {request.capacity} (the cache's capacity), got {lengths.tolist()}"
         )
     if request.block_table is None or request.page is None:
         return
@@ -135,9 +135,9 @@ def check_values(request: Request) -> None:
 
 
 def split_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> tuple[float, Tensor | None]:
-    """The scale as a number, and as a view of the cache's shape without its last size: at most one of them.
+    """``scale`` as (number, None), or as (1, a view in the cache's shape without its last dimension).
 
-    ``scale``: a number, one a KV head (G,), or one a key.
+    ``scale``: a number, one per KV head (G,), or one per key.
     """
     if scale is None and cache.dtype == torch.int8:
         raise ValueError(f"{name}: expected the scale of an int8 cache, got None")

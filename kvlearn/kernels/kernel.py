@@ -1,16 +1,16 @@
 """The decode kernel: one program reads a piece of one KV head's cache for all query heads that share it.
 
-Stages v0 to v5 build it step by step; this one has everything at once. A program's keys are numbered without
-gaps: first the kept sinks, then the window, so that the splits share out only what is really read. Partial
-results of the splits meet in one launch: whoever of a family of ``FAN_IN`` finishes last merges it, then goes
-on to the next level.
+Stages v0 to v5 build it step by step; this one combines them. A row's visible keys are numbered without gaps,
+first the kept sinks, then the window, so that the splits divide only keys that are read. The same launch
+merges the splits: in each family of ``FAN_IN`` partial results the last program to finish merges them, then
+continues at the next level.
 
 Sources: Dao et al., "Flash-Decoding" (2023) for the splits; DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1
 for attention in the latent space; Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
 (2023).
 """
 
-import kvlearn.kernels.runtime  # noqa: F401  (before triton: it decides about the interpreter)
+import kvlearn.kernels.runtime  # noqa: F401  (before triton: it sets whether Triton interprets)
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -18,7 +18,7 @@ import triton.language as tl  # isort: skip
 from kvlearn.kernels.merging import FAN_IN, LN_2, LOG2_E, finite, log_sum, merge, with_sink_logit  # isort: skip
 
 
-# What changes from step to step must not be compiled in.
+# Arguments that change from step to step must not be compiled in.
 @triton.jit(
     do_not_specialize=[
         *("window", "n_sinks", "capacity", "n_pages", "n_kv_heads", "num_splits"),
@@ -31,7 +31,7 @@ def decode_kernel(
     k_ptr,  # (B, G, S, D), or (pages, G, PAGE, D)
     v_ptr,  # the same with Dv, or None: the latent is the value
     lengths_ptr,  # (B,)
-    table_ptr,  # (B, pages of a row), or None
+    table_ptr,  # (B, pages per row), or None
     k_scale_ptr,  # (B, G, S), or (pages, G, PAGE), or None
     v_scale_ptr,
     sink_ptr,  # (H,), or None
@@ -44,8 +44,8 @@ def decode_kernel(
     out_scale,
     window,  # None: all keys
     n_sinks,
-    capacity,  # slots a row has
-    n_pages,  # pages that exist
+    capacity,  # slots per row
+    n_pages,  # pages in the pool
     n_kv_heads,
     num_splits,
     lengths_stride,
@@ -64,7 +64,7 @@ def decode_kernel(
     DR: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of one KV head
     PAGE: tl.constexpr,
-    # Numbers from one slot to the next: known, so that the addresses of a tile are constants apart.
+    # Strides of a slot, known at compile time, so that addresses in a tile differ by constants.
     K_SLOT: tl.constexpr,
     V_SLOT: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -72,12 +72,12 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_DR: tl.constexpr,
-    QK_TYPE: tl.constexpr,  # that queries and keys are multiplied in
-    PV_TYPE: tl.constexpr,  # that weights and values are multiplied in
+    QK_TYPE: tl.constexpr,  # in which queries and keys are multiplied
+    PV_TYPE: tl.constexpr,  # in which weights and values are multiplied
 ):
     """softmax(scale · q Kᵀ) V over the live keys of one split, for BLOCK_H query heads of one KV head."""
     program, split = tl.program_id(0), tl.program_id(1)
-    b, g, h, real = whose(program, n_kv_heads, GROUP, BLOCK_H)
+    b, g, h, real = program_heads(program, n_kv_heads, GROUP, BLOCK_H)
 
     length = tl.maximum(tl.minimum(tl.load(lengths_ptr + b * lengths_stride), capacity), 0)
     begin, kept = 0, 0
@@ -104,7 +104,7 @@ def decode_kernel(
         q_rope = tl.load(rope_at + dr[None, :] * q_rope_strides[2], mask=rope_mask, other=0.0).to(QK_TYPE)
 
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)  # the largest score so far, to the base 2
-    # Summed over the keys at the end, where registers allow: each sum waits for all warps.
+    # Summed over the keys only at the end, where registers allow it: each sum waits for all warps.
     LATE_SUM: tl.constexpr = BLOCK_H == 16
     total = tl.zeros([BLOCK_H, BLOCK_N] if LATE_SUM else [BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
@@ -114,7 +114,7 @@ def decode_kernel(
         exists = n < tl.where(of_sinks, kept, length) - start
         if window is not None:
             exists &= of_sinks | (n >= begin - start)
-        # A key lies `beyond` slots after `slot`: in a tile of one piece, addresses are constants apart.
+        # A key lies `beyond` slots after `slot`: in a contiguous tile, addresses differ by constants.
         if table_ptr is None:
             row, slot, beyond = b, start.to(tl.int64), n
         elif PAGE % BLOCK_N == 0:  # the tile lies in one page
@@ -125,9 +125,9 @@ def decode_kernel(
             row = tl.load(table_at, mask=exists, other=-1).to(tl.int64)
             slot, beyond = ((start + n) % PAGE).to(tl.int64), tl.zeros_like(n)
         if table_ptr is not None:
-            exists &= (row >= 0) & (row < n_pages)  # a wrong table gives a wrong answer, not a wild read
+            exists &= (row >= 0) & (row < n_pages)  # a wrong table gives wrong results, never a wild read
 
-        # What does not exist is never loaded: 0 · NaN would be NaN.
+        # Slots without a key are never loaded: 0 · NaN would be NaN.
         k_mask, v_mask = exists[:, None] & (d < D)[None, :], exists[:, None] & (dv < DV)[None, :]
         k_at = k_ptr + row * k_strides[0] + g * k_strides[1] + slot * K_SLOT + beyond * K_SLOT
         k = tl.load(k_at[:, None] + d[None, :] * k_strides[3], mask=k_mask, other=0.0).to(QK_TYPE)
@@ -153,7 +153,7 @@ def decode_kernel(
         top = new_top
 
         if v_ptr is None:
-            v = k.to(PV_TYPE)  # one latent serves as key and as value
+            v = k.to(PV_TYPE)  # one latent is key and value
             if k_scale_ptr is not None:
                 weights *= k_scale[None, :]
         else:
@@ -190,8 +190,8 @@ def decode_kernel(
             members = tl.cdiv(tl.minimum(live_splits - family, stride * FAN_IN), stride)
             # A family of several at level l begins at a multiple of FAN_IN^(l+1), and has more slots than l.
             ticket_at = tickets_ptr + program * num_splits + family + level
-            tl.debug_barrier()  # all threads have stored before one of them tells the other programs
-            if members > 1:  # one alone is its own result, and goes on
+            tl.debug_barrier()  # all threads have stored before one of them draws the ticket
+            if members > 1:  # a single member needs no merge
                 climbing = tl.atomic_add(ticket_at, 1, sem="acq_rel") == members - 1
                 if climbing:
                     tl.store(ticket_at, 0)  # for the next call
@@ -206,10 +206,10 @@ def decode_kernel(
 
 
 @triton.jit
-def whose(program, n_kv_heads, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
+def program_heads(program, n_kv_heads, GROUP: tl.constexpr, BLOCK_H: tl.constexpr):
     """A program's batch row, KV head and query heads, and which of them exist (tensor cores take 16)."""
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
-    # Blocks of heads that share a KV head come one after the other, so that the second finds it in the L2.
+    # Blocks of heads that share a KV head are adjacent, so that the second finds its tiles in the L2.
     pair = program // HEAD_BLOCKS
     b, g = (pair // n_kv_heads).to(tl.int64), (pair % n_kv_heads).to(tl.int64)
     of_group = program % HEAD_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)

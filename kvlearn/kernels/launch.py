@@ -1,4 +1,4 @@
-"""From a request to a launch of the kernel: tiling, splits, and the room in which the splits meet."""
+"""Launches the kernel for a request: tiling, splits, and the workspace for partial results."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,15 +11,15 @@ from kvlearn.kernels.inputs import Request
 from kvlearn.kernels.runtime import INTERPRETED, capability, multiprocessors, require_triton, shared_memory
 from kvlearn.kernels.tiling import Tiling, choose_latent_tiling, choose_splits, choose_tiling
 
-REGISTERS = 65_536  # of a multiprocessor, on every card since 2014
-RESERVED = 1024  # bytes of shared memory that each program loses
-MOST_SPLITS = 65_535  # the second axis of a grid goes no further
-THREADS_REGISTERS = 128  # that a thread of this kernel needs, about
+REGISTERS = 65_536  # per multiprocessor, on every GPU since 2014
+RESERVED = 1024  # bytes of shared memory per program that the system takes
+MOST_SPLITS = 65_535  # the limit of a grid's second axis
+THREADS_REGISTERS = 128  # per thread of this kernel, approximately
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Room for what a step needs beside its output, for calls that must not allocate: made once, used often.
+    """Buffers of a step other than its output, for calls that must not allocate: made once, used often.
 
     Partial results of the splits, ``parts`` (rows · splits · width) and ``part_lses`` (rows · splits), and
     ``lse`` (rows), all fp32; ``tickets`` (rows · splits) in int32, zero between calls. One workspace serves
@@ -35,9 +35,9 @@ class Workspace:
     def new(
         cls, batch: int, n_heads: int, head_dim: int, max_splits: int, device: torch.device | str
     ) -> "Workspace":
-        """Room for steps of ``batch`` rows, ``n_heads`` query heads and values ``head_dim`` wide, or smaller.
+        """For steps of up to ``batch`` rows, ``n_heads`` query heads and ``head_dim`` numbers per value.
 
-        A step whose rows would be cut into more pieces than ``max_splits`` is cut into that many.
+        A step uses at most ``max_splits`` splits per row.
         """
         validate.positive("batch", batch)
         validate.positive("n_heads", n_heads)
@@ -50,7 +50,7 @@ class Workspace:
         )
 
     def max_splits(self, request: Request) -> int:
-        """The most splits that this workspace has room for."""
+        """The most splits that fit this workspace."""
         rows, slots = request.batch * request.n_heads, min(self.tickets.numel(), self.part_lses.numel())
         most = min(slots // rows, self.parts.numel() // (rows * request.value_dim))
         if most < 1 or {t.device for t in (self.parts, self.part_lses, self.tickets)} != {request.q.device}:
@@ -74,8 +74,8 @@ def tiling_for(request: Request) -> Tiling:
 
 
 def tile_bytes(request: Request) -> int:
-    """Bytes of shared memory for one key in a tile: widths padded, and the numbers in the queries' format too
-    where the cache has another."""
+    """Bytes of shared memory per key in a tile: padded widths, and a converted copy where only queries are
+    fp32."""
     width = padded(request.q.shape[2])
     width += padded(request.value_dim) if request.q_rope is None else padded(request.q_rope.shape[2])
     converted = request.q.element_size() if request.k.dtype != request.q.dtype == torch.float32 else 0
@@ -83,13 +83,13 @@ def tile_bytes(request: Request) -> int:
 
 
 def query_bytes(request: Request) -> int:
-    """Bytes of shared memory for one query head."""
+    """Bytes of shared memory per query head."""
     rope = padded(request.q_rope.shape[2]) if request.q_rope is not None else 0
     return (padded(request.q.shape[2]) + rope) * request.q.element_size()
 
 
 def splits_for(request: Request, tiling: Tiling) -> int:
-    """How many splits fill this machine; decided by the cache's room, since the lengths are on the GPU."""
+    """The number of splits for this GPU, by the cache's capacity: reading the lengths would synchronise."""
     device = request.q.device
     used = tiling.shared_bytes(tile_bytes(request), query_bytes(request), request.page) + RESERVED
     by_registers = REGISTERS // (tiling.num_warps * 32 * THREADS_REGISTERS)
@@ -120,7 +120,7 @@ def launch(
 
     tiling = tiling or tiling_for(request)
     splits = num_splits or splits_for(request, tiling)
-    splits = min(splits, -(-request.capacity // tiling.block_n), MOST_SPLITS)  # a split has a tile at least
+    splits = min(splits, -(-request.capacity // tiling.block_n), MOST_SPLITS)  # at least one tile per split
     if workspace is not None:
         splits = min(splits, workspace.max_splits(request))
     elif splits > 1:
@@ -129,14 +129,14 @@ def launch(
         while True:
             try:
                 return _launch(request, out, lse, splits, workspace, tiling)
-            except OutOfResources:  # what a tile takes is an estimate: the compiler knows
+            except OutOfResources:  # a tile's shared memory was estimated; the compiler knows it
                 if tiling.block_n <= 16:
                     raise
                 tiling = replace(tiling, block_n=tiling.block_n // 2)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU, which need not be the tensors'."""
+    """Make the tensors' GPU the current one: Triton launches there."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -148,7 +148,7 @@ def _launch(
     from kvlearn.kernels.kernel import decode_kernel
 
     q, q_rope, k, v, table = request.q, request.q_rope, request.k, request.v, request.block_table
-    # A single split touches none of these.
+    # A single split does not use these.
     parts, part_lses, tickets = lse, lse, request.lengths
     if workspace is not None:
         parts, part_lses, tickets = workspace.parts, workspace.part_lses, workspace.tickets
@@ -181,7 +181,7 @@ def _launch(
 
 
 def number_types(request: Request) -> dict[str, object]:
-    """What scores, and what weights times values, are computed from."""
+    """The number types in which scores, and products of weights and values, are computed."""
     import triton.language as tl
 
     of = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -189,16 +189,16 @@ def number_types(request: Request) -> dict[str, object]:
     if scores == torch.float16 and (request.v_scale is not None or request.k_scale is not None):
         values = (
             torch.bfloat16
-        )  # a weight times a scale may be too small for fp16; bf16 holds int8 and fp8 whole
+        )  # a weight times a scale may be too small for fp16; bf16 holds int8 and fp8 exactly
     if INTERPRETED:  # its arithmetic in bf16 is wrong
         scores, values = (torch.float32 if t == torch.bfloat16 else t for t in (scores, values))
     return {"QK_TYPE": of[scores], "PV_TYPE": of[values]}
 
 
 def compiler_options(itemsize: int, tiling: Tiling) -> dict[str, str]:
-    """What ptxas must be told: left alone it saves registers, to fit one program more, and spills for it.
+    """Options for ptxas, which by default saves registers to fit one more program, and spills for that.
 
-    Level 10 of 10 spends them. Numbers of two bytes want it; fp32, int8 and 64 rows spill with it.
+    Level 10 of 10 uses more registers. It helps with 2-byte numbers; fp32, int8 and 64 rows spill with it.
     """
     if INTERPRETED or itemsize != 2 or tiling.block_h >= 64:
         return {}

@@ -1,4 +1,4 @@
-"""Partial results of attention become one: the kernel's form of ``kvlearn.attention.core.merge``.
+"""Merges partial results of attention: the kernel's form of ``kvlearn.attention.core.merge``.
 
     lse = log2 Σ_i exp2(lse_i),   out = Σ_i exp2(lse_i - lse) · out_i
 
@@ -6,12 +6,12 @@ Sources: Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018
 "Flash-Decoding" (2023).
 """
 
-import kvlearn.kernels.runtime  # noqa: F401  (before triton: it decides about the interpreter)
+import kvlearn.kernels.runtime  # noqa: F401  (before triton: it sets whether Triton interprets)
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · log2 e), and exp2 is the hardware's
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x · log2 e): the hardware computes exp2
 LN_2 = tl.constexpr(0.6931471805599453)
 FAN_IN = tl.constexpr(16)  # partial results that one program merges, at most
 
@@ -21,8 +21,8 @@ def merge(
     part_ptr,
     part_lse_ptr,
     slots,  # (BLOCK_H,): where each row's partial results begin
-    family,  # the first of them, and where they go unless they are the whole
-    stride,  # from one to the next
+    family,  # of the first one; the merged result is written there unless it is final
+    stride,  # from one partial result to the next
     members,
     whole,
     out_at,
@@ -37,7 +37,7 @@ def merge(
 ):
     """Merge ``members`` partial results by their log-sum-exp, a few columns at a time.
 
-    ``.cg`` reads past the L1, where another program's earlier numbers may stand.
+    ``.cg`` bypasses the L1, which may hold outdated numbers of another program.
     """
     member = tl.arange(0, FAN_IN)
     lses_at = part_lse_ptr + slots[:, None] + (family + member * stride)[None, :]
@@ -62,7 +62,7 @@ def merge(
             tl.store(out_at[:, None] + c[None, :] * out_stride, merged, mask=mask)
         else:
             tl.store(part_ptr + (slots + family)[:, None] * DV + c[None, :], merged, mask=mask)
-    tl.debug_barrier()  # nobody writes over a log-sum-exp that another thread has yet to read
+    tl.debug_barrier()  # no thread overwrites a log-sum-exp that another has not read yet
     if whole:
         tl.store(lse_at, lse * LN_2, mask=real)
     else:
@@ -83,7 +83,7 @@ def log_sum(top, total):
 
 @triton.jit
 def with_sink_logit(lse, sink_ptr, sink_at, real):
-    """The learned sink logit added to what normalises: log2(exp2(lse) + exp2(sink))."""
+    """The learned sink logit in the log-sum-exp: log2(exp2(lse) + exp2(sink))."""
     sink = tl.load(sink_ptr + sink_at, mask=real, other=float("-inf")).to(tl.float32) * LOG2_E
     top = tl.maximum(lse, sink)
     return log_sum(top, tl.exp2(lse - finite(top)) + tl.exp2(sink - finite(top)))

@@ -1,4 +1,4 @@
-"""The operator ``kvlearn::decode``: what ``torch.compile`` and CUDA graphs see of a decode step."""
+"""The operator ``kvlearn::decode``: one decode step for ``torch.compile`` and CUDA graphs."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def fill(
     num_splits: int | None,
     backend: str,
 ) -> None:
-    """One decode step into ``out`` and ``lse``, by the kernel ("triton") or in PyTorch ("torch")."""
+    """Write one decode step to ``out`` and ``lse``, by the kernel ("triton") or in PyTorch ("torch")."""
     if backend == "torch":
         decode_reference(request, out, lse)
     else:
@@ -46,14 +46,14 @@ def decode_operator(
     num_splits: int | None,
     backend: str,
 ) -> None:
-    """``fill``, with a request's fields one by one: an operator takes tensors and numbers only."""
+    """``fill`` with the request's fields as arguments: an operator takes tensors and numbers only."""
     keys = (scale, window, n_sinks, sink_logits, block_table, k_scale, v_scale, out_scale)
-    room = None
+    workspace = None
     if parts is not None and part_lses is not None and tickets is not None:
-        room = Workspace(parts, part_lses, tickets, lse)
-    fill(Request(q, q_rope, k, v, lengths, *keys), out, lse, room, num_splits, backend)
+        workspace = Workspace(parts, part_lses, tickets, lse)
+    fill(Request(q, q_rope, k, v, lengths, *keys), out, lse, workspace, num_splits, backend)
 
 
 @decode_operator.register_fake
 def _(*_: object) -> None:
-    """It fills tensors that exist; there is no shape to tell."""
+    """It writes to its arguments, so it has no output shape."""

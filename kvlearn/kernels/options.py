@@ -1,4 +1,4 @@
-"""The keywords of a decode step, for type checkers: ``return_lse`` decides what comes back."""
+"""The keyword arguments of a decode step, for type checkers: ``return_lse`` sets the return type."""
 
 from typing import Literal, TypedDict
 
@@ -10,7 +10,7 @@ Backend = Literal["auto", "torch", "triton"]
 
 
 class LatentOptions(TypedDict, total=False):
-    """Of ``decode_latent``."""
+    """Keyword arguments of ``decode_latent``."""
 
     scale: float | None
     window: int | None
@@ -26,6 +26,6 @@ class LatentOptions(TypedDict, total=False):
 
 
 class DecodeOptions(LatentOptions, total=False):
-    """Of ``decode_attention``."""
+    """Keyword arguments of ``decode_attention``."""
 
     v_scale: float | Tensor | None

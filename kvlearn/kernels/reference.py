@@ -1,6 +1,6 @@
-"""The PyTorch form of a decode step: a row at a time, only the keys that it attends to, in fp32.
+"""The PyTorch form of a decode step: row by row, over the keys that each row attends to, in fp32.
 
-What runs on a CPU, and what the kernel is held against.
+It runs on a CPU, and the kernel is compared with it.
 """
 
 import torch
@@ -14,7 +14,7 @@ from kvlearn.kernels.inputs import Request
 def decode_reference(request: Request, out: Tensor, lse: Tensor) -> None:
     """Fills ``out`` (B, H, Dv) and ``lse`` (B, H) with softmax(scale · q Kᵀ) V over each row's live keys."""
     q = request.q if request.q_rope is None else torch.cat([request.q, request.q_rope], dim=-1)
-    q = q.float().unflatten(1, (request.n_kv_heads, request.group))  # heads of a group beside each other
+    q = q.float().unflatten(1, (request.n_kv_heads, request.group))  # heads of a group are neighbours
     for row, length in enumerate(request.lengths.tolist()):
         k, v = live_keys(request, row, min(max(length, 0), request.capacity))
         with torch.autocast(q.device.type, enabled=False):
@@ -41,7 +41,7 @@ def live_keys(request: Request, row: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def live_slots(request: Request, cache: Tensor, row: int, length: int) -> Tensor:
-    """What ``row`` attends to, in fp32: (G, N, …) from a cache (B, G, S, …) or pages (pages, G, page, …)."""
+    """``row``'s visible slots, in fp32: (G, N, …) from a cache (B, G, S, …) or pages (pages, G, page, …)."""
     parts = []
     for live in request.live(length):
         if request.block_table is None or request.page is None:

@@ -1,7 +1,7 @@
-"""Where Triton's kernels run: compiled on a GPU; without one in Triton's interpreter; without Triton nowhere.
+"""How Triton's kernels run: compiled on a GPU, in Triton's interpreter without one, not without Triton.
 
 A module with kernels imports this one *before* ``triton``: Triton decides at import, by ``TRITON_INTERPRET``,
-whether its own functions are to be interpreted.
+whether its own functions are interpreted.
 """
 
 import functools
@@ -19,15 +19,15 @@ if not torch.cuda.is_available():
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Where there is no GPU to ask: enough programs to show a split, few enough to interpret.
+# Used without a GPU: enough programs to show a split, few enough to interpret.
 INTERPRETED_MULTIPROCESSORS = 4
-# An H100's, where there is no GPU to ask; `compile_only` sets those of the card it compiles for.
+# An H100's, used without a GPU; `compile_only` sets those of its target.
 ASSUMED_SHARED_MEMORY = 232_448
 ASSUMED_CAPABILITY = 90
 
 
 def require_triton() -> None:
-    """Raise RuntimeError, with what to do, where a kernel cannot run in this process."""
+    """Raise RuntimeError that says what to do, if kernels cannot run in this process."""
     if not HAS_TRITON:
         raise RuntimeError("backend: expected 'torch', since Triton is not installed (pinned for Linux)")
     if INTERPRETED:
@@ -43,7 +43,7 @@ def require_triton() -> None:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs' worth of hardware there is to fill."""
+    """Multiprocessors of the GPU, or an assumed number without one."""
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -60,7 +60,7 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use; the assumed ones where there is no GPU to ask."""
+    """Bytes of shared memory that one program may use; an assumed number without a GPU."""
     if device.type != "cuda":
         return ASSUMED_SHARED_MEMORY
     properties: Any = torch.cuda.get_device_properties(device)

@@ -1,22 +1,22 @@
-"""Two kernels to measure a card with: one that only reads, and one that does nothing.
+"""Two kernels for measuring a GPU: one only reads, one is empty.
 
-A decode step is a read of the cache; how fast the card reads at best is what its kernel is held against.
+Reading the cache limits a decode step, so its kernel is compared with the fastest read.
 """
 
-import kvlearn.kernels.runtime  # noqa: F401  (before triton: it decides about the interpreter)
+import kvlearn.kernels.runtime  # noqa: F401  (before triton: it sets whether Triton interprets)
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 from jaxtyping import Float  # isort: skip
 from torch import Tensor  # isort: skip
 
-# (numbers a program, warps): which of them reads fastest depends on the card.
+# (numbers per program, warps): the fastest one depends on the GPU.
 TILINGS = ((4096, 4), (8192, 8), (16384, 8))
 
 
 @triton.jit
 def read_kernel(x_ptr, sums_ptr, n, BLOCK: tl.constexpr):
-    """Each program sums BLOCK neighbouring numbers: every byte read once, 4 bytes a program written."""
+    """Each program sums BLOCK neighbouring numbers: every byte read once, 4 bytes written per program."""
     program = tl.program_id(0)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0)
@@ -25,21 +25,21 @@ def read_kernel(x_ptr, sums_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def empty_kernel(x_ptr):
-    """Nothing: what is left is the launch."""
+    """Does nothing, so that only the launch takes time."""
 
 
 def read(x: Float[Tensor, " N"], sums: Float[Tensor, " programs"], block: int, num_warps: int) -> Tensor:
-    """Reads fp32 ``x`` once, and returns ``sums``, one of each ``block`` numbers (a power of two).
+    """Read fp32 ``x`` once; return ``sums``, one per ``block`` numbers (a power of two).
 
-    Raises ValueError where ``sums`` has not one place a block.
+    Raises ValueError unless ``sums`` has one number per block.
     """
     programs = triton.cdiv(x.numel(), block)
     if sums.numel() != programs:
-        raise ValueError(f"sums: expected {programs} numbers, one a block, got {sums.numel()}")
+        raise ValueError(f"sums: expected {programs} numbers, one per block, got {sums.numel()}")
     read_kernel[(programs,)](x, sums, x.numel(), BLOCK=block, num_warps=num_warps)
     return sums
 
 
 def nothing(x: Tensor) -> None:
-    """Launches a kernel that does nothing; ``x`` is handed to it, as a tensor would be."""
+    """Launch the empty kernel with ``x`` as its argument."""
     empty_kernel[(1,)](x)

@@ -1,12 +1,11 @@
-"""Which program reads what: kernels run in Triton's interpreter, and every load is written down.
+"""Which program reads what: a record of every load of a kernel in Triton's interpreter.
 
     with trace(K=k, V=v) as reads:
         STAGES["v2"].decode(q, k, v, length)
     reads["K"].counts  # (programs, *k.shape): how often each program read each number
 
-Nothing is modelled: the addresses are those that the kernel computed, with its own masks. Loads of tensors
-that were not named (the queries, what a launcher allocates itself) are not counted. Only in the interpreter;
-on a GPU nobody writes this down.
+Nothing is modelled: the kernel computed these addresses and masks. Loads of other tensors (the queries, a
+launcher's own buffers) are not counted. It works only in the interpreter, not on a GPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,21 +29,21 @@ class Reads:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all programs read together; what is read twice counts twice."""
+        """Bytes that all programs read together; bytes read twice count twice."""
         return int(self.counts.sum()) * self.itemsize
 
     @property
     def unique_bytes(self) -> int:
-        """Bytes that at least one program read: what must come from memory, if all else came from caches."""
+        """Bytes that at least one program read: the least that must come from memory."""
         return int(self.counts.any(0).sum()) * self.itemsize
 
     @property
     def programs(self) -> np.ndarray:
-        """The numbers of the programs that read anything of it."""
+        """The numbers of the programs that read any of it."""
         return np.flatnonzero(self.counts.reshape(len(self.counts), -1).any(1))
 
     def along(self, axis: int) -> np.ndarray:
-        """(programs, size of that axis of the tensor): the most that any number at that index was read."""
+        """(programs, size of that axis of the tensor): reads of the most-read number at that index."""
         kept = axis % (self.counts.ndim - 1) + 1
         return self.counts.max(tuple(i for i in range(1, self.counts.ndim) if i != kept), initial=0)
 
@@ -89,15 +88,15 @@ class Trace(Mapping[str, Reads]):
 
 
 def _span(tensor: Tensor) -> int:
-    """How many numbers lie between a tensor's first and its last, gaps of its strides included."""
+    """Numbers from a tensor's first to its last, gaps between its strides included."""
     return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager
 def trace(**tensors: Tensor) -> Iterator[Trace]:
-    """Writes down what the kernels launched inside it read of these tensors, each under its name.
+    """Record how the kernels launched inside read these tensors, by name.
 
-    Raises RuntimeError where kernels are not interpreted, ValueError for an empty tensor.
+    Raises RuntimeError if kernels are not interpreted, ValueError for an empty tensor.
     """
     require_triton()
     if not INTERPRETED:
@@ -106,16 +105,16 @@ def trace(**tensors: Tensor) -> Iterator[Trace]:
 
     for name, tensor in tensors.items():
         validate.positive(f"{name}.numel()", validate.instance(name, tensor, Tensor).numel())
-    seen = Trace(tensors)
+    reads = Trace(tensors)
 
     def on_launch(*grid: int) -> None:
-        seen.grids.append(grid)
+        reads.grids.append(grid)
 
     def on_program(*_: int) -> None:
-        seen.start_program()
+        reads.start_program()
 
     def on_load(pointers: Any, mask: Any, *_: Any) -> None:
-        seen.load(pointers.data, mask.data)  # unmasked loads come this way too, with a mask of ones
+        reads.load(pointers.data, mask.data)  # unmasked loads too, with a mask of ones
 
     hooks: dict[str, Callable[..., None]] = {
         "set_grid_dim": on_launch,
@@ -126,7 +125,7 @@ def trace(**tensors: Tensor) -> Iterator[Trace]:
     for name, method in methods.items():
         setattr(builder, name, _before(method, hooks[name]))
     try:
-        yield seen
+        yield reads
     finally:
         for name, method in methods.items():
             setattr(builder, name, method)

@@ -18,9 +18,9 @@ FORMAT = "kvlearn.decoder.v1"
 
 
 def save(model: Decoder, path: str | os.PathLike[str], card: Mapping[str, Any] | None = None) -> None:
-    """Write weights, configuration and ``card`` (JSON: how it came to be) to one safetensors file.
+    """Write weights, configuration and ``card`` (JSON: how it was made) to one safetensors file.
 
-    The file appears whole or not at all.
+    An interrupted call leaves no incomplete file at ``path``.
     """
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if model.config.tied:
@@ -54,7 +54,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> De
 
 
 def card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``save`` was told of how the model in this file came to be."""
+    """The ``card`` that ``save`` wrote to this file."""
     return json.loads(_read(path)[0].get("card", "{}"))
 
 
@@ -82,5 +82,5 @@ def fill(model: Decoder, weights: Mapping[str, Tensor], where: str) -> Decoder:
         if weights[name].shape != shape:
             expected, got = tuple(shape), tuple(weights[name].shape)
             raise ValueError(f"{where}: tensor {name!r} expected with shape {expected}, got {got}")
-    model.load_state_dict(dict(weights), strict=False)  # strict would ask for the tied head
+    model.load_state_dict(dict(weights), strict=False)  # strict would require the tied head
     return model

@@ -1,4 +1,4 @@
-"""What a decoder is made of: a dozen plain fields, and a pattern of mechanisms repeated to the depth."""
+"""The configuration of a decoder: plain fields, and a pattern of mechanisms repeated over the layers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,25 +12,26 @@ SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScalin
 
 
 class Spec:
-    """A mechanism by its name in the registry, with options of its own: ``Spec("window", window=512)``.
+    """A mechanism by its name in the registry, with its options: ``Spec("window", window=512)``.
 
-    A ``Pattern`` among them is kept as its sentence, a list as a tuple.
+    A ``Pattern`` among them is kept as its spec, a list as a tuple.
 
-    With ``reads`` the layer has no keys and values but those of an earlier layer of the same kind: the one
-    that many layers before (-1 is the layer before), or the "last" that has its own.
+    With ``reads`` the layer reads the keys and values of an earlier layer of the same kind: at that offset
+    (-1 is the layer before), or of the "last" one that has its own.
     """
 
     def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
         self.name = validate.one_of("layers", name, REGISTRY)
-        self.known = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
-        if reads is not None and "reader" not in self.known:
+        self.parameters = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
+        if reads is not None and "reader" not in self.parameters:
             raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
         if isinstance(reads, int):
             validate.at_most("layers: reads", reads, -1, "an earlier layer; -1 is the one before")
         elif reads is not None:
             validate.one_of("layers: reads", reads, ["last"])
+        allowed = [parameter for parameter in self.parameters if parameter != "reader"]
         for option in options:
-            validate.one_of(f"layers: option of {name!r}", option, [k for k in self.known if k != "reader"])
+            validate.one_of(f"layers: option of {name!r}", option, allowed)
         self.reads = reads
         self.options: dict[str, Any] = {
             k: str(v) if isinstance(v, Pattern) else tuple(v) if isinstance(v, list) else v
@@ -57,8 +58,8 @@ class ModelConfig:
 
     ``layers`` is a pattern of mechanisms, by name or ``Spec``, repeated to ``n_layers``: with
     ``["window", "window", "full"]`` every third layer is full. ``head_dim`` is d_model / n_heads and ``d_ff``
-    is 8/3 · d_model, rounded up to a multiple of 32, unless given; with 0 a layer is its mechanism alone.
-    ``norm`` is "rms" or "layer"; with ``embed_norm`` there is one right behind the embedding, too.
+    is 8/3 · d_model, rounded up to a multiple of 32, unless given; with 0 a layer has only its mechanism.
+    ``norm`` is "rms" or "layer"; ``embed_norm`` adds one after the embedding.
     """
 
     vocab_size: int = 256
@@ -89,16 +90,16 @@ class ModelConfig:
         object.__setattr__(self, "layers", pattern)
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", -(-8 * self.d_model // (3 * 32)) * 32)
-        _ = self.owners  # raises where a layer reads what is not there
+        _ = self.owners  # raises if a layer reads one that does not exist
 
     @property
     def specs(self) -> list[Spec]:
-        """One mechanism a layer: the pattern, repeated to the depth."""
+        """One mechanism per layer: the pattern, repeated to ``n_layers``."""
         return [self.layers[i % len(self.layers)] for i in range(self.n_layers)]  # type: ignore[misc]
 
     @property
     def owners(self) -> list[int]:
-        """For each layer, the layer whose keys and values it reads: its own number, but for readers.
+        """For each layer, the layer whose keys and values it reads: itself, except for readers.
 
         Sources: Brandon et al., "Cross-Layer Attention" (2024; pairs and longer runs); Gemma 3n
         and Gemma 4 (2025, 2026: the last layers read the last unshared one of their type).
@@ -113,9 +114,9 @@ class ModelConfig:
             elif spec.reads != "last" and i + spec.reads in alike:
                 owners.append(i + spec.reads)
             else:
-                whom = "an earlier layer" if spec.reads == "last" else f"layer {i + spec.reads}"
+                source = "an earlier layer" if spec.reads == "last" else f"layer {i + spec.reads}"
                 raise ValueError(
-                    f"layers: layer {i}, {spec}, reads {whom}; expected one of its kind and options with "
+                    f"layers: layer {i}, {spec}, reads {source}; expected one of its kind and options with "
                     f"keys and values of its own: {alike or 'there is none'}"
                 )
         return owners
@@ -146,7 +147,7 @@ def _same_kind(a: Spec, b: Spec) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A RopeConfig as a dictionary that says which scaling it has; anything else as it is."""
+    """A RopeConfig as a dictionary with the name of its scaling; any other value unchanged."""
     if not isinstance(value, RopeConfig):
         return value
     kind = next((name for name, scaling in SCALINGS.items() if isinstance(value.scaling, scaling)), None)

@@ -3,7 +3,7 @@
     small = convert(base, ["gqa"], init="mean")
     small = convert(base, [Spec("mhc", rank=32, rope_dim=0)], init="activations", tokens=tokens)
 
-Every weight that has a place in the new model is copied; ``init`` says how keys and values are made. Training
+Weights that the new model also has are copied; ``init`` sets how keys and values are initialised. Training
 recovers part of the loss: ``kvlearn.study.convert_and_uptrain``.
 """
 
@@ -45,7 +45,7 @@ class Heads:
     moment: Float[Tensor, "M M"]
 
 
-# Fills a new layer from the trained one at its place, and from those that will read it.
+# Fills a new layer from the trained layer at its position, and from all layers that will read it.
 Init = Callable[[Mechanism, Heads, list[Heads]], None]
 
 
@@ -57,10 +57,10 @@ def convert(
     tokens: Integer[Tensor, "B T"] | None = None,
     seed: int = 0,
 ) -> Decoder:
-    """``model``, whose layers are all "full", with the mechanisms of the pattern ``layers`` in their place.
+    """``model``, whose layers are all "full", with the mechanisms of the pattern ``layers`` instead.
 
-    ``init``, where keys and values of several heads or layers become one (see ``INITS``):
-        "mean"         of the weights of a pool's heads, or of a layer and of those that read it
+    ``init``, for keys and values that replace those of several heads or layers (see ``INITS``):
+        "mean"         the mean of the weights of a pool's heads, or of a layer and its readers
         "first"        the first head of each pool, or the layer's own
         "activations"  the latent that keeps most of the layer's keys and values over ``tokens``
         "weights"      the latent that keeps most of the weights
@@ -70,7 +70,7 @@ def convert(
     Exact with as many pools as heads, and at full rank with ``rope_dim=0``. With
     ``rope_dim`` > 0 the layer's ``rope`` follows from it: its frequencies are the model's fastest.
 
-    The model itself stays as it is; the new one is in evaluation mode, of the same dtype and device. Raises
+    ``model`` itself is not changed; the new one is in evaluation mode, of the same dtype and device. Raises
     ValueError that names ``model``, ``layers``, ``init`` or ``tokens``.
 
     Sources: Ainslie et al., "GQA" (2023), section 2.1; low_rank.py for the latents.
@@ -121,11 +121,11 @@ def second_moments(model: Decoder, tokens: Integer[Tensor, "B T"]) -> list[Float
     """E[x xᵀ] over ``tokens`` of the input x of every layer's mechanism, in fp64."""
     moments: list[Tensor] = []
 
-    def see(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0].double().flatten(0, 1)
         moments.append(x.mT @ x / len(x))
 
-    hooks = [mixer.register_forward_pre_hook(see) for mixer in model.mixers]
+    hooks = [mixer.register_forward_pre_hook(record) for mixer in model.mixers]
     try:
         model.hidden(tokens)
     finally:
@@ -148,7 +148,7 @@ def _shared(pool: Callable[[Tensor], Tensor] | None, with_readers: bool = False)
         pool_of = new.pools if isinstance(new, RoutedAttention) else neighbours
         pools, layers = torch.tensor(pool_of, device=own.q.device), group if with_readers else [own]
         for proj, name in ((new.k_proj, "k"), (new.v_proj, "v")):
-            # What is averaged are maps from the residual stream: a weight and the gain of the norm before it.
+            # Average maps from the residual stream: each weight with the gain of the norm before it.
             heads = torch.stack([getattr(layer, name) * layer.gain / own.gain for layer in layers]).mean(0)
             proj.weight.copy_(torch.cat([pool(heads[pools == g]) for g in range(G)]))
 
@@ -166,7 +166,7 @@ def _latent(new: Mechanism, own: Heads, group: list[Heads]) -> None:
     if not isinstance(new, MultiHeadCompressionTransformer):
         new.kv_down.weight.copy_(torch.cat((latent.down @ heads, key)))
         return
-    new.keep_all(heads)  # its transformer is silent to begin with
+    new.keep_all(heads)  # its transformer's output is 0 at first
     new.compressor.latent_proj.weight.copy_(latent.down)
     if new.k_rope_proj is not None:
         new.k_rope_proj.weight.copy_(key)
@@ -178,7 +178,7 @@ def _latent_at_random(new: Mechanism, own: Heads, group: list[Heads]) -> None:
 
 
 def _queries(new: MultiHeadCompression, own: Heads) -> tuple[Tensor, Tensor]:
-    """Queries and output of a latent layer; returns the weights of its shared key and of what is left."""
+    """Fill queries and output of a latent layer; return the weights of its shared key and of the rest."""
     key, q, rest = own.k[0, :0], own.q[:, :0], own.k
     if new.rope_dim:
         key, q, rest = shared_rotary_key(own.q, own.k, own.moment, new.rope_dim)
@@ -194,8 +194,8 @@ SHARED: dict[str, Init] = {
     "random": _shared(None),
 }
 LATENT: dict[str, Init] = {"activations": _latent, "weights": _latent, "random": _latent_at_random}
-MASKS = ("full", "window", "sparse")  # they differ in the mask alone, and have all heads unless told
-# What a mechanism can be made by.
+MASKS = ("full", "window", "sparse")  # they differ in the mask alone, and keep all heads by default
+# The inits that each mechanism supports.
 INITS: dict[str, dict[str, Init]] = {
     "full": SHARED,
     "gqa": SHARED,
@@ -217,7 +217,7 @@ def _init_of(init: str, spec: Spec, is_read: bool) -> Init:
 
 
 def _fitted(spec: Spec, config: ModelConfig, head_dim: int) -> Spec:
-    """``spec``, with the rope that a shared rotated key needs to turn as the fastest pairs of the model."""
+    """``spec``, with the rope by which a shared key rotates as the model's fastest pairs do."""
     if spec.options.get("head_dim") not in (None, head_dim):
         raise ValueError(f"layers: head_dim: expected the model's {head_dim}, got {spec.options['head_dim']}")
     if INITS.get(spec.name) is not LATENT or config.rope is None:

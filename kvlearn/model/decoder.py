@@ -1,8 +1,7 @@
-"""A decoder language model on one screen, which takes any mechanism of the course in any layer.
+"""A decoder language model that takes any mechanism of the course in any layer.
 
-Notable: RMSNorm before each part and no bias (LayerNorm where a model wants it); SwiGLU; rotary positions
-inside the mechanisms; the output shares its weights with the embedding. The cache of the model is a list of
-its layers' caches.
+RMSNorm before each part and no bias (LayerNorm as an option); SwiGLU; RoPE inside the mechanisms; the output
+shares its weights with the embedding. The cache of the model is a list of its layers' caches.
 """
 
 from typing import Any
@@ -39,7 +38,7 @@ def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
 class Block(nn.Module):
     """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream.
 
-    With ``d_ff`` of 0 there is no SwiGLU: a Mamba block is its own feed-forward, RWKV's is a layer itself.
+    With ``d_ff`` of 0 there is no SwiGLU: a Mamba block is its own feed-forward, RWKV's is a separate layer.
     ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one reads, ``is_read``
     says whether later layers read this one's.
     """
@@ -66,7 +65,7 @@ class Block(nn.Module):
 
 
 class DecoderCache:
-    """The caches of all layers, moved together; ``owners`` are those that hold anything."""
+    """The caches of all layers, changed together; ``owners`` are those that store anything."""
 
     def __init__(self, layers: list[Cache]) -> None:
         self.layers = layers
@@ -85,8 +84,8 @@ class DecoderCache:
     def trim(self, lengths: Int[Tensor, "B"]) -> None:
         """Cut every row back to its own length, in every layer or in none.
 
-        Raises ValueError where a layer cannot, as a state, which has summed up the padding too. Such a model
-        is fed prompts of one length together, and others each with a cache of its own.
+        Raises ValueError if a layer cannot, such as a state, which contains the padding too. Such a model
+        needs prompts of one length, or one cache per prompt.
         """
         for cache in self.owners:
             cache.check_lengths(lengths)
@@ -110,7 +109,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList()
         for number, spec in enumerate(config.specs):
             common = {"head_dim": config.head_dim, "rope": config.rope}
-            options: dict[str, Any] = {k: v for k, v in common.items() if k in spec.known} | spec.options
+            options: dict[str, Any] = {k: v for k, v in common.items() if k in spec.parameters} | spec.options
             if spec.reads is not None:
                 options["reader"] = True
             mixer = REGISTRY[spec.name](config.d_model, config.n_heads, **options)
@@ -181,10 +180,10 @@ class Decoder(nn.Module):
         return DecoderCache([mixer.new_cache(batch, max_len, dtype, device) for mixer in self.mixers])
 
     def decode_with(self, step: DecodeStep | None, latent_step: LatentStep | None = None) -> None:
-        """Let ``step`` do the attention of one token, in every layer that can take one; None takes it away.
+        """Let ``step`` compute the attention of one token in every layer that supports it; None removes it.
 
-        ``latent_step`` is the same for layers that keep a latent. From ``kvlearn.kernels`` these would be
-        ``decode_attention`` and ``decode_latent``. ValueError where a step is given that no layer can use.
+        ``latent_step`` is the same for layers that cache a latent. ``kvlearn.kernels`` has both:
+        ``decode_attention`` and ``decode_latent``. Raises ValueError for a step that no layer can use.
         """
         for name, given, attribute in (
             ("step", step, "decode"),

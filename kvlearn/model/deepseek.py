@@ -1,8 +1,8 @@
-"""DeepSeek-V2, V3 and V3.2 of transformers as decoders with MLA or DSA, as far as their layers are dense.
+"""DeepSeek-V2, V3 and V3.2 of transformers as decoders with MLA or DSA, if all their layers are dense.
 
-Their RoPE pairs neighbours (2i, 2i + 1), ours the halves (i, i + Dr/2): the rows that it turns, the last Dr
-of every query head and of the compressed token, change places when weights are loaded (``half_split``), and
-back again with ``interleave``. Everything else is loaded as it is, V3.2's indexer too: it pairs halves.
+Their RoPE pairs neighbours (2i, 2i + 1), ours the halves (i, i + Dr/2): ``half_split`` reorders the rotated
+rows, the last Dr of every query head and of the compressed token, when weights are loaded; ``interleave`` is
+its inverse. All other weights are loaded unchanged, V3.2's indexer too, which pairs halves.
 """
 
 import math
@@ -81,24 +81,24 @@ def deepseek(theirs: Any) -> ModelConfig:
 
 
 def yarn_scale(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """``rope_parameters`` without DeepSeek's two mscales, and what the scores' scale is multiplied by.
+    """``rope_parameters`` without DeepSeek's two mscales, and the factor on the scores' scale.
 
-    With m(a) = 0.1 · a · ln(factor) + 1, queries and keys are multiplied by m(mscale) / m(mscale_all_dim) as
-    they turn, if both are given, and all scores by m(mscale_all_dim)².
+    With m(a) = 0.1 · a · ln(factor) + 1, rotated queries and keys are multiplied by m(mscale) /
+    m(mscale_all_dim), if both are given, and all scores by m(mscale_all_dim)².
     """
     left = dict(parameters)
     if left.get("rope_type") != "yarn":
         return left, 1.0
-    turned, every = left.pop("mscale", None), left.pop("mscale_all_dim", None)
+    mscale, all_dim = left.pop("mscale", None), left.pop("mscale_all_dim", None)
     stretch = 0.1 * math.log(max(left["factor"], 1.0))
-    if turned and every and left.get("attention_factor") is None:
-        left["attention_factor"] = (turned * stretch + 1) / (every * stretch + 1)
-    return left, (every * stretch + 1) ** 2 if every else 1.0
+    if mscale and all_dim and left.get("attention_factor") is None:
+        left["attention_factor"] = (mscale * stretch + 1) / (all_dim * stretch + 1)
+    return left, (all_dim * stretch + 1) ** 2 if all_dim else 1.0
 
 
 def adapt(name: str, tensor: Tensor, theirs: Any) -> Tensor:
-    """A tensor of theirs with the rows that RoPE turns in our order."""
-    if not getattr(theirs, "rope_interleave", True):  # V2 has no such switch: always interleaved
+    """A tensor of theirs with the rotated rows in our order."""
+    if not getattr(theirs, "rope_interleave", True):  # V2 has no such option: always interleaved
         return tensor
     part = name.removesuffix(".weight").rpartition(".")[2]
     if part in ("q_proj", "q_b_proj"):
@@ -107,7 +107,7 @@ def adapt(name: str, tensor: Tensor, theirs: Any) -> Tensor:
 
 
 def half_split(weight: Float[Tensor, "N M"], rope_dim: int, n_heads: int = 1) -> Float[Tensor, "N M"]:
-    """Of every head's rows the last ``rope_dim`` from the order 0, 1, 2, 3, … to 0, 2, 4, … 1, 3, 5, …"""
+    """Reorder the last ``rope_dim`` rows of every head: 0, 1, 2, 3, … become 0, 2, 4, … 1, 3, 5, …"""
     return _reorder(weight, rope_dim, n_heads, (-1, 2))
 
 
@@ -119,9 +119,9 @@ def interleave(weight: Float[Tensor, "N M"], rope_dim: int, n_heads: int = 1) ->
 def _reorder(weight: Tensor, rope_dim: int, n_heads: int, pairs: tuple[int, int]) -> Tensor:
     rows = len(weight) // validate.divides("n_heads", n_heads, "rows", len(weight))
     validate.at_most("rope_dim", validate.positive("rope_dim", rope_dim), rows, "rows of a head")
-    still, turned = weight.unflatten(0, (n_heads, -1)).split((rows - rope_dim, rope_dim), dim=1)
-    turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
-    return torch.cat((still, turned), dim=1).flatten(0, 1)
+    other, rotated = weight.unflatten(0, (n_heads, -1)).split((rows - rope_dim, rope_dim), dim=1)
+    rotated = rotated.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat((other, rotated), dim=1).flatten(0, 1)
 
 
 FAMILIES.update(

@@ -1,4 +1,4 @@
-"""Models of transformers, as decoders of ours: one table of tensor names a family."""
+"""Models of transformers as decoders of kvlearn: one table of tensor names per family."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from kvlearn.model.checkpoints import fill
 from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.decoder import Decoder
 
-# transformers' names -> ours; {} stands for the layer's number n; where one layer of theirs is two of ours,
-# {twice[0]} and {twice[1]} for 2n and 2n + 1.
+# transformers' names -> ours; {} is the layer's number n; where one layer of theirs is two of ours,
+# {twice[0]} and {twice[1]} are 2n and 2n + 1.
 LLAMA = {
     "model.embed_tokens.weight": "embed.weight",
     "model.norm.weight": "norm.weight",
@@ -32,10 +32,10 @@ LLAMA = {
 
 
 class Family(NamedTuple):
-    """The names of a family's tensors, what reads its configuration, and what makes a tensor ours.
+    """The tensor names of a family, and the functions that convert its configuration and its tensors.
 
-    ``adapt`` gets the tensor's name, with {} for the layer, the tensor and their configuration; ``weights``
-    gets the model, where its ``state_dict`` is not what it was trained to be.
+    ``adapt`` gets the tensor's name, with {} for the layer, the tensor and their configuration. ``weights``
+    gets the model and returns the trained weights, if its ``state_dict`` may differ from them.
     """
 
     names: Mapping[str, str]
@@ -47,8 +47,8 @@ class Family(NamedTuple):
 def from_transformers(model_or_path: Any) -> Decoder:
     """A decoder with the weights of a transformers model, given as the model or as a path to one on disk.
 
-    Families: those of ``FAMILIES``. Raises FileNotFoundError for a folder that is not there, and ValueError
-    that names what our decoder does not have: another family, biases, an unknown RoPE option.
+    Families: those of ``FAMILIES``. Raises FileNotFoundError for a missing folder, and ValueError that
+    names an unsupported property: another family, biases, an unknown RoPE option.
     """
     model = model_or_path
     if isinstance(model_or_path, str | os.PathLike):
@@ -86,7 +86,7 @@ def llama(theirs: Any) -> ModelConfig:
 
 
 def mistral(theirs: Any) -> ModelConfig:
-    """The shape of a Mistral: a Llama in which a token sees the last ``sliding_window``, itself among them.
+    """The shape of a Mistral: a Llama with a window of ``sliding_window`` tokens, the token itself included.
 
     None, as from version 0.2 on, makes it a Llama.
     """
@@ -102,13 +102,13 @@ def mistral(theirs: Any) -> ModelConfig:
 
 
 def _over_all(theirs: Any) -> Spec:
-    """Attention to all tokens before, with KV heads shared or not."""
+    """Attention to all earlier tokens, with shared KV heads or without."""
     grouped = theirs.num_key_value_heads != theirs.num_attention_heads
     return Spec("gqa", n_kv_heads=theirs.num_key_value_heads) if grouped else Spec("full")
 
 
 def like_llama(theirs: Any, mixer: Spec) -> ModelConfig:
-    """The shape of a model that is a Llama but for its ``mixer``."""
+    """The shape of a Llama with another ``mixer``."""
     return ModelConfig(
         vocab_size=theirs.vocab_size,
         d_model=theirs.hidden_size,
@@ -124,7 +124,7 @@ def like_llama(theirs: Any, mixer: Spec) -> ModelConfig:
 
 
 def rope(parameters: Mapping[str, Any]) -> RopeConfig:
-    """RoPE by transformers' ``rope_parameters``; an option that would be left over is a ValueError."""
+    """RoPE by transformers' ``rope_parameters``. Raises ValueError for an unsupported option."""
     left = {name: value for name, value in parameters.items() if value is not None}
     theta, kind = left.pop("rope_theta"), left.pop("rope_type")
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None

@@ -1,4 +1,4 @@
-"""Generation: prefill the prompt, whole or in chunks, then one token a step."""
+"""Generation: prefill the prompt, whole or in chunks, then one token per step."""
 
 import math
 
@@ -24,12 +24,12 @@ def generate(
     use_cache: bool = True,
     progress: bool = False,
 ) -> Int[Tensor, "B T+{n_new}"]:
-    """``tokens`` followed by ``n_new`` that the model chose.
+    """``tokens`` followed by ``n_new`` generated ones.
 
     ``temperature`` 0 is greedy; above, logits are divided by it and sampled from the smallest set of tokens
     that holds ``top_p`` of the probability. ``seed`` makes sampling repeatable. ``chunk`` tokens of the
-    prompt are fed at a time (all at once by default). ``use_cache=False`` computes everything again at every
-    step: the same tokens, and the price of having no cache.
+    prompt are fed at a time (all at once by default). ``use_cache=False`` computes all tokens again at every
+    step: the same result, at the cost of having no cache.
     """
     validate.tensor("tokens", tokens, ("batch", "time"))
     validate.at_least("tokens.shape[1] (time)", tokens.shape[1], 1)
@@ -58,13 +58,13 @@ def generate(
 def sample(
     logits: Float[Tensor, "B V"], temperature: float, top_p: float, generator: torch.Generator
 ) -> Int[Tensor, "B"]:
-    """One token a row: the likeliest at temperature 0, else drawn from the nucleus of ``top_p``.
+    """One token per row: the most likely one at temperature 0, else drawn from the nucleus of ``top_p``.
 
     Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019), section 3.1.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # the likeliest token has 0 before it: always kept
+    before = probabilities.cumsum(-1) - probabilities  # 0 before the most likely token: always kept
     choice = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
     return order.gather(-1, choice)[:, 0]

@@ -1,8 +1,7 @@
-"""The trained heads of a layer through a narrow pass: the latent and the shared key that lose least.
+"""Low-rank approximations of a layer's trained heads: the best latent and the best shared key.
 
-Keys and values are linear in the layer's input x, so that the second moment C = E[x xᵀ] of x tells all there
-is to know of the activations: that of the heads W x is W C Wᵀ. C = 1 stands for knowing nothing of them, and
-leaves an approximation of the weights. (Letters as everywhere; M is the model's width.)
+Keys and values are linear in the layer's input x, so the second moment C = E[x xᵀ] of x determines the second
+moment W C Wᵀ of the heads W x. With C = 1 this approximates the weights alone. (M is the model's width.)
 """
 
 from typing import NamedTuple
@@ -28,8 +27,8 @@ def best_latent(
         y = [keys, values],   E[y yᵀ] = U Λ Uᵀ,   down = U_Rᵀ,   up = U_R
 
     U_R are the eigenvectors of the R largest eigenvalues: no linear map to R numbers and back loses less of
-    E|y|² (Eckart & Young, 1936). Keys and values enter with the size they have: made equally large, what the
-    base model of the course loses before uptraining grows at ranks 32 and 64 (and shrinks at 8 and 16).
+    E|y|² (Eckart & Young, 1936). Keys and values are not rescaled: with equal sizes, the loss of the course's
+    base model before uptraining grows at ranks 32 and 64 (and shrinks at 8 and 16).
 
     Source: Chang et al., "Palu" (2024).
     """
@@ -39,7 +38,7 @@ def best_latent(
 
 
 class SharedKey(NamedTuple):
-    """The rotated key of all heads, the queries that belong to it, and what of each head's keys is left."""
+    """The rotated key of all heads, the queries for it, and the remaining part of each head's keys."""
 
     key: Float[Tensor, "Dr M"]
     q: Float[Tensor, "H Dr M"]
@@ -51,13 +50,13 @@ def shared_rotary_key(
 ) -> SharedKey:
     """One rotated key for all heads, from their fastest ``rope_dim`` / 2 rotary pairs.
 
-    A pair (x_i, x_{i+D/2}) is a complex number that RoPE multiplies by e^{imω_i}. So a head's own complex
-    factor c_h passes through the rotation, and the heads' keys need not be equal to be shared, only
-    proportional: k_h ≈ c_h κ, and q_h c̄_h meets κ as q_h meets c_h κ. Per pair, c is the leading eigenvector
-    of the heads' second moment and κ = c̄ · k: the best approximation of rank one.
+    A pair (x_i, x_{i+D/2}) is a complex number that RoPE multiplies by e^{imω_i}. A complex factor c_h per
+    head commutes with the rotation, so heads with proportional keys can share one: k_h ≈ c_h κ, and q_h c̄_h
+    has the same score with κ as q_h with c_h κ. Per pair, c is the leading eigenvector of the
+    heads' second moment and κ = c̄ · k: the best approximation of rank one.
 
-    The rest loses its rotation: the slow pairs, and what sharing leaves of the others, k_h - c_h κ. Of the
-    fastest pair, which turns by a radian a token, it is dropped, as without its rotation it does harm.
+    The rest is not rotated: the slow pairs, and the residuals k_h - c_h κ of the others. The residual of the
+    fastest pair, which rotates by one radian per token, is dropped: without its rotation it does harm.
 
     Sources: Ji et al., "MHA2MLA" (2025), for keeping the fastest pairs; Meng et al., "TransMLA" (2025), for
     mixing the keys of different heads within a frequency.

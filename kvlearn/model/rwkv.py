@@ -1,4 +1,4 @@
-"""RWKV-4 of transformers as a decoder whose layers are, in turn, its time mixing and its channel mixing."""
+"""RWKV-4 of transformers as a decoder whose layers alternate: time mixing, then channel mixing."""
 
 from typing import Any
 
@@ -66,11 +66,11 @@ def rwkv(theirs: Any) -> ModelConfig:
 
 
 def unscaled(model: Any) -> dict[str, Tensor]:
-    """Their tensors as they were trained.
+    """Their weights as trained.
 
-    The first forward in evaluation halves the residual stream every ``rescale_every`` layers, so that fp16
+    Their first forward in evaluation halves the residual stream every ``rescale_every`` layers, so that fp16
     does not overflow, and divides in place the weights that write to it; the norms undo it. A model saved
-    after that has lost what it was, in their code too: only the flag of a live model tells.
+    after that cannot be restored, in their code neither: only a model in memory has the flag.
     """
     weights, every = dict(model.state_dict()), model.config.rescale_every
     if model.rwkv.layers_are_rescaled and every > 0:
@@ -81,7 +81,7 @@ def unscaled(model: Any) -> dict[str, Tensor]:
 
 
 def adapt(name: str, tensor: Tensor, theirs: Any) -> Tensor:
-    """Their mixes, (1, 1, M), as vectors."""
+    """Their mixing weights, (1, 1, M), as vectors."""
     return tensor.flatten() if "time_mix" in name else tensor
 
 

@@ -1,6 +1,6 @@
-"""Mamba and Mamba-2 of transformers as decoders whose layers are their mixers alone.
+"""Mamba and Mamba-2 of transformers as decoders whose layers have only a mixer.
 
-Weights are loaded as they are. In half precision their residual stream is in fp32 by default, ours is not.
+Weights are loaded unchanged. In half precision their residual stream is in fp32 by default, ours is not.
 """
 
 import math
@@ -28,13 +28,13 @@ BOTH = {
 }
 
 
-def beside(*names: str) -> dict[str, str]:
-    """What one of the two has beside, under the same names."""
+def of_mixer(*names: str) -> dict[str, str]:
+    """Tensors of a mixer whose names are equal in both libraries."""
     return {f"backbone.layers.{{}}.mixer.{name}": f"blocks.{{}}.mixer.{name}" for name in names}
 
 
-MAMBA = {**BOTH, **beside("x_proj.weight", "dt_proj.weight", "dt_proj.bias")}
-MAMBA2 = {**BOTH, **beside("dt_bias", "norm.weight")}
+MAMBA = {**BOTH, **of_mixer("x_proj.weight", "dt_proj.weight", "dt_proj.bias")}
+MAMBA2 = {**BOTH, **of_mixer("dt_bias", "norm.weight")}
 
 
 def mamba(theirs: Any) -> ModelConfig:
@@ -47,13 +47,13 @@ def mamba2(theirs: Any) -> ModelConfig:
     low, high = theirs.time_step_limit
     if low > 0 or high < math.inf:
         raise ValueError(f"model_or_path: expected time_step_limit (0, inf), got {theirs.time_step_limit}")
-    own = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
-    mixer = Spec("mamba2", **options_of(theirs), **own)
+    groups = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
+    mixer = Spec("mamba2", **options_of(theirs), **groups)
     return of_mixers(theirs, mixer, theirs.num_heads, theirs.head_dim)
 
 
 def options_of(theirs: Any) -> dict[str, Any]:
-    """The options that both mixers have; ValueError that names those which ours have not."""
+    """The options of both mixers. Raises ValueError that names an unsupported one."""
     if theirs.use_bias:
         raise ValueError("model_or_path: expected projections without biases, got use_bias=True")
     if theirs.hidden_act not in ("silu", "swish"):
@@ -67,7 +67,7 @@ def options_of(theirs: Any) -> dict[str, Any]:
 
 
 def of_mixers(theirs: Any, mixer: Spec, n_heads: int, head_dim: int | None = None) -> ModelConfig:
-    """A model that is nothing but ``mixer``, layer upon layer."""
+    """A model in which every layer is ``mixer`` alone."""
     return ModelConfig(
         vocab_size=theirs.vocab_size,
         d_model=theirs.hidden_size,

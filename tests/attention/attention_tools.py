@@ -1,4 +1,4 @@
-"""What tests of attention share: drawn tensors, closeness, and what operators allocate."""
+"""Tools of the attention tests: random tensors, closeness, and the allocations of operators."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ def redraw(layer: Any, seed: int = 0) -> Any:
 
 
 class Allocated(TorchDispatchMode):
-    """The numbers in the largest storage that an operator gave out anew, and by which operator."""
+    """The numbers in the largest new storage of an operator, and the operator's name."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
         self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.kept: list[Tensor] = []  # alive, so that no address is given out twice
+        self.kept: list[Tensor] = []  # alive, so that no address is used twice
         self.largest, self.by = 0, ""
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""MoBA and NSA: what is selected, that nothing else is read, and what the half-filled block may tell."""
+"""MoBA and NSA: what is selected, that nothing else is read, and the half-filled block."""
 
 from itertools import pairwise
 from typing import Any
@@ -143,7 +143,7 @@ def test_tiles_of_any_size_give_the_naive_form_and_its_gradients(
 
 
 @every_moba
-def test_moba_chooses_what_a_plain_loop_chooses(options: dict[str, Any]) -> None:
+def test_moba_selects_what_a_plain_loop_selects(options: dict[str, Any]) -> None:
     layer, x = build(MixtureOfBlockAttention, options), draw(2, 22, D_MODEL)
     positions, group = torch.arange(22)[None], layer.n_heads // layer.n_kv_heads
     k = layer.rope(split_heads(layer.k_proj(x), layer.n_kv_heads), positions)
@@ -159,7 +159,7 @@ def test_moba_chooses_what_a_plain_loop_chooses(options: dict[str, Any]) -> None
 
 
 @every_nsa
-def test_nsa_chooses_by_the_papers_double_sum(options: dict[str, Any]) -> None:
+def test_nsa_selects_by_the_papers_double_sum(options: dict[str, Any]) -> None:
     """With the paper's indices, which count from 1; entries are compressed one by one."""
     layer, T = build(NativeSparseAttention, options), 27
     x, length, d, size = draw(2, T, D_MODEL), layer.sizes.compress, layer.sizes.stride, layer.block
@@ -283,7 +283,7 @@ def test_a_step_of_moba_reads_what_it_says_and_nothing_else(options: dict[str, A
 @every_moba
 @pytest.mark.parametrize("length", [1, 6, 7, 15])
 @torch.no_grad()
-def test_a_step_of_moba_looks_at_no_mean_of_its_own_block(options: dict[str, Any], length: int) -> None:
+def test_a_step_of_moba_reads_no_mean_of_its_own_block(options: dict[str, Any], length: int) -> None:
     """Not even where the new token has just filled it."""
     layer, x = build(MixtureOfBlockAttention, options), draw(2, length, D_MODEL)
     scored, select = [], layer.select
@@ -302,7 +302,7 @@ def test_a_step_of_moba_looks_at_no_mean_of_its_own_block(options: dict[str, Any
 @pytest.mark.parametrize("name", ["k", "v"])
 @torch.no_grad()
 def test_a_step_of_moba_reads_all_that_it_has_selected(options: dict[str, Any], name: str) -> None:
-    """Each key and value of a selected block counts: one that is NaN is seen in its row, and only there."""
+    """Each key and value of a selected block counts: a NaN appears in its row, and only there."""
     layer, x = build(MixtureOfBlockAttention, options), draw(2, 20, D_MODEL)
     read = layer.selected_blocks(x)[0, :, -1].any(0).repeat_interleave(layer.block)[:19]
     for slot in range(19):
@@ -327,7 +327,7 @@ def test_readers_of_a_pool_that_disagree_read_the_union() -> None:
         [False, True, False, True],
     ]
     assert layer.read_bytes(7) == 4 * 2 * (2 * (2 * 2 + 1) + 3)
-    x[0, 6, 2] = -1  # both want block 2, whose keys are 0 and better than either
+    x[0, 6, 2] = -1  # both score block 2 highest: its keys are 0 and better than either
     assert layer.selected_blocks(x)[0, :, 6].any(0).sum() <= 3
 
 
@@ -363,10 +363,10 @@ def test_a_step_makes_nothing_as_large_as_the_cache(kind: type[Layer], options: 
     cache = layer.new_cache(1, 1500)
     layer(draw(1, 1400, D_MODEL), cache)
     x = draw(1, 1, D_MODEL, seed=3)
-    with Allocated(*cache.tensors()) as seen:
+    with Allocated(*cache.tensors()) as allocated:
         layer(x, cache)
     compressed = 0 if kind is MixtureOfBlockAttention else 2 * layer.sizes.complete(1401) * 8 * layer.n_heads
-    assert 0 < seen.largest < max(1400 * 8, compressed), seen.by
+    assert 0 < allocated.largest < max(1400 * 8, compressed), allocated.by
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -481,11 +481,11 @@ def test_before_the_first_whole_block_the_compressed_branch_is_silent() -> None:
     assert (y[:, 5:].abs().amax(-1) > 1e-3).all()
 
 
-# ---- training, numbers, doors
+# ---- training, numbers, argument checks
 
 
 def test_gradients_reach_everything_that_is_learned() -> None:
-    """φ of keys and of values, its places, the gates, and all three parts of the projections."""
+    """φ of keys and of values, its positions, the gates, and all three parts of the projections."""
     layer, x = build(NativeSparseAttention, NSA["as in the paper, a sixteenth"]), draw(2, 18, D_MODEL)
     (layer(x) ** 2).sum().backward()
     for name, weight in layer.named_parameters():
@@ -501,19 +501,19 @@ def test_gradients_reach_everything_that_is_learned() -> None:
     assert all(weight.grad.abs().max() > 1e-6 for weight in layer.parameters())
 
 
-def test_the_choice_is_learned_by_training() -> None:
-    """A block far back holds the answer; the compressed branch learns to point at it, and it is selected."""
+def test_the_selection_is_learned_by_training() -> None:
+    """A block far back has the answer; the compressed branch learns to weight it, and it is selected."""
     torch.manual_seed(0)
     blocks = {"compress": 2, "stride": 2, "block": 4, "n_blocks": 3, "n_local": 1}
     layer = NativeSparseAttention(16, 2, window=4, rope=None, **blocks)
     mark, ask, answers = torch.randn(16), torch.randn(16), torch.randn(4, 16)
 
     def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
-        x, place, answer = 0.3 * torch.randn(n, 33, 16), torch.randint(1, 7, (n,)), torch.randint(4, (n,))
+        x, target, answer = 0.3 * torch.randn(n, 33, 16), torch.randint(1, 7, (n,)), torch.randint(4, (n,))
         for row in range(n):
-            x[row, 4 * place[row] : 4 * place[row] + 4] += mark + answers[answer[row]]
+            x[row, 4 * target[row] : 4 * target[row] + 4] += mark + answers[answer[row]]
         x[:, -1] = ask
-        return x, place, answer
+        return x, target, answer
 
     head = nn.Linear(16, 4)
     optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-2)
@@ -523,9 +523,9 @@ def test_the_choice_is_learned_by_training() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    x, place, answer = batch(200)
+    x, target, answer = batch(200)
     assert (head(layer(x)[:, -1]).argmax(-1) == answer).float().mean() > 0.95
-    assert layer.selected_blocks(x)[torch.arange(200), :, -1, place].float().mean() > 0.7  # by chance 1 in 7
+    assert layer.selected_blocks(x)[torch.arange(200), :, -1, target].float().mean() > 0.7  # by chance 1 in 7
 
 
 @every_layer
@@ -552,7 +552,7 @@ def test_never_nan(kind: type[Layer], options: dict[str, Any], case: str) -> Non
 def test_rows_of_moba_may_go_on_from_anywhere(
     options: dict[str, Any], lengths: list[int], cuts: list[int]
 ) -> None:
-    """Trimmed into blocks that were complete, whose means must be made anew."""
+    """Trimmed into blocks that were complete, whose means must be computed again."""
     layer, x, new = build(MixtureOfBlockAttention, options), draw(3, 12, D_MODEL), draw(3, 9, D_MODEL, seed=1)
     cache = layer.new_cache(3, 21)
     layer(x, cache)
@@ -646,10 +646,10 @@ def test_nsa_cannot_forget() -> None:
         cache.trim(torch.tensor([1]))
 
 
-def test_phi_tells_the_places_in_a_block_apart() -> None:
+def test_phi_distinguishes_the_positions_in_a_block() -> None:
     phi, block = sharp(BlockMap(8, 4)), draw(3, 4, 8)
     assert (phi(block) - phi(block.flip(1))).abs().max() > 0.1
-    phi.mix.weight.data = phi.mix.weight[:, :8].repeat(1, 4)  # the same weights at every place
+    phi.mix.weight.data = phi.mix.weight[:, :8].repeat(1, 4)  # the same weights at every position
     moved = phi.places.detach().flip(0)
     close(phi(block), phi(block.flip(1)))
     phi.places.data = moved * 2

@@ -1,4 +1,4 @@
-"""What every cache does, apart from any mechanism."""
+"""The behaviour of every cache, without a mechanism."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from kvlearn.attention import Cache
 
 
 class Views(Cache):
-    """Two views of one block of memory, as a latent beside its rotary part will be."""
+    """Two views of one block of memory, like a latent and its rotary part."""
 
     def __init__(self) -> None:
         super().__init__(batch=2, max_len=4, device="cpu")

@@ -167,7 +167,7 @@ def test_either_path_stays_near_in_half_precision(name: str, dtype: torch.dtype,
 
 
 def test_the_counts_are_those_worked_out_on_paper() -> None:
-    """H 2, D = Dv 3, R 4, Dr 2; 2 new tokens behind 1: S 3, 2 + 3 pairs."""
+    """H 2, D = Dv 3, R 4, Dr 2; 2 new tokens after 1: S 3, 2 + 3 pairs."""
     sizes = (2, 3, 4, 2)
     assert path_flops("naive", *sizes, new=2, cached=1) == 2 * 2 * (3 * 4 * 6 + 5 * 8) == 448
     assert path_flops("absorbed", *sizes, new=2, cached=1) == 2 * 2 * (2 * 4 * 6 + 5 * 10) == 392
@@ -307,7 +307,7 @@ def test_rotated_keys_cannot_be_absorbed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("rows", ["together", "of their own lengths"])
 def test_an_absorbed_step_never_holds_the_heads_of_all_tokens(rows: str) -> None:
-    """At most 3 · H · N numbers beside inputs and output; the naive path holds H · N · (D + Dv) and more."""
+    """At most 3 · H · N numbers beside inputs and output; the naive path has H · N · (D + Dv) and more."""
     heads, n_tokens, head_dim = 8, 4096, 32
     q, latents, kv_up, positions, scale = inputs(
         heads, head_dim, head_dim, 96, 16, 1, n_tokens - 1, batch=2, dtype=torch.float32
@@ -467,12 +467,12 @@ def test_the_compressor_is_its_equation() -> None:
 
 
 def test_each_head_reaches_every_other_in_the_transformer() -> None:
-    """Through attention alone: the output of one head's place follows a change in another's."""
+    """Through attention alone: the output of one head follows a change in another's."""
     compressor = tiny("mhc_transformer").compressor
     heads = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         compressor.latent_proj.weight.zero_()
-        compressor.latent_proj.weight[:8, -8:] = torch.eye(8)  # the last head's place, as it comes out
+        compressor.latent_proj.weight[:8, -8:] = torch.eye(8)  # the last head's output, unchanged
         for other in range(5):
             changed = heads.clone()
             changed[other] = -changed[other]

@@ -113,13 +113,13 @@ def test_entries_are_those_made_token_by_token(overlap: bool, rate: int) -> None
 def test_turning_back_undoes_turning_and_leaves_the_leading_coordinates_alone(scaling: Any) -> None:
     rope, x = TrailingRope(4, RopeConfig(100.0, scaling)), torch.randn(1, 2, 5, 10)
     positions = torch.arange(3, 8)[None]
-    turned = rope(x, positions)
-    assert torch.equal(turned[..., :6], x[..., :6])
-    assert (turned[..., 6:] - x[..., 6:]).abs().amax(-1).min() > 1e-2
-    close(rope(turned, positions, back=True), x)
+    rotated = rope(x, positions)
+    assert torch.equal(rotated[..., :6], x[..., :6])
+    assert (rotated[..., 6:] - x[..., 6:]).abs().amax(-1).min() > 1e-2
+    close(rope(rotated, positions, back=True), x)
 
 
-# What stands in the cache
+# The content of the cache
 
 
 @every_kind
@@ -171,15 +171,15 @@ def test_only_entries_grow_with_the_text(kind: str) -> None:
         assert (a.entries.shape[1], b.entries.shape[1]) == (10, 100)
 
 
-# When an entry is seen
+# When an entry is visible
 
 
 @every_kind
 @pytest.mark.parametrize("rate", [2, 3, 5])
 @pytest.mark.parametrize("block", [1, 4, 128])
 @torch.no_grad()
-def test_an_entry_is_seen_from_its_blocks_last_token_on(kind: str, rate: int, block: int) -> None:
-    """With a window of one token, what is said before can be heard through entries alone."""
+def test_an_entry_is_visible_from_its_blocks_last_token_on(kind: str, rate: int, block: int) -> None:
+    """With a window of one token, earlier tokens reach the output through entries alone."""
     options = {"top_k": 64} if kind == "csa" else {}
     layer, x = layer_of(kind, rate=rate, window=1, **options), tokens(4 * rate)
     layer.block = block
@@ -196,7 +196,7 @@ def test_an_entry_is_seen_from_its_blocks_last_token_on(kind: str, rate: int, bl
 
 @every_kind
 @torch.no_grad()
-def test_a_step_sees_the_entry_that_it_completes(kind: str) -> None:
+def test_a_step_attends_to_the_entry_that_it_completes(kind: str) -> None:
     layer, x = layer_of(kind, window=1), tokens(6)
     for length in (2, 5):
         clean, spoilt = (filled(layer, x[:, :length]) for _ in range(2))
@@ -230,7 +230,7 @@ def test_the_selection_is_that_of_a_loop_over_tokens_and_entries(top_k: int) -> 
 
 
 @torch.no_grad()
-def test_of_equal_scores_the_older_entry_is_taken_in_any_cutting() -> None:
+def test_of_equal_scores_the_older_entry_is_selected_in_any_cutting() -> None:
     layer, x = sparse(), tokens()
     layer.indexer.weight_proj.weight.zero_()
     assert layer.selection(x)[:, -1, :2].all()
@@ -241,25 +241,25 @@ def test_of_equal_scores_the_older_entry_is_taken_in_any_cutting() -> None:
 
 @pytest.mark.parametrize("length", [20, 21, 22])
 @torch.no_grad()
-def test_a_step_touches_no_entry_that_it_has_not_chosen(length: int) -> None:
+def test_a_step_reads_no_entry_that_it_has_not_selected(length: int) -> None:
     """Position 20 completes a block, 21 and 22 do not."""
     layer, x = sparse(), tokens()
     x = x[:, : length + 1]
     expected, selected = layer(x)[:, -1:], layer.selection(x)[:, -1]
     cache = filled(layer, x[:, :length])
     entries = cache.memories[0].entries
-    held = length // 3
+    n_entries = length // 3
     assert not torch.equal(selected[0], selected[1])
-    entries[:, :held] = entries[:, :held].masked_fill(~selected[:, :held, None], torch.nan)
+    entries[:, :n_entries].masked_fill_(~selected[:, :n_entries, None], torch.nan)
     close(layer(x[:, -1:], cache), expected)
-    row, entry = selected[:, :held].nonzero()[0]
+    row, entry = selected[:, :n_entries].nonzero()[0]
     cache = filled(layer, x[:, :length])
     cache.memories[0].entries[row, entry] = torch.nan
     assert layer(x[:, -1:], cache)[row].isnan().all()
 
 
 @torch.no_grad()
-def test_without_a_choice_a_step_reads_every_entry() -> None:
+def test_without_a_selection_a_step_reads_every_entry() -> None:
     layer, x = layer_of("hca"), tokens()
     for entry in range(7):
         cache = filled(layer, x[:, :-1])
@@ -268,7 +268,7 @@ def test_without_a_choice_a_step_reads_every_entry() -> None:
 
 
 @torch.no_grad()
-def test_a_choice_of_all_is_no_choice() -> None:
+def test_a_selection_of_all_entries_is_hca() -> None:
     layer, x = sparse(top_k=50), tokens()
     expected = HeavilyCompressedAttention.forward(layer, x)  # over every entry of these weights
     close(layer(x), expected)
@@ -294,8 +294,8 @@ def test_a_long_window_without_a_whole_block_is_full_attention_with_keys_for_val
 
 @every_kind
 @torch.no_grad()
-def test_values_come_out_unturned(kind: str) -> None:
-    """A token that sees itself alone gets its own value, wherever it stands."""
+def test_values_come_out_unrotated(kind: str) -> None:
+    """A token that attends to itself alone gets its own value, at any position."""
     layer, x = layer_of(kind, window=1, rate=TIME + 1), tokens()
     layer.sink_logits.fill_(-torch.inf)
     value = layer.k_norm(layer.k_proj(x))
@@ -418,13 +418,13 @@ def test_the_loss_of_the_indexer_is_the_divergence_from_what_heads_read() -> Non
         terms = []
         for b in range(BATCH):
             for t in range(2, 11):
-                seen = layer.selection(x)[b, t]
-                read = (q[b, :, t] @ entries[b, seen].T / 8**0.5).softmax(-1).mean(0)
-                terms.append((read * (read.log() - scores[b, t, seen].log_softmax(-1))).sum())
+                visible = layer.selection(x)[b, t]
+                read = (q[b, :, t] @ entries[b, visible].T / 8**0.5).softmax(-1).mean(0)
+                terms.append((read * (read.log() - scores[b, t, visible].log_softmax(-1))).sum())
     close(layer.indexer_loss(x).detach(), torch.stack(terms).mean())
 
 
-# The doors
+# Argument checks
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What every mechanism must do, whatever it is. Fed from the registry: every registered class is covered.
+"""The contract of every mechanism, parametrised over the registry: every registered class is covered.
 
 Weights are drawn anew with a large spread, norms and other vectors too: at the usual initialisation attention
 is nearly uniform, and a wrong mask or a wrong position would hide within the tolerance.
@@ -60,8 +60,8 @@ def in_chunks(layer: Mechanism, x: Tensor, cuts: list[int], cache: Cache) -> Ten
 
 
 def mostly_close(layer: Mechanism, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """``close``; where the layer chooses, rounding may tip a choice, and one token in ten may come out
-    otherwise."""
+    """``close``; where the layer selects by content, rounding may change a selection, so one token in ten may
+    differ."""
     if layer.chooses_by_content:
         off = ((got.float() - expected.float()).abs() > tolerance * (1 + expected.float().abs())).any(-1)
         assert off.float().mean() < 0.1
@@ -208,7 +208,7 @@ def test_half_precision_stays_near_single(name: str, dtype: torch.dtype) -> None
 
 @every_mechanism
 def test_far_positions_survive_half_precision_weights(name: str) -> None:
-    """Half precision changes numbers, not places: outputs stay as near after 900 tokens as at first."""
+    """Half precision changes numbers, not positions: outputs stay as near after 900 tokens as at first."""
     layer = tiny(name)
     x = tokens(layer, batch=1, time=900)
     error = (layer.to(torch.bfloat16)(x.bfloat16()).float() - tiny(name)(x.bfloat16().float())).abs()
@@ -273,7 +273,7 @@ def test_the_limit_is_full_attention(name: str) -> None:
 
 @every_recurrence
 def test_the_forms_of_a_recurrence_agree(name: str) -> None:
-    """From an empty state and behind one, chunks of one token, of some that do not divide T, and of more."""
+    """From an empty state and after one, chunks of one token, of some that do not divide T, and of more."""
     layer = tiny(name)
     x = tokens(layer)
     layer.form = "recurrent"
@@ -347,7 +347,7 @@ def test_a_reader_stores_nothing_and_reads_what_its_owner_stores(name: str) -> N
     assert reader.new_cache(2, 64).nbytes == reader.cache_bytes(64, batch=2) == 0
     assert reader.read_bytes(9, batch=2) == owner.read_bytes(9, batch=2) > 0
     owned, left = (sum(w.numel() for w in layer.parameters()) for layer in (owner, reader))
-    width = owner.new_cache(1, 1).nbytes // 4  # numbers a token, each made by a row of weights
+    width = owner.new_cache(1, 1).nbytes // 4  # numbers per token, each computed by a row of weights
     assert owned - left == width * owner.d_model
 
 

@@ -24,9 +24,9 @@ def loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention one query and one key at a time, in float64."""
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])):
-        seen = [s for s in range(k.shape[2]) if mask[t, s]]
-        weights = [torch.exp(q[b, h, t].double() @ k[b, h, s].double() / q.shape[-1] ** 0.5) for s in seen]
-        for weight, s in zip(weights, seen, strict=True):
+        visible = [s for s in range(k.shape[2]) if mask[t, s]]
+        weights = [torch.exp(q[b, h, t].double() @ k[b, h, s].double() / q.shape[-1] ** 0.5) for s in visible]
+        for weight, s in zip(weights, visible, strict=True):
             out[b, h, t] += weight / sum(weights) * v[b, h, s].double()
     return out
 
@@ -68,7 +68,7 @@ def test_causal_mask_at_hides_what_lies_past_each_row() -> None:
     assert core.causal_mask_at(positions, 5).int()[:, 0, 0].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
 
 
-def test_a_query_that_sees_nothing_gets_zero() -> None:
+def test_a_query_without_visible_keys_gets_zero() -> None:
     q, k, v = qkv()
     mask = torch.ones(5, 9, dtype=torch.bool)
     mask[2] = False

@@ -122,8 +122,8 @@ def test_thousands_of_tokens_stay_near_float64(form: str) -> None:
 
 
 @every_form
-def test_a_weak_decay_behind_a_strong_one_keeps_its_digits(form: str) -> None:
-    """A token that clears the state, by any decay, leaves the decays of the tokens behind it exact."""
+def test_a_weak_decay_after_a_strong_one_keeps_its_digits(form: str) -> None:
+    """A token that clears the state, by any decay, leaves the decays of the tokens after it exact."""
     x = inputs()
     x["log_decay"][:, :, ::9] = -1e6
     expected = delta_rule(**{name: t.double() for name, t in x.items()}, form="recurrent")
@@ -195,7 +195,7 @@ def test_bad_options_are_refused_by_name(
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet])
-def test_without_convolution_only_the_memory_is_kept(kind: type[DeltaNet]) -> None:
+def test_without_convolution_only_the_state_is_kept(kind: type[DeltaNet]) -> None:
     layer, x = kind(24, 4, conv=None), draw(2, TIME, 24)
     cache = layer.new_cache(2, TIME)
     assert set(cache.state) == {"memory"}

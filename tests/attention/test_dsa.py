@@ -194,7 +194,7 @@ def test_bytes_are_those_counted_by_hand(length: int) -> None:
 
 
 def test_a_step_reads_no_latent_that_is_not_selected() -> None:
-    """Latents that are NaN: of those left out none is seen, of those selected each one is."""
+    """Latents that are NaN: those not selected do not change the output, each of those selected does."""
     layer, x = tiny(), tokens()
     reads = layer.selection(x)[:, -1]
 
@@ -234,7 +234,7 @@ def test_attention_gets_as_many_latents_as_are_counted_as_read(monkeypatch: pyte
     for time in (3, 1, 1, 12):
         layer(tokens(time), cache)
     assert gathered == [(6, 3, 16), (2, 4, 16), (2, 4, 16), (10, 4, 16), (10, 4, 16), (4, 4, 16)]
-    assert scored == [3, 4, 5, 10, 15, 17]  # no key behind the last query of its block
+    assert scored == [3, 4, 5, 10, 15, 17]  # no key after the last query of its block
 
 
 def test_a_prefill_never_holds_the_scores_of_all_pairs() -> None:
@@ -246,14 +246,14 @@ def test_a_prefill_never_holds_the_scores_of_all_pairs() -> None:
         peak = peak_memory(lambda: layer(x))
         layer.block = time
         whole = peak_memory(lambda: layer(x))
-    assert peak < pair  # one number a pair of tokens, where J would be held
+    assert peak < pair  # one number per pair of tokens, not J
     assert whole > heads * pair
 
 
 # The cache
 
 
-def test_an_indexed_cache_returns_views_and_writes_rows_behind_their_own_ends() -> None:
+def test_an_indexed_cache_returns_views_and_writes_rows_after_their_own_ends() -> None:
     cache = IndexedLatentCache(2, 5, 3, 2, 4, torch.float16, "cpu")
 
     def append(number: float, time: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """A naive form that shares a building block with the fast one cannot tell that the block is wrong.
 
-For every mechanism each of its building blocks is broken in turn. The fast form must then differ from the
+Each building block of each mechanism is broken, one at a time. The fast form must then differ from the
 naive form, and the naive form must give what it gave before.
 """
 

@@ -66,7 +66,7 @@ def token_by_token(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
 @every_core
 @every_form
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
-def test_weak_decays_behind_strong_ones_keep_their_digits(
+def test_weak_decays_after_strong_ones_keep_their_digits(
     core: Callable[..., Any], decays: tuple[int, ...], form: str, chunk: int
 ) -> None:
     log_decay, state = mixed(decays), draw(B, H, K, V, seed=5)
@@ -347,8 +347,8 @@ def test_retention_forgets_half_as_its_docstring_says() -> None:
         assert math.log(0.5) / float(Retention(64, 8).log_decay[h]) == pytest.approx(22 * 2**h, rel=0.02)
 
 
-def test_a_state_turned_at_every_step_is_a_state_turned_once() -> None:
-    """It is rounded as often; what adds up stays small beside what the angles of far positions lose."""
+def test_a_state_rotated_at_every_step_is_a_state_rotated_once() -> None:
+    """The sum of all roundings stays small, compared with the error of the angles of far positions."""
     layer = retention(decay=(1.0, 1.0, 1.0))
     memory = start = draw(1, 3, 8, 8)
     for _ in range(1000):
@@ -357,20 +357,20 @@ def test_a_state_turned_at_every_step_is_a_state_turned_once() -> None:
     close(memory.norm(), start.norm(), 1e-5)
 
 
-def test_yarns_factor_is_in_queries_and_keys_but_not_in_the_turns_of_a_state() -> None:
+def test_yarns_factor_is_in_queries_and_keys_but_not_in_the_rotation_of_a_state() -> None:
     layer = retention(rope=RopeConfig(scaling=YarnScaling(factor=4.0, original_max_len=16)))
     x, cache = draw(B, T, 24), None
     cache = layer.new_cache(B, T)
     close(torch.cat([layer(piece, cache) for piece in x.split(1, dim=1)], dim=1), layer(x).detach())
 
 
-def test_without_rope_retention_keeps_no_places() -> None:
+def test_without_rope_retention_keeps_no_positions() -> None:
     layer = retention(rope=None, decay=(1.0, 1.0, 1.0))
     x = draw(B, T, 24)
     shuffled = torch.cat((x[:, :-1].flip(1), x[:, -1:]), dim=1)
     close(layer(shuffled)[:, -1], layer(x)[:, -1])
-    turning = retention(decay=(1.0, 1.0, 1.0))
-    assert (turning(shuffled) - turning(x))[:, -1].abs().max() > 1e-3
+    rotating = retention(decay=(1.0, 1.0, 1.0))
+    assert (rotating(shuffled) - rotating(x))[:, -1].abs().max() > 1e-3
 
 
 # Gated linear attention
@@ -404,7 +404,7 @@ def test_the_norm_takes_the_size_from_a_head_and_the_gate_may_silence_it() -> No
 
 
 @pytest.mark.parametrize("time", [1, 2, 3])
-def test_a_text_shorter_than_the_convolution_sees_zeros_before_it(time: int) -> None:
+def test_a_text_shorter_than_the_convolution_reads_zeros_before_it(time: int) -> None:
     conv = ShortConvolution(4, 7, bias=True)
     x = draw(B, time, 4)
     y, past = conv.run(x, torch.zeros(B, *conv.past_shape))

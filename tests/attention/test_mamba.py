@@ -51,7 +51,7 @@ def test_gradients_of_the_scan_are_its_differences(chunk: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 13, 64])
 @pytest.mark.parametrize("uses", ["outputs", "state", "both"])
-def test_gradients_of_both_forms_agree_behind_a_state(chunk: int, uses: str) -> None:
+def test_gradients_of_both_forms_agree_after_a_state(chunk: int, uses: str) -> None:
     """Of a loss in the outputs alone, in the last state alone, and in both."""
     grads = {}
     for form in SCAN_FORMS:
@@ -133,7 +133,7 @@ def test_half_precision_is_summed_in_single() -> None:
 
 
 def test_nothing_holds_the_states_of_all_tokens() -> None:
-    """Forward and backward. One segment of all tokens does hold them, which shows that the test sees it."""
+    """Forward and backward. One segment of all tokens does hold them, so the test can fail."""
     time, channels, numbers = 512, 64, 16
 
     def largest(chunk: int) -> int:

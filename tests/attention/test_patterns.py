@@ -284,10 +284,10 @@ def test_what_is_no_spec_at_all_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("spec", ["global(4)", "random(2)", "global(at=(0,)) | random(1, block=1)"])
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_a_pattern_in_which_a_token_may_see_nothing_is_refused(spec: str) -> None:
+def test_a_pattern_in_which_a_token_may_attend_to_nothing_is_refused(spec: str) -> None:
     assert not dense(parse(spec)).diagonal().all()
     with pytest.raises(
-        ValueError, match=r"pattern: expected one in which every token sees itself, as by local\(1\)"
+        ValueError, match=r"pattern: expected one in which every token attends to itself, as by local\(1\)"
     ):
         SparseAttention(24, 3, pattern=spec)
     SparseAttention(24, 3, pattern=f"{spec} | local(1)")
@@ -348,21 +348,21 @@ def live_by_hand(pattern: Pattern, time: int) -> list[int]:
 
 
 def check_allocation(pattern: Pattern, time: int) -> None:
-    """No token that somebody still wants is written over, and no slot is taken that is not needed."""
+    """No token that will be read is overwritten, and no slot is taken that is not needed."""
     live = live_by_hand(pattern, time)
     assert live_tokens(pattern, time).tolist() == live
     assert n_slots(pattern, time) == max(live)
     made, last = allocate_slots(pattern, time), by_hand(dense(pattern, time))
-    slots, held = made.slots.tolist(), dict[int, int]()
+    slots, content = made.slots.tolist(), dict[int, int]()
     first_reuse, n_used = time, 0
     for position, slot in enumerate(slots):
-        if slot in held:
-            assert last[held[slot]] < position, f"{pattern}: {held[slot]} is wanted after {position}"
+        if slot in content:
+            assert last[content[slot]] < position, f"{pattern}: {content[slot]} is read after {position}"
             first_reuse = min(first_reuse, position)
         else:
             assert slot == n_used  # slots are first taken in order
             n_used += 1
-        held[slot] = position
+        content[slot] = position
         assert made.used[position] == n_used
     assert n_used == max(live)
     assert made.first_reuse == first_reuse
@@ -481,8 +481,8 @@ def test_any_pattern_is_sdpa_with_a_dense_mask(spec: str, time: int, block: int)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", [1, 4, 6])
-def test_queries_that_see_nothing_get_nothing(block: int, dtype: torch.dtype) -> None:
-    """The first block of a draw has nobody to draw: no keys at all, or some that others need."""
+def test_queries_without_visible_keys_get_zero(block: int, dtype: torch.dtype) -> None:
+    """The first block has no earlier block to draw: no keys at all, or only keys that other queries need."""
     pattern, (q, kv) = Random(1, block=4), tensors(TIME)
     kv = KV(kv.k.to(dtype), kv.v.to(dtype), kv.positions)
     got = attend_pattern(q.to(dtype), kv, pattern, block)
@@ -559,7 +559,7 @@ def test_rows_of_different_length_go_on_as_if_alone(spec: str, kernel: bool) -> 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @torch.no_grad()
-def test_steps_by_a_decode_kernel_read_what_is_seen_and_no_more(spec: str, backend: str) -> None:
+def test_steps_by_a_decode_kernel_read_the_visible_keys_and_no_more(spec: str, backend: str) -> None:
     layer, x = layer_of(spec, head_dim=16), draw(2, TIME, 24)
     asked = []
 
@@ -570,8 +570,8 @@ def test_steps_by_a_decode_kernel_read_what_is_seen_and_no_more(spec: str, backe
     layer.decode = step
     split = [20, 1, 6, 1, 8, 1]
     close(in_chunks(layer, x, split, layer.new_cache(2, TIME)), by_mask(layer, x), 3e-5)
-    seen = dense(layer.pattern).sum(-1).tolist()
-    assert asked == [(seen[t], 2 * [seen[t]]) for t in (20, 27, 36)]
+    visible = dense(layer.pattern).sum(-1).tolist()
+    assert asked == [(visible[t], 2 * [visible[t]]) for t in (20, 27, 36)]
 
 
 def counted(pattern: Pattern, time: int, block: int) -> list[int]:
@@ -628,8 +628,8 @@ def test_keys_may_lie_elsewhere_in_every_row(n_queries: int) -> None:
 
 @pytest.mark.parametrize("stride", [4, 6])
 @torch.no_grad()
-def test_a_stride_touches_the_tokens_of_its_own_remainder_alone(stride: int) -> None:
-    """Done in the order of time it would touch everything; in its own order NaN elsewhere stays elsewhere."""
+def test_a_stride_reads_the_tokens_of_its_own_remainder_alone(stride: int) -> None:
+    """In the order of time it would read everything; in its own order NaN in others does not matter."""
     q, kv = tensors(TIME)
     expected = by_sdpa(q, kv, Strided(stride))
     for mine in range(stride):
@@ -660,8 +660,8 @@ def test_strided_primitives_are_computed_in_proportion(spec: str, monkeypatch: p
     time, pattern = 240, parse(spec)
     q, kv = tensors(time, batch=1)
     attend_pattern(q, kv, pattern, 4)
-    seen = int(pattern.mask(time).sum())
-    assert seen <= computed < 2.5 * seen < time * time / 2
+    visible = int(pattern.mask(time).sum())
+    assert visible <= computed < 2.5 * visible < time * time / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -13,12 +13,12 @@ def heads(time: int, head_dim: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, time, head_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def test_every_pair_is_turned_by_its_own_angle() -> None:
+def test_every_pair_is_rotated_by_its_own_angle() -> None:
     """Complex numbers say it in one line: (x_i + j·x_{i+D/2}) · exp(j·m·ω_i)."""
     x, positions = heads(5), torch.tensor([[0, 1, 7, 100, 4000]])
     omega = 10_000.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
-    turned = torch.complex(*x.double().chunk(2, -1)) * torch.exp(1j * positions[0, :, None] * omega)
-    expected = torch.cat((turned.real, turned.imag), -1).float()
+    rotated = torch.complex(*x.double().chunk(2, -1)) * torch.exp(1j * positions[0, :, None] * omega)
+    expected = torch.cat((rotated.real, rotated.imag), -1).float()
     torch.testing.assert_close(Rope(16, RopeConfig())(x, positions), expected, atol=1e-3, rtol=1e-3)
 
 
@@ -37,14 +37,14 @@ def test_a_score_depends_on_the_distance_alone(m: int, n: int, shift: int) -> No
     torch.testing.assert_close(score(m, n), score(m + shift, n + shift), atol=2e-2, rtol=0)
 
 
-def test_rows_may_stand_at_different_positions() -> None:
+def test_rows_may_have_different_positions() -> None:
     rope, x = Rope(16, RopeConfig()), heads(3)
     together = rope(x, torch.tensor([[0, 1, 2], [5, 6, 7]]))
     assert torch.equal(together[0], rope(x, torch.tensor([[0, 1, 2]]))[0])
     assert torch.equal(together[1], rope(x, torch.tensor([[5, 6, 7]]))[1])
 
 
-def test_half_precision_heads_are_turned_in_single() -> None:
+def test_half_precision_heads_are_rotated_in_single() -> None:
     rope, x = Rope(16, RopeConfig()), heads(1)
     far = torch.tensor([[50_001]])
     got = rope(x.bfloat16(), far)

@@ -46,7 +46,7 @@ def test_wkv_is_the_average_on_paper(form: str, chunk: int) -> None:
 
 
 @every_average
-def test_wkv_continues_behind_a_state(form: str) -> None:
+def test_wkv_continues_after_a_state(form: str) -> None:
     w, u, k, v = average_inputs()
     whole, last = wkv(w, u, k, v)
     _, state = wkv(w, u, k[:, :11], v[:, :11])
@@ -144,7 +144,7 @@ def test_wkv_refuses_by_name(wrong: dict[str, Any], error: type[Exception], name
 
 
 def rule_inputs(time: int = T) -> dict[str, Tensor]:
-    """In float64. Removal takes away a part of what the state holds, as in both layers."""
+    """In float64. Removal subtracts a part of the state, as in both layers."""
     key = l2_normalize(draw(B, H, time, K, seed=1).double())
     rate = draw(B, H, time, K, seed=2).double().sigmoid()
     return {
@@ -158,12 +158,12 @@ def rule_inputs(time: int = T) -> dict[str, Tensor]:
 
 
 @every_form
-@pytest.mark.parametrize("behind", [True, False], ids=["behind a state", "from the start"])
+@pytest.mark.parametrize("after", [True, False], ids=["after a state", "from the start"])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-def test_the_rule_is_the_equation_with_matrices(form: str, behind: bool, chunk: int) -> None:
+def test_the_rule_is_the_equation_with_matrices(form: str, after: bool, chunk: int) -> None:
     x = rule_inputs()
-    start = draw(B, H, K, V, seed=6).double() if behind else torch.zeros(B, H, K, V, dtype=torch.float64)
-    out, last = generalised_delta_rule(**x, state=start if behind else None, form=form, chunk=chunk)
+    start = draw(B, H, K, V, seed=6).double() if after else torch.zeros(B, H, K, V, dtype=torch.float64)
+    out, last = generalised_delta_rule(**x, state=start if after else None, form=form, chunk=chunk)
     for b in range(B):
         for h in range(H):
             q, k, v, r, p, log_decay = (part[b, h] for part in x.values())
@@ -183,7 +183,7 @@ def test_gradients_of_the_rule_are_right(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("strong", [-200.0, -1e4, -1e30, -3e38])
-def test_a_strong_decay_makes_nothing_nan_and_rounds_no_weak_one_behind_it(strong: float) -> None:
+def test_a_strong_decay_makes_nothing_nan_and_rounds_no_weak_one_after_it(strong: float) -> None:
     x = rule_inputs()
     x["log_decay"] = torch.where(draw(B, H, T, K, seed=7) > 1, strong, x["log_decay"] * 1e-2)
     expected, last = generalised_delta_rule(**x, form="recurrent")
@@ -249,7 +249,7 @@ def test_the_rule_refuses_what_does_not_fit(
         generalised_delta_rule(**{**right, **wrong})
 
 
-def test_channel_mixing_sees_two_tokens() -> None:
+def test_channel_mixing_reads_two_tokens() -> None:
     layer, x = Rwkv4ChannelMix(8, 1), draw(1, 9, 8)
     changed = x.clone()
     changed[:, 4] += 1
@@ -291,11 +291,11 @@ def test_the_low_rank_parts_of_rwkv7_start_orthogonal(dtype: torch.dtype) -> Non
 def test_a_decoder_leaves_rwkv_as_it_starts() -> None:
     layers = ("rwkv4", "rwkv4_channel", "rwkv7")
     model = Decoder(ModelConfig(d_model=32, n_layers=3, n_heads=2, d_ff=0, layers=layers, norm="layer"))
-    mix, channel, seven = model.mixers
-    assert isinstance(mix, Rwkv4)
+    four, channel, seven = model.mixers
+    assert isinstance(four, Rwkv4)
     assert isinstance(channel, Rwkv4ChannelMix)
     assert isinstance(seven, Rwkv7)
-    assert (mix.time_decay.min(), mix.time_decay.max()) == (-5, 3)
+    assert (four.time_decay.min(), four.time_decay.max()) == (-5, 3)
     assert channel.time_mix_key[0] == 0
     assert (channel.time_mix_key.diff() > 0).all()
     assert (seven.decay_down.weight == 0).all()

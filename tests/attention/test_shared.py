@@ -107,35 +107,35 @@ def test_a_step_or_a_chunk_copies_no_keys_and_values(n_tokens: int, apart: bool,
     positions = torch.arange(S - n_tokens, S)[None]
     if apart:
         positions = positions - torch.arange(batch)[:, None]
-    with Allocated(q, cached) as seen:
+    with Allocated(q, cached) as allocated:
         causal_attention(q, k, v, positions)
-    assert 0 < seen.largest < k.numel(), seen.by
+    assert 0 < allocated.largest < k.numel(), allocated.by
 
 
 @pytest.mark.usefixtures("threads")
 def test_a_step_of_rows_of_one_length_needs_no_mask() -> None:
     H, G, S, D = 6, 2, 500, 16
     q, k, v = draw(2, H, 1, D), draw(2, G, S, D, seed=1), draw(2, G, S, D, seed=2)
-    with Allocated(q, k, v) as seen:
+    with Allocated(q, k, v) as allocated:
         causal_attention(q, k, v, torch.tensor([[S - 1]]))
-    assert seen.largest == q.numel(), seen.by  # the output
+    assert allocated.largest == q.numel(), allocated.by  # the output
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_whole_pass_makes_no_heads_of_its_pools(batch: int) -> None:
     H, G, S, D = 12, 3, 200, 32
     q, k, v = (split_heads(draw(batch, S, n * D, seed=n), n) for n in (H, G, G))
-    with Allocated(q, k, v) as seen:
+    with Allocated(q, k, v) as allocated:
         causal_attention(q, k, v, torch.arange(S)[None])
-    assert seen.largest <= q.numel()  # of the queries there are so many
-    with Allocated(q, k, v) as seen:
+    assert allocated.largest <= q.numel()  # as many as the queries
+    with Allocated(q, k, v) as allocated:
         causal_attention(q[:, :, -20:], k, v, torch.arange(S - 20, S)[None])
-    assert seen.largest <= k.numel()
+    assert allocated.largest <= k.numel()
 
 
 @pytest.mark.usefixtures("threads")
-def test_no_operator_copies_them_inside_itself_either() -> None:
-    """Measured at the allocator, which sees the scratch of SDPA: one head's keys would be seen."""
+def test_no_operator_copies_them_internally() -> None:
+    """Measured at the allocator, which counts the scratch of SDPA: one head's keys would be detected."""
     H, G, S, D = 16, 2, 4096, 64
     q, k, v = draw(1, H, 1, D), draw(1, G, S, D, seed=1), draw(1, G, S, D, seed=2)
     last = torch.tensor([[S - 1]])
@@ -331,7 +331,7 @@ def test_training_computes_what_inference_computes(kind: type[Mechanism]) -> Non
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_route_learns_from_every_pool(training: bool) -> None:
-    """Straight-through: also the pools that were not chosen get their share of the gradient."""
+    """Straight-through: also the pools that were not selected get their share of the gradient."""
     layer = routed([0, 2, 1, 1], 3).train(training)
     layer(draw(2, 7, 24)).square().sum().backward()
     assert layer.route_logits.grad is not None
@@ -363,26 +363,26 @@ def test_a_step_over_routed_pools_copies_none_of_them() -> None:
     layer = sharp(RoutedAttention(64, 8, n_kv_heads=2, head_dim=32)).requires_grad_(False)
     cache, x = layer.new_cache(2, 600), draw(2, 500, 64)
     layer(x, cache)
-    with Allocated(x, *cache.tensors(), *layer.parameters()) as seen:
+    with Allocated(x, *cache.tensors(), *layer.parameters()) as allocated:
         layer(x[:, :1], cache)
-    assert seen.largest < cache.tensors()[0].numel() / 4, seen.by
+    assert allocated.largest < cache.tensors()[0].numel() / 4, allocated.by
 
 
 @torch.no_grad()
-def test_a_token_reads_the_pools_that_it_chooses() -> None:
+def test_a_token_reads_the_pools_that_it_selects() -> None:
     layer, x = sharp(TokenRoutedAttention(24, 5, n_kv_heads=3, head_dim=8)), draw(2, 7, 24)
-    chosen = layer.router(x).view(2, 7, 5, 3).argmax(-1).transpose(1, 2)
-    assert len(chosen.unique()) == 3  # all pools are read
-    close(layer(x), by_hand(layer, x, chosen))
+    selected = layer.router(x).view(2, 7, 5, 3).argmax(-1).transpose(1, 2)
+    assert len(selected.unique()) == 3  # all pools are read
+    close(layer(x), by_hand(layer, x, selected))
     cache = layer.new_cache(2, 7)
     close(
-        torch.cat([layer(piece, cache) for piece in x.split([3, 2, 1, 1], 1)], 1), by_hand(layer, x, chosen)
+        torch.cat([layer(piece, cache) for piece in x.split([3, 2, 1, 1], 1)], 1), by_hand(layer, x, selected)
     )
 
 
 @torch.no_grad()
-def test_a_token_chooses_by_itself_alone() -> None:
-    """Wherever it stands, and whatever is around it."""
+def test_a_token_selects_by_its_own_content_alone() -> None:
+    """At any position, with any tokens around it."""
     layer, x = sharp(TokenRoutedAttention(24, 5, n_kv_heads=3, head_dim=8)), draw(2, 7, 24)
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
     assert torch.equal(layer.choice(x)[..., order, :], layer.choice(x[:, order]))

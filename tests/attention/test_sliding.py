@@ -1,4 +1,4 @@
-"""Sliding windows: what the ring holds, that it never grows, sinks of both kinds, what is not computed."""
+"""Sliding windows: the content of the ring, its constant size, sinks of both kinds, skipped work."""
 
 import json
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def in_chunks(layer: Any, x: Tensor, split: list[int], cache: Any) -> Tensor:
 
 
 class Model:
-    """A ring as a dictionary a row: the slot's number -> the position that it holds."""
+    """A ring as one dictionary per row: the slot's number -> the position of its token."""
 
     def __init__(self, rows: int, window: int, n_sinks: int) -> None:
         self.rows: list[dict[int, int]] = [{} for _ in range(rows)]
@@ -79,18 +79,18 @@ class Model:
         self.window, self.n_sinks = window, n_sinks
 
     def append(self, n_tokens: int) -> None:
-        for row, held in enumerate(self.rows):
+        for row, slots in enumerate(self.rows):
             for _ in range(n_tokens):
                 p = self.lengths[row]
                 slot = p if p < self.n_sinks else self.n_sinks + (p - self.n_sinks) % self.window
-                held[slot] = p
+                slots[slot] = p
                 self.lengths[row] += 1
 
     def trim(self, lengths: list[int]) -> None:
         self.lengths = list(lengths)
         self.rows = [
-            {slot: p for slot, p in held.items() if p < length}
-            for held, length in zip(self.rows, lengths, strict=True)
+            {slot: p for slot, p in slots.items() if p < length}
+            for slots, length in zip(self.rows, lengths, strict=True)
         ]
 
     @property
@@ -99,15 +99,15 @@ class Model:
 
 
 def content(row: int, position: int) -> float:
-    """A number that says whose it is."""
+    """A number that identifies a row and a position."""
     return 1000.0 * (row + 1) + position
 
 
 def agrees(cache: RingCache, model: Model) -> None:
-    """Slot by slot: what is said to be held, and what is."""
-    held = cache.slot_positions.expand(len(model.rows), -1).tolist()
+    """Slot by slot: the recorded positions and the content."""
+    slot_positions = cache.slot_positions.expand(len(model.rows), -1).tolist()
     for row, expected in enumerate(model.rows):
-        assert {slot: p for slot, p in enumerate(held[row]) if p >= 0} == expected
+        assert {slot: p for slot, p in enumerate(slot_positions[row]) if p >= 0} == expected
         for slot, p in expected.items():
             assert (cache.k[row, :, slot] == content(row, p)).all()
             assert (cache.v[row, :, slot] == -content(row, p)).all()
@@ -138,16 +138,16 @@ def test_the_ring_holds_what_a_dictionary_would(
             [[content(row, int(p)) for p in positions] for row, positions in enumerate(new)]
         )
         k = numbers[:, None, :, None].expand(-1, 2, -1, 4)
-        before = [dict(held) for held in model.rows]
+        before = [dict(slots) for slots in model.rows]
         kv = cache.append(k, -k)
         model.append(size)
         agrees(cache, model)
         slot_positions = kv.key_positions.expand(BATCH, -1).tolist()
         for row, positions in enumerate(slot_positions):
             there = [p for p in positions if p >= 0]
-            if size == 1:  # all that is held, the new token among them
+            if size == 1:  # all tokens in the ring, the new one included
                 assert sorted(there) == sorted(model.rows[row].values())
-            else:  # all that was held, in order, and the new ones
+            else:  # all tokens from before, in order, and the new ones
                 assert there == [*sorted(before[row].values()), *new[row].tolist()]
                 assert positions == sorted(positions)
             for slot, p in enumerate(positions):
@@ -230,8 +230,8 @@ def test_the_mask_is_the_one_on_paper(window: int, n_sinks: int) -> None:
 
 
 @torch.no_grad()
-def test_sinks_stay_where_they_stood() -> None:
-    """A sink's key is turned by its own position, however far it is behind: not by its place in the cache."""
+def test_sinks_keep_their_positions() -> None:
+    """A sink's key is rotated by its own position, at any distance, not by its slot in the cache."""
     layer, x = window_layer(4, 2), draw(1, TIME, 24)
     cache = layer.new_cache(1, TIME)
     in_chunks(layer, x, TIME * [1], cache)
@@ -252,9 +252,9 @@ def test_a_sink_within_the_window_counts_once(split: list[int]) -> None:
     layer.o_proj.weight.copy_(torch.eye(48))
     x = draw(1, 9, 48)
     values = split_heads(layer.v_proj(x), 2).repeat_interleave(3, 1)
-    seen = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5, 6]]
+    visible = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 3, 4, 5, 6]]
     heads = split_heads(in_chunks(layer, x, split, layer.new_cache(1, 9)), 6)
-    for t, tokens in enumerate(seen):
+    for t, tokens in enumerate(visible):
         close(heads[:, :, t], values[:, :, tokens].mean(2))
 
 
@@ -319,17 +319,18 @@ def test_a_step_copies_no_keys_and_values(sink_logits: bool, apart: bool) -> Non
         cache.trim(torch.tensor([400, 260]))
     for _ in range(3):
         in_chunks(layer, draw(2, 60, 32, seed=2), [60], cache)
-        with Allocated(x, *cache.tensors(), *layer.parameters()) as seen:
+        with Allocated(x, *cache.tensors(), *layer.parameters()) as allocated:
             kv = layer.project_kv(x, cache)
             layer(x, cache, source=kv)
         assert kv.k.untyped_storage().data_ptr() == cache.tensors()[0].untyped_storage().data_ptr()
-        # Beside a row of scores a head, the largest is the book-keeping of both rows.
-        assert seen.largest <= max(2 * 4 * 504, 4 * 32 * 32) < cache.tensors()[0].numel() / 4, seen.by
+        # Besides one row of scores per head, the largest is the record of both rows' positions.
+        most = max(2 * 4 * 504, 4 * 32 * 32)
+        assert allocated.largest <= most < cache.tensors()[0].numel() / 4, allocated.by
 
 
 @every_sort_of_sinks
 def test_training_needs_memory_by_the_length_not_by_its_square(sink_logits: bool) -> None:
-    """Nothing as large as N x N comes into being forwards or backwards, for one head or all."""
+    """Nothing as large as N x N is allocated in forward or backward, for one head or all."""
     layer = window_layer(32, 2, sink_logits, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8)
 
     def train(x: Tensor) -> None:
@@ -338,9 +339,9 @@ def test_training_needs_memory_by_the_length_not_by_its_square(sink_logits: bool
     peaks = {n: peak_memory(lambda n=n: train(draw(1, n, 16))) for n in (768, 1536)}
     assert peaks[1536] < 2.2 * peaks[768]
     x = draw(1, 1536, 16)
-    with Allocated(x, *layer.parameters()) as seen:
+    with Allocated(x, *layer.parameters()) as allocated:
         train(x)
-    assert seen.largest <= 2 * BLOCK * (BLOCK + 34), seen.by  # a block of queries over its keys
+    assert allocated.largest <= 2 * BLOCK * (BLOCK + 34), allocated.by  # a block of queries over its keys
     with Allocated(x) as dense:
         by_sdpa(layer, x)
     assert dense.largest >= 1536 * 1536
@@ -392,7 +393,7 @@ def test_a_kernel_is_never_asked_where_gradients_are_wanted() -> None:
 @pytest.mark.parametrize("kernel", [False, True])
 @every_sort_of_sinks
 @torch.no_grad()
-def test_a_reader_sees_its_owners_ring(kernel: bool, sink_logits: bool) -> None:
+def test_a_reader_reads_its_owners_ring(kernel: bool, sink_logits: bool) -> None:
     """Far past the window, and with rows of different length; it has no ring of its own."""
     owner, reader = window_layer(5, 2, sink_logits), window_layer(5, 2, sink_logits, reader=True)
     sharp(reader, seed=4)
@@ -416,8 +417,8 @@ def test_a_reader_sees_its_owners_ring(kernel: bool, sink_logits: bool) -> None:
 
 
 @torch.no_grad()
-def test_rows_cut_back_to_one_length_go_on_together() -> None:
-    """Rows that stood apart and stand together again: what is held is noted for all of them."""
+def test_rows_cut_back_to_one_length_continue_together() -> None:
+    """Rows of different lengths that are cut to one length: positions are recorded for all of them."""
     layer, x = window_layer(6, 1), draw(BATCH, TIME, 24)
     for split in ([1, 1, 3], [2, 2, 1], 5 * [1]):
         cache = layer.new_cache(BATCH, TIME)
@@ -532,7 +533,7 @@ def test_half_precision_is_as_near_as_its_numbers_allow(dtype: torch.dtype, sink
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_query_that_sees_nothing_gets_nothing(dtype: torch.dtype) -> None:
+def test_a_query_without_visible_keys_gets_zero(dtype: torch.dtype) -> None:
     """PyTorch's SDPA gives 0 for a row without a key, and for no keys at all; so does ours."""
     q, k, v = (draw(2, 4, 6, 8, seed=seed).to(dtype) for seed in (1, 2, 3))
     mask = torch.ones(6, 6, dtype=torch.bool).tril(-1)
@@ -558,7 +559,7 @@ FIVE_TO_ONE = (*5 * (Spec("window", window=6, n_sinks=2, n_kv_heads=2),), Spec("
 
 
 def five_to_one(layers: tuple[str | Spec, ...] = FIVE_TO_ONE) -> Decoder:
-    """Six layers, the last of which sees everything."""
+    """Six layers, the last with full attention."""
     config = ModelConfig(50, 24, 6, n_heads=4, head_dim=8, d_ff=32, layers=layers, tied=False)
     return sharp(Decoder(config))
 
@@ -641,9 +642,9 @@ def test_a_ring_of_another_window_is_refused_and_left_alone(other: dict[str, int
 
 def test_a_step_over_a_source_longer_than_the_window_does_not_reach_the_kernel() -> None:
     owner, reader = FullAttention(24, 3), WindowAttention(24, 3, window=4, reader=True)
-    x, held, none = draw(1, 12, 24), owner.new_cache(1, 12), reader.new_cache(1, 12)
-    owner.project_kv(x[:, :11], held)
-    kv = owner.project_kv(x[:, 11:], held)
+    x, cache, none = draw(1, 12, 24), owner.new_cache(1, 12), reader.new_cache(1, 12)
+    owner.project_kv(x[:, :11], cache)
+    kv = owner.project_kv(x[:, 11:], cache)
     expected = reader(x[:, 11:], none, kv)
 
     def kernel(*_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What recurrences share: sums in single precision under autocast, and sizes without memory."""
+"""Tests for all recurrences: sums in single precision under autocast, and shapes on the meta device."""
 
 from collections.abc import Callable, Iterable
 

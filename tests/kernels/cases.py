@@ -1,4 +1,4 @@
-"""Decode steps to test with, and what they must give: attention in fp64, written out key by key."""
+"""Decode steps for tests, and their expected results: attention in fp64, written out key by key."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class Case:
         return pool.to(cache.dtype)
 
     def at(self, cache: Tensor, row: int, position: int) -> Tensor:
-        """What a cache holds for one token: (G, …)."""
+        """The numbers of one token in a cache: (G, …)."""
         if self.table is None or self.page is None:
             return cache[row, :, position]
         return cache[int(self.table[row, position // self.page]), :, position % self.page]
@@ -107,7 +107,7 @@ class Case:
         ]
 
     def poisoned(self) -> "Case":
-        """NaN in every slot that no query of its row may see."""
+        """NaN in every slot that is not visible to its row."""
         if (self.cache_dtype or self.dtype) != torch.int8:
             room = self.capacity if self.page is None else self.table.shape[1] * self.page  # type: ignore[union-attr]
             for row in range(len(self.lengths)):
@@ -165,11 +165,11 @@ def in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the interpreter run programs in an order drawn by ``seed``, as a GPU might."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    place = builder.set_grid_idx
+    set_grid_idx = builder.set_grid_idx
 
     def elsewhere(x: int, y: int, z: int) -> None:
         n_x, n_y, _ = builder.grid_dim
         order = torch.randperm(n_x * n_y, generator=torch.Generator().manual_seed(seed))
-        place(*divmod(int(order[x * n_y + y]), n_y), z)
+        set_grid_idx(*divmod(int(order[x * n_y + y]), n_y), z)
 
     monkeypatch.setattr(builder, "set_grid_idx", elsewhere)

@@ -1,4 +1,4 @@
-"""Compiled without a GPU: no kernel that people use spills, and all read their caches 16 bytes at a time."""
+"""Compiled without a GPU: no library kernel spills, and all load their caches 16 bytes at a time."""
 
 import io
 import json

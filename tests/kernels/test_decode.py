@@ -245,7 +245,7 @@ def test_with_a_workspace_a_step_allocates_nothing(monkeypatch: pytest.MonkeyPat
     assert Allocations.names == []
     with Allocations():
         decode_attention(*case.arguments(), **options)
-    assert len(Allocations.names) >= 4  # out, lse and the workspace: the count sees allocations
+    assert len(Allocations.names) >= 4  # out, lse and the workspace: allocations are counted
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,7 +276,7 @@ def test_the_operator_is_what_it_says_to_torch() -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
-def test_the_kernel_is_held_to_the_layout_of_the_real_tiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_right_with_the_tiling_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As shipped, not with the small tiles of these tests."""
     monkeypatch.undo()
     for case in (
@@ -288,10 +288,10 @@ def test_the_kernel_is_held_to_the_layout_of_the_real_tiling(monkeypatch: pytest
     check(case.poisoned(), "triton", num_splits=2)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU chooses the order itself")
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU sets the order itself")
 @pytest.mark.parametrize("seed", range(4))
 def test_programs_may_finish_in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is last merges, at both levels; the interpreter by itself would always run them in order."""
+    """The last program merges, at both levels; the interpreter alone would always run them in order."""
     in_any_order(seed, monkeypatch)
     case = Case((330, 280), n_kv_heads=1, group=2, capacity=330, seed=seed).poisoned()
     check(case, "triton", num_splits=20)
@@ -419,7 +419,7 @@ def test_a_tiling_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPa
     assert tried == [128, 64, 32]
 
 
-def test_splits_are_chosen_for_what_a_window_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_follow_what_a_window_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     case = Case((64,), n_kv_heads=1, group=1, capacity=8192)
     whole, windowed = (

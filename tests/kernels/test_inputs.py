@@ -1,4 +1,4 @@
-"""The doors of a decode step: what is refused, and in which words."""
+"""Argument checks of a decode step: wrong arguments and their errors."""
 
 from typing import Any
 
@@ -66,14 +66,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "words"), WRONG, ids=lambda value: value if isinstance(value, str) else ""
+    ("changes", "error", "message"), WRONG, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_a_wrong_argument_is_named(changes: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def test_a_wrong_argument_is_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         step(**changes)
 
 
-def test_the_same_step_without_a_mistake_is_taken() -> None:
+def test_the_same_step_without_a_mistake_is_accepted() -> None:
     step()
     step(page=16)
 

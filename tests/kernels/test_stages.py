@@ -1,4 +1,4 @@
-"""The six stages, in Triton's interpreter, against attention in fp64 as it is written on paper."""
+"""The six stages, in Triton's interpreter, against attention in fp64 as on paper."""
 
 import inspect
 import math
@@ -23,17 +23,17 @@ TOLERANCE = {torch.float32: 2e-6 if INTERPRETED else 2e-5, torch.float16: 2e-3, 
 def naive(
     q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None = None, window=None, n_sinks=0
 ) -> Tensor:
-    """Row by row, head by head, in fp64, over the keys that the definition says are visible."""
+    """Row by row, head by head, in fp64, over the visible keys by definition."""
     batch, n_heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros(batch, n_heads, v.shape[-1], dtype=torch.float64, device=q.device)
     for b, length in enumerate(lengths):
-        seen = [p for p in range(length) if p < n_sinks or window is None or p >= length - window]
+        visible = [p for p in range(length) if p < n_sinks or window is None or p >= length - window]
         for h in range(n_heads):
             g = h // (n_heads // k.shape[1])
-            if seen:
-                scores = k[b, g, seen].double() @ q[b, h].double() * scale
-                out[b, h] = scores.softmax(0) @ v[b, g, seen].double()
+            if visible:
+                scores = k[b, g, visible].double() @ q[b, h].double() * scale
+                out[b, h] = scores.softmax(0) @ v[b, g, visible].double()
     return out
 
 
@@ -163,7 +163,7 @@ def test_a_wrong_length_reads_nothing_outside_the_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize(("window", "n_sinks"), [(1, 0), (10, 4), (64, 3), (70, 90), (500, 4)])
-def test_v4_sees_the_window_and_the_sinks(window: int, n_sinks: int) -> None:
+def test_v4_attends_to_the_window_and_the_sinks(window: int, n_sinks: int) -> None:
     lengths = [0, 1, 11, 68, 96]
     q, k, v = draw(len(lengths), 2, 1)
     for b, length in enumerate(lengths):
@@ -232,7 +232,7 @@ def test_v5_can_use_its_workspace_again() -> None:
 
     q, k, v = draw(slots=200)
     workspace = new_workspace(2, 4, 16, n_splits=3, device=q.device)
-    workspace.part[:] = workspace.lse[:] = torch.nan  # whatever the memory held
+    workspace.part[:] = workspace.lse[:] = torch.nan  # content is never read
     out = torch.full_like(q, torch.nan)
     for length in (200, 10, 130):
         assert call("v5", q, k, v, length, workspace=workspace, out=out) is out
@@ -266,7 +266,7 @@ def test_v5_latent_reads_one_latent_as_key_and_value(n_heads: int, block_h: int,
     close(out, naive(q, cache, cache[..., :rank], lengths, scale=0.3))
 
 
-def test_the_doors_name_what_does_not_fit() -> None:
+def test_errors_name_what_does_not_fit() -> None:
     q, k, v = draw()
     lengths = torch.tensor([5, 5], dtype=torch.int32)
     for name in ("v0", "v1", "v2", "v3"):
@@ -281,12 +281,12 @@ def test_the_doors_name_what_does_not_fit() -> None:
         STAGES["v2"].decode(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, 5)
 
 
-def test_every_stage_says_what_it_should_gain_before_anyone_measures() -> None:
+def test_every_stage_has_a_prediction_of_its_gain() -> None:
     assert list(STAGES) == ["v0", "v1", "v2", "v3", "v4", "v5"]
     for stage in STAGES.values():
         assert stage.module.__doc__.startswith(stage.name)
         assert "Prediction" in stage.module.__doc__
-        assert re.search(r"B=\d+, .*: .*\d (ms|µs)", stage.expected), "a case, and a time to hold against it"
+        assert re.search(r"B=\d+, .*: .*\d (ms|µs)", stage.expected), "a case and its time"
 
 
 AFTER = [("v1", "v0"), ("v2", "v1"), ("v3", "v2"), ("v4", "v3"), ("v5", "v3")]

@@ -1,4 +1,4 @@
-"""Tiles that fit, and splits that fill the machine."""
+"""Tiles that fit the shared memory, and splits that occupy the GPU."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Who reads which bytes: what chapter 11 says of its stages, counted from the pointers that they load."""
+"""Which program reads which bytes: the claims of chapter 11, counted from the pointers that stages load."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_v4_reads_the_pages_in_the_table_only(tensors) -> None:
     assert list(reads["k"].along(0).any(0).nonzero()[0]) == [2, 7, 9]
     assert list(reads["v"].along(0).any(0).nonzero()[0]) == [2, 7, 9]
     assert reads["k"].nbytes == G * 40 * D * 4
-    assert not reads["table"].along(1)[:, 3].any()  # no key stands on the fourth page
+    assert not reads["table"].along(1)[:, 3].any()  # no key is on the fourth page
 
 
 def test_in_v5_the_last_split_of_each_kv_head_reads_the_partials(tensors) -> None:

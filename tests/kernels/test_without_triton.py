@@ -1,4 +1,4 @@
-"""On macOS there is no Triton: everything but the kernels works, and asking for one says why it doesn't."""
+"""On macOS there is no Triton: everything but the kernels works, and their error says why they do not."""
 
 import os
 import subprocess
@@ -62,6 +62,6 @@ except RuntimeError as error:
 
 @interpreted
 @pytest.mark.slow
-def test_without_a_gpu_the_interpreter_is_chosen_by_itself() -> None:
+def test_without_a_gpu_the_interpreter_is_the_default() -> None:
     code = STEP + "print(decode_attention(q, cache, cache, lengths, backend='triton').allclose(q))"
     assert run(code).strip() == "True"

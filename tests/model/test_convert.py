@@ -190,7 +190,7 @@ def test_keys_and_values_of_low_rank_lose_nothing_by_a_latent_of_that_rank() -> 
 def test_heads_whose_fast_keys_are_proportional_lose_nothing_by_sharing_one(
     rope_dim: int, theta: float, kind: str
 ) -> None:
-    """Proportional as complex numbers, pair by pair. Slow pairs may differ: here they stand still."""
+    """Proportional as complex numbers, pair by pair. Slow pairs may differ: here they do not rotate."""
     model = trained(ModelConfig(**{**vars(SMALL), "rope": RopeConfig(theta)}))
     with torch.no_grad():
         for mixer in model.mixers:

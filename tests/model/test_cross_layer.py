@@ -41,9 +41,9 @@ STACKS: dict[str, tuple[int, tuple[str | Spec, ...], list[int]]] = {
         [0, 0, 0, 3, 3, 3],
     ),
     "the first for all": (4, ("full", *(Spec("full", reads=-n) for n in (1, 2, 3))), [0, 0, 0, 0]),
-    "two in turn": (6, ("full", "full", Spec("full", reads=-2)), [0, 1, 0, 3, 4, 3]),
+    "two interleaved": (6, ("full", "full", Spec("full", reads=-2)), [0, 1, 0, 3, 4, 3]),
     "gemma": (8, gemma_like("lglglllg", 4), [0, 1, 2, 3, 2, 2, 2, 3]),
-    "kinds in turn": (
+    "kinds interleaved": (
         6,
         (
             *("full", Spec("routed", **LOCAL), Spec("token_routed", **LOCAL)),
@@ -88,7 +88,7 @@ def test_a_model_without_readers_owns_all() -> None:
     assert ModelConfig(n_layers=4, layers=("full", "gqa")).owners == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["pairs", "triples", "two in turn", "gemma"])
+@pytest.mark.parametrize("name", ["pairs", "triples", "two interleaved", "gemma"])
 @torch.no_grad()
 def test_logits_are_those_written_out_by_hand(name: str) -> None:
     """Layer by layer: an owner's keys and values are made from its own input, and kept for its readers."""
@@ -240,14 +240,14 @@ def test_an_owner_learns_from_its_reader_too() -> None:
 @torch.no_grad()
 def test_a_decode_kernel_does_the_steps_of_readers_too(name: str, cache_dtype: torch.dtype) -> None:
     model, rows, results = decoder(config(name)), torch.tensor([9, 4]), []
-    seen = []
+    asked = []
 
     def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        seen.append(lengths.tolist())
+        asked.append(lengths.tolist())
         return decode_attention(q, k, v, lengths)
 
-    for chosen in (None, step):
-        model.decode_with(chosen)
+    for decode in (None, step):
+        model.decode_with(decode)
         cache = model.new_cache(2, 12, dtype=cache_dtype)
         model(prompt(), cache)
         cache.trim(rows)
@@ -255,7 +255,7 @@ def test_a_decode_kernel_does_the_steps_of_readers_too(name: str, cache_dtype: t
     close(*results)
     able: list[Any] = [mixer for mixer in model.mixers if mixer.name not in ("mhc", "mla")]
     calls = sum(len(set(mixer.pools)) if mixer.name == "routed" else 1 for mixer in able)
-    assert seen == [rows for rows in ([10, 5], [11, 6], [12, 7]) for _ in range(calls)]
+    assert asked == [rows for rows in ([10, 5], [11, 6], [12, 7]) for _ in range(calls)]
     model.decode_with(None)
     assert all(mixer.decode is None for mixer in able)
 

@@ -29,7 +29,7 @@ def prompt(batch: int = 2, time: int = 9) -> Tensor:
     return torch.randint(0, 50, (batch, time), generator=torch.Generator().manual_seed(1))
 
 
-def test_cache_and_no_cache_choose_the_same_tokens() -> None:
+def test_cache_and_no_cache_generate_the_same_tokens() -> None:
     model = decoder()
     expected = model.generate(prompt(), 25, use_cache=False)
     assert expected.shape == (2, 34)
@@ -38,7 +38,7 @@ def test_cache_and_no_cache_choose_the_same_tokens() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 9, 100])
-def test_prefill_in_chunks_chooses_the_same_tokens(chunk: int) -> None:
+def test_prefill_in_chunks_generates_the_same_tokens(chunk: int) -> None:
     model = decoder()
     assert torch.equal(model.generate(prompt(), 15, chunk=chunk), model.generate(prompt(), 15))
 
@@ -279,15 +279,15 @@ def test_a_cache_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps_of_one_token_can_be_done_by_a_decode_kernel(cache_dtype: torch.dtype) -> None:
     model, rows = decoder(), torch.tensor([9, 4])
-    seen = []
+    asked = []
 
     def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        seen.append((tuple(q.shape), k.dtype, lengths.tolist()))
+        asked.append((tuple(q.shape), k.dtype, lengths.tolist()))
         return decode_attention(q, k, v, lengths)
 
     results = []
-    for chosen in (None, step):
-        model.decode_with(chosen)
+    for decode in (None, step):
+        model.decode_with(decode)
         cache = model.new_cache(2, 12, dtype=cache_dtype)
         with torch.no_grad():
             model(prompt(), cache)
@@ -296,8 +296,8 @@ def test_steps_of_one_token_can_be_done_by_a_decode_kernel(cache_dtype: torch.dt
                 torch.cat([model(token, cache) for token in prompt(time=3).split(1, dim=1)], dim=1)
             )
     torch.testing.assert_close(*results)
-    assert [lengths for _, _, lengths in seen[:: len(model.blocks)]] == [[10, 5], [11, 6], [12, 7]]
-    assert all(shape == (2, 3, 8) and dtype == cache_dtype for shape, dtype, _ in seen)
+    assert [lengths for _, _, lengths in asked[:: len(model.blocks)]] == [[10, 5], [11, 6], [12, 7]]
+    assert all(shape == (2, 3, 8) and dtype == cache_dtype for shape, dtype, _ in asked)
 
 
 def test_a_model_whose_layers_take_no_decode_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

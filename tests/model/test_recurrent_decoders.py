@@ -33,7 +33,7 @@ def prompt() -> Tensor:
 
 @every_recurrence
 @pytest.mark.parametrize("full", [False, True], ids=["alone", "hybrid"])
-def test_cache_and_no_cache_choose_the_same_tokens(name: str, full: bool) -> None:
+def test_cache_and_no_cache_generate_the_same_tokens(name: str, full: bool) -> None:
     model = decoder([name, name, name, "full"] if full else [name])
     expected = model.generate(prompt(), 20, use_cache=False)
     assert torch.equal(model.generate(prompt(), 20), expected)

@@ -92,10 +92,10 @@ def moba_mask(q: np.ndarray, k: np.ndarray, block: int, top: int) -> np.ndarray:
 
 @pytest.mark.parametrize("options", MOBA)
 @torch.no_grad()
-def test_moba_is_full_attention_under_the_mask_of_its_choices(options: dict[str, int]) -> None:
+def test_moba_is_full_attention_under_the_mask_of_its_selection(options: dict[str, int]) -> None:
     layer, x = redrawn(MixtureOfBlockAttention(D_MODEL, head_dim=HEAD_DIM, **options)), text()
-    places = torch.arange(TIME)
-    q, k = (rotated(heads(x, w), places) for w in (layer.q_proj.weight, layer.k_proj.weight))
+    positions = torch.arange(TIME)
+    q, k = (rotated(heads(x, w), positions) for w in (layer.q_proj.weight, layer.k_proj.weight))
     mask = moba_mask(q.numpy(), k.numpy(), options["block"], options["n_blocks"])
     expected = output(masked(q, k, heads(x, layer.v_proj.weight), mask), layer.o_proj.weight)
     close(layer(x), expected)
@@ -103,8 +103,8 @@ def test_moba_is_full_attention_under_the_mask_of_its_choices(options: dict[str,
 
 
 def squeezed(x: Tensor, branch_map: Any, length: int, stride: int) -> Tensor:
-    """φ as a strided convolution over the sequence; what the places add is the same for every block."""
-    kernel = branch_map.mix.weight.view(HEAD_DIM, length, HEAD_DIM).transpose(1, 2)  # out, in, place
+    """φ as a strided convolution over the sequence; the positions add the same to every block."""
+    kernel = branch_map.mix.weight.view(HEAD_DIM, length, HEAD_DIM).transpose(1, 2)  # out, in, position
     bias = branch_map.mix.bias + branch_map.mix.weight @ branch_map.places.reshape(-1)
     series = x.reshape(-1, TIME, HEAD_DIM).transpose(1, 2)
     hidden = F.gelu(F.conv1d(series, kernel, bias, stride=stride)).transpose(1, 2)
@@ -136,25 +136,25 @@ def nsa_masks(p: np.ndarray, n_kv_heads: int, o: dict[str, int]) -> tuple[np.nda
 
 @pytest.mark.parametrize("options", NSA)
 @torch.no_grad()
-def test_nsa_is_three_masked_attentions_weighed_by_gates(options: dict[str, int]) -> None:
+def test_nsa_is_three_masked_attentions_weighted_by_gates(options: dict[str, int]) -> None:
     layer, x = redrawn(NativeSparseAttention(D_MODEL, head_dim=HEAD_DIM, **options)), text()
-    places = torch.arange(TIME)
+    positions = torch.arange(TIME)
     length, stride, G, H = options["compress"], options["stride"], layer.n_kv_heads, layer.n_heads
     k, v = ([heads(x, w) for w in p.weight.chunk(3)] for p in (layer.k_proj, layer.v_proj))
-    q = rotated(heads(x, layer.q_proj.weight), places)
+    q = rotated(heads(x, layer.q_proj.weight), positions)
 
     k_cmp = squeezed(k[0], layer.k_map, length, stride)
     n = k_cmp.shape[2]
     k_cmp, v_cmp = rotated(k_cmp, stride * torch.arange(n)), squeezed(v[0], layer.v_map, length, stride)
-    seen = np.array([[i * stride + length - 1 <= t for i in range(n)] for t in range(TIME)])
-    seen = np.broadcast_to(seen, (BATCH, H, TIME, n))
-    p = masked(q, k_cmp, torch.eye(n).expand(BATCH, G, n, n), seen).numpy()  # of values 1, the weights
+    visible = np.array([[i * stride + length - 1 <= t for i in range(n)] for t in range(TIME)])
+    visible = np.broadcast_to(visible, (BATCH, H, TIME, n))
+    p = masked(q, k_cmp, torch.eye(n).expand(BATCH, G, n, n), visible).numpy()  # of values 1, the weights
     selected, window = nsa_masks(p, G, options)
 
     branches = (
-        masked(q, k_cmp, v_cmp, seen),
-        masked(q, rotated(k[1], places), v[1], selected),
-        masked(q, rotated(k[2], places), v[2], window),
+        masked(q, k_cmp, v_cmp, visible),
+        masked(q, rotated(k[1], positions), v[1], selected),
+        masked(q, rotated(k[2], positions), v[2], window),
     )
     gates = F.linear(x, layer.gate_proj.weight, layer.gate_proj.bias).sigmoid().view(BATCH, TIME, 3, H)
     mixed = sum(gates[:, :, c].transpose(1, 2)[..., None] * out for c, out in enumerate(branches))

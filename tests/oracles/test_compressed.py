@@ -89,9 +89,9 @@ def their_attention(theirs: Any, x: Tensor, first: int = 0, cache: DynamicCache 
     """The first layer's attention alone, of tokens at positions ``first`` and after it."""
     positions = torch.arange(first, first + x.shape[1])[None]
     mask = torch.full((x.shape[1], first + x.shape[1]), -torch.inf, dtype=x.dtype).triu(first + 1)
-    turns = theirs.model.rotary_emb(x, positions)
+    rotary = theirs.model.rotary_emb(x, positions)
     layer = theirs.model.layers[0].self_attn
-    return layer(x, position_embeddings=turns, attention_mask=mask[None, None], past_key_values=cache)[0]
+    return layer(x, position_embeddings=rotary, attention_mask=mask[None, None], past_key_values=cache)[0]
 
 
 @every_kind
@@ -119,14 +119,14 @@ def test_prefill_chunks_and_single_tokens_follow_deepseeks_cache(
             torch.testing.assert_close(ours(piece, cache), expected, atol=1e-5, rtol=1e-5)
             first += piece.shape[1]
     assert isinstance(cache, LatentCache)
-    held = their_cache.layers[0]
-    torch.testing.assert_close(cache.latents[..., :RANK], held.keys[:, 0], atol=1e-5, rtol=1e-5)
+    their_layer = their_cache.layers[0]
+    torch.testing.assert_close(cache.latents[..., :RANK], their_layer.keys[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["v3", "v3 half-split"])
 @pytest.mark.parametrize("absorb", [False, True])
 def test_in_double_precision_nothing_but_rounding_differs(kind: str, absorb: bool) -> None:
-    """RoPE's angles are theirs in fp32, hence 1e-6. (V2 turns in fp32 altogether.)"""
+    """RoPE's angles are theirs in fp32, hence 1e-6. (V2 rotates in fp32 altogether.)"""
     theirs, x = deepseek(kind).double(), hidden(torch.float64)
     ours = take(absorb, kvlearn.from_transformers(theirs)).mixers[0]
     with torch.no_grad():

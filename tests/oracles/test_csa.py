@@ -1,7 +1,7 @@
 """CSA and HCA against transformers' DeepSeek-V4 attention: the same weights, the same numbers.
 
-Their RoPE pairs neighbours, ours the halves, so rows that turn change places (``half_split``), and those
-columns of the output projection that read them. Their output projection is two matrices, the first of them in
+Their RoPE pairs neighbours, ours the halves, so ``half_split`` reorders the rotated rows, and the columns
+of the output projection that read them. Their output projection is two matrices, the first of them in
 blocks; ours is their product.
 """
 
@@ -76,14 +76,14 @@ class Theirs:
         return DynamicCache(config=self.config)
 
     def __call__(self, x: Tensor, first: int = 0, cache: DynamicCache | None = None) -> Tensor:
-        """Of tokens that stand at ``first`` and behind. Their cache holds the last WINDOW - 1 tokens."""
+        """The output for tokens from position ``first`` on. Their cache holds the last WINDOW - 1 tokens."""
         positions = torch.arange(first, first + x.shape[1])[None].expand(len(x), -1)
         there = torch.arange(max(first - WINDOW + 1, 0) if cache is not None else first, first + x.shape[1])
         distance = positions[:, None, :, None] - there
         mask = torch.zeros(distance.shape).masked_fill((distance < 0) | (distance >= WINDOW), -torch.inf)
-        turns = {name: self.rotary(x, positions, layer_type=name) for name in ("main", "compress")}
+        rotary = {name: self.rotary(x, positions, layer_type=name) for name in ("main", "compress")}
         return self.layer(
-            x, position_embeddings=turns, position_ids=positions, attention_mask=mask, past_key_values=cache
+            x, position_embeddings=rotary, position_ids=positions, attention_mask=mask, past_key_values=cache
         )[0]
 
     def ours(self) -> HeavilyCompressedAttention:
@@ -167,20 +167,20 @@ def test_prefill_chunks_and_single_tokens_follow_deepseek_v4s_cache(kind: str, c
         close(ours(x[:, a:b], cache), theirs(x[:, a:b], a, their_cache))
         entries = their_cache.layers[0].compressed_kv["compressor"]
         assert entries.shape[1] == b // ours.rate
-        held = torch.stack([half_split(row.T, ROPE_DIM).T for row in entries])
-        close(cache.memories[0].entries[:, : b // ours.rate], held)
+        expected = torch.stack([half_split(row.T, ROPE_DIM).T for row in entries])
+        close(cache.memories[0].entries[:, : b // ours.rate], expected)
     assert isinstance(cache, CompressedCache)
 
 
 @torch.no_grad()
-def test_the_indexer_chooses_what_theirs_chooses() -> None:
+def test_the_indexer_selects_what_theirs_selects() -> None:
     theirs, x = Theirs("csa"), hidden()
     layer, positions = theirs.layer, torch.arange(TIME)[None].expand(BATCH, -1)
     residual = layer.q_a_norm(layer.q_a_proj(x))
-    chosen = layer.compressor.indexer(x, residual, positions, None, 0)
+    selected = layer.compressor.indexer(x, residual, positions, None, 0)
     n_entries = TIME // RATES[KINDS["csa"]]
     mask = torch.zeros(BATCH, TIME, n_entries + 1, dtype=torch.bool)
-    mask.scatter_(-1, torch.where(chosen < 0, n_entries, chosen), True)
+    mask.scatter_(-1, torch.where(selected < 0, n_entries, selected), True)
     ours = theirs.ours()
     assert isinstance(ours, CompressedSparseAttention)
     assert torch.equal(ours.selection(x), mask[..., :-1])
@@ -190,7 +190,7 @@ def test_the_indexer_chooses_what_theirs_chooses() -> None:
 
 
 @torch.no_grad()
-def test_what_is_chosen_matters() -> None:
+def test_the_selection_matters() -> None:
     x = hidden()
     two, all_of_them = (Theirs("csa", top_k).ours()(x) for top_k in (2, 64))
     changed = (two - all_of_them).abs().amax(-1) > 1e-2

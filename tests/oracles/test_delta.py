@@ -1,6 +1,6 @@
 """The delta rule against transformers' Qwen3-Next: the rule by both of its functions, and the whole layer.
 
-Their functions take heads behind time, divide queries by √K, and normalise keys and queries if told to.
+Their functions take heads after time, divide queries by √K, and normalise keys and queries if told to.
 """
 
 import pytest
@@ -44,12 +44,12 @@ def theirs(
 @every_form
 @pytest.mark.parametrize("rule", ["chunk", "recurrent"])
 @pytest.mark.parametrize("decays", [True, False], ids=["gated", "ungated"])
-@pytest.mark.parametrize("behind", [True, False], ids=["behind a state", "from the start"])
-def test_the_rule_is_theirs(form: str, rule: str, decays: bool, behind: bool) -> None:
+@pytest.mark.parametrize("after", [True, False], ids=["after a state", "from the start"])
+def test_the_rule_is_theirs(form: str, rule: str, decays: bool, after: bool) -> None:
     q, k = draw(BATCH, HEADS, TIME, K), draw(BATCH, HEADS, TIME, K, seed=1)
     v, beta = draw(BATCH, HEADS, TIME, V, seed=2), draw(BATCH, HEADS, TIME, seed=3).sigmoid()
     log_decay = -F.softplus(draw(BATCH, HEADS, TIME, seed=4)) if decays else None
-    state = draw(BATCH, HEADS, K, V, seed=5) if behind else None
+    state = draw(BATCH, HEADS, K, V, seed=5) if after else None
     out, last = delta_rule(
         l2_normalize(q) * K**-0.5, l2_normalize(k), v, beta, log_decay, state, form=form, chunk=16
     )
@@ -92,7 +92,7 @@ def their_layer(key_heads: int) -> tuple[Qwen3NextConfig, Qwen3NextGatedDeltaNet
     )
     layer = redraw(Qwen3NextGatedDeltaNet(config, 0))
     with torch.no_grad():
-        layer.A_log -= 2  # heads that remember more than a token
+        layer.A_log -= 2  # heads that keep more than one token
     return config, layer
 
 

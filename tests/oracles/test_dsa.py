@@ -77,9 +77,9 @@ def their_arguments(theirs: Any, x: Tensor, first: int = 0) -> tuple[tuple[Tenso
 
 
 def their_attention(theirs: Any, x: Tensor, first: int = 0, cache: DynamicCache | None = None) -> Tensor:
-    turns, mask = their_arguments(theirs, x, first)
+    rotary, mask = their_arguments(theirs, x, first)
     layer = theirs.model.layers[0].self_attn
-    return layer(x, position_embeddings=turns, attention_mask=mask, past_key_values=cache)[0]
+    return layer(x, position_embeddings=rotary, attention_mask=mask, past_key_values=cache)[0]
 
 
 @few_or_all
@@ -99,9 +99,9 @@ def test_what_is_selected_decides_the_output() -> None:
 @few_or_all
 def test_the_tokens_selected_are_theirs(top_k: int) -> None:
     theirs, x = deepseek(top_k), hidden()
-    attention, (turns, mask) = theirs.model.layers[0].self_attn, their_arguments(theirs, x)
+    attention, (rotary, mask) = theirs.model.layers[0].self_attn, their_arguments(theirs, x)
     latent = attention.q_a_layernorm(attention.q_a_proj(x))
-    indices = attention.indexer(x, latent, turns, mask[:, 0], None)
+    indices = attention.indexer(x, latent, rotary, mask[:, 0], None)
     expected = torch.zeros(2, TIME, TIME, dtype=torch.bool).scatter(-1, indices.long(), True).tril()
     assert torch.equal(first_layer(theirs).selection(x), expected)
 
@@ -117,9 +117,9 @@ def test_prefill_chunks_and_single_tokens_follow_deepseeks_cache(top_k: int) -> 
             torch.testing.assert_close(ours(piece, cache), expected, atol=1e-5, rtol=1e-5)
             first += piece.shape[1]
     assert isinstance(cache, IndexedLatentCache)
-    held = their_cache.layers[0]
-    torch.testing.assert_close(cache.latents[..., :RANK], held.keys[:, 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(cache.index_keys, held.indexer_keys, atol=1e-5, rtol=1e-5)
+    their_layer = their_cache.layers[0]
+    torch.testing.assert_close(cache.latents[..., :RANK], their_layer.keys[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.index_keys, their_layer.indexer_keys, atol=1e-5, rtol=1e-5)
 
 
 def test_in_double_precision_nothing_but_rounding_differs() -> None:

@@ -1,6 +1,6 @@
 """Kimi delta attention against transformers' Kimi Linear: the rule by both of its functions, and the layer.
 
-Their functions take heads behind time, divide queries by √K, and normalise keys and queries if told to.
+Their functions take heads after time, divide queries by √K, and normalise keys and queries if told to.
 """
 
 import pytest
@@ -24,11 +24,11 @@ BATCH, HEADS, TIME, D, WIDTH = 2, 3, 70, 16, 40
 
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "chunked"])
 @pytest.mark.parametrize("rule", [chunk_kimi_delta_attention, recurrent_kimi_delta_attention])
-@pytest.mark.parametrize("behind", [True, False], ids=["behind a state", "from the start"])
-def test_the_rule_is_theirs(form: str, rule, behind: bool) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("after", [True, False], ids=["after a state", "from the start"])
+def test_the_rule_is_theirs(form: str, rule, after: bool) -> None:  # type: ignore[no-untyped-def]
     q, k, v = (draw(BATCH, HEADS, TIME, D, seed=seed) for seed in (0, 1, 2))
     beta, log_decay = draw(BATCH, HEADS, TIME, seed=3).sigmoid(), -F.softplus(draw(BATCH, HEADS, TIME, D))
-    state = draw(BATCH, HEADS, D, D, seed=5) if behind else None
+    state = draw(BATCH, HEADS, D, D, seed=5) if after else None
     expected, last = rule(
         *(x.transpose(1, 2) for x in (q, k, v)),
         g=log_decay.transpose(1, 2),
@@ -57,7 +57,7 @@ def their_layer() -> tuple[KimiLinearConfig, KimiLinearDeltaAttention]:
     )
     layer = redraw(KimiLinearDeltaAttention(config, 0))
     with torch.no_grad():
-        layer.forget_gate.A_log -= 3  # heads that remember more than a token
+        layer.forget_gate.A_log -= 3  # heads that keep more than one token
     return config, layer
 
 

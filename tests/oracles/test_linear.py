@@ -40,7 +40,7 @@ def heads(x: Tensor, proj: nn.Linear) -> Tensor:
 
 
 def with_a_scale(layer: Any) -> Any:
-    """With so large an epsilon in its norm that the size of what comes before the norm shows behind it."""
+    """With so large an epsilon in its norm that the size of the norm's input changes its output."""
     layer.norm.eps = 1.0
     return layer
 
@@ -77,7 +77,7 @@ def lightning(layer_idx: int, block_size: int) -> MiniMaxLightningAttention:
 @pytest.mark.parametrize("layer_idx", [0, 3])
 @pytest.mark.parametrize("block_size", [7, 16, 256])
 def test_the_core_is_lightning_attention(form: str, layer_idx: int, block_size: int) -> None:
-    """Its slopes are our logarithms; what stands around the core is theirs."""
+    """Its slopes are our logarithms; the layer around the core is theirs."""
     theirs, x = lightning(layer_idx, block_size), text()
     made = F.silu(theirs.qkv_proj(x)).view(BATCH, TIME, N_HEADS, -1).transpose(1, 2)
     q, k, v = made.split(HEAD_DIM, dim=-1)
@@ -89,7 +89,7 @@ def test_the_core_is_lightning_attention(form: str, layer_idx: int, block_size: 
     close(state, their_state)
 
 
-def test_behind_a_state_the_core_is_lightning_attention_with_its_cache() -> None:
+def test_after_a_state_the_core_is_lightning_attention_with_its_cache() -> None:
     theirs, x = lightning(1, 16), text()
     cache, state = MiniMaxCache(), None
     log_decay = -theirs.slope_rate.view(1, N_HEADS, 1)
@@ -160,7 +160,7 @@ def test_products_of_features_are_the_kernels() -> None:
     assert near.abs().max() < 1e-4  # the series of exp, to the second order
 
 
-# Decays that the token chooses
+# Decays computed from the token
 
 
 def test_gated_linear_attention_is_its_recurrence() -> None:

@@ -112,8 +112,8 @@ def test_prefill_and_chunks_follow_their_pass_and_leave_their_state(kind: str) -
     for n, layer in enumerate(cache.layers):
         assert isinstance(layer, StateCache)
         memory = layer.state["memory"]
-        held = whole.cache_params.get_recurrent_state(n, state_idx=0)
-        same(memory if kind in MAMBAS else memory.mT, held)
+        their_state = whole.cache_params.get_recurrent_state(n, state_idx=0)
+        same(memory if kind in MAMBAS else memory.mT, their_state)
 
 
 @every_model

@@ -1,7 +1,7 @@
 """Fixed patterns against others' code: Longformer and BigBird of transformers, FlexAttention, and loops.
 
 Theirs look at both sides. Ours is causal, so it is asked twice: for the past with a token itself, and, the
-sequence turned around and the pattern with it, for the future. The two are merged by their log-sum-exp.
+sequence reversed and the pattern with it, for the future. The two are merged by their log-sum-exp.
 """
 
 import shutil
@@ -88,7 +88,7 @@ def partial(q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, block: int) -> Part
 
 
 def on_both_sides(q: Tensor, k: Tensor, v: Tensor, past: MaskRule, future: MaskRule, block: int) -> Tensor:
-    """``past`` up to the token itself; ``future``, a pattern of the sequence turned around, without it."""
+    """``past`` up to the token itself; ``future``, a pattern of the sequence reversed, without it."""
     before = partial(q, k, v, past, block)
     after = partial(*(x.flip(2) for x in (q, k, v)), Others(future), block)
     return merge(before, Partial(after.out.flip(2), after.lse.flip(2))).out
@@ -139,11 +139,11 @@ def test_windows_and_global_tokens_are_longformers(width: int, wide: tuple[int, 
 
 
 @torch.no_grad()
-def test_a_longformer_off_by_one_would_be_seen() -> None:
+def test_a_longformer_off_by_one_would_be_detected() -> None:
     layer, x = longformer_layer(8), draw(BATCH, 48, D_MODEL)
     expected = longformer_output(layer, x, (0,))
     for past, future in (
-        (longformer(4, 1), longformer(5, 1)),  # nothing global at the end of time, and a token less behind
+        (longformer(4, 1), longformer(5, 1)),  # nothing global at the end of time, and one past token less
         (Local(5) | Global(2), Local(5) | Global(at=(47,))),
         (Local(5) | Global(1), Local(5) | Global(at=(46,))),
         (Local(5) | Global(1), Local(6) | Global(at=(47,))),
@@ -208,7 +208,7 @@ def bigbird_output(
 def test_blocks_near_global_and_random_are_bigbirds(
     block: int, n_random: int, n_blocks: int, executed: int
 ) -> None:
-    """Its first and last blocks are global; here its own draws stand in for ours, head by head."""
+    """Its first and last blocks are global; here its own draws replace ours, head by head."""
     time = block * n_blocks
     x = draw(BATCH, time, D_MODEL)
     layer, expected, drawn = bigbird_output(block, n_random, x)
@@ -219,9 +219,9 @@ def test_blocks_near_global_and_random_are_bigbirds(
     ends = Local(2 * block, block) | Global(block, at=tuple(range(time - block, time)))
     outs = []
     for head, rows in enumerate(drawn):
-        turned = [[n_blocks - 1 - b for b in row] for row in reversed(rows)]
+        mirrored = [[n_blocks - 1 - b for b in row] for row in reversed(rows)]
         past, future = (
-            ends | Drawn(n_random, block, table=tuple(map(tuple, table))) for table in (rows, turned)
+            ends | Drawn(n_random, block, table=tuple(map(tuple, table))) for table in (rows, mirrored)
         )
         mine = (part[:, head : head + 1] for part in heads(layer, x))
         outs.append(on_both_sides(*mine, past, future, executed))
@@ -229,7 +229,7 @@ def test_blocks_near_global_and_random_are_bigbirds(
 
 
 @torch.no_grad()
-def test_a_bigbird_with_another_draw_would_be_seen() -> None:
+def test_a_bigbird_with_another_draw_would_be_detected() -> None:
     x = draw(BATCH, 48, D_MODEL)
     layer, expected, drawn = bigbird_output(4, 2, x)
     ends = Local(8, 4) | Global(4, at=tuple(range(44, 48)))
@@ -244,8 +244,8 @@ def test_a_bigbird_with_another_draw_would_be_seen() -> None:
     mine = [part[:, 1:2] for part in heads(layer, x)]
     errors = []
     for table, others in wrong:
-        turned = tuple(tuple(11 - b for b in row) for row in reversed(table))
-        past, future = others | Drawn(2, 4, table=table), others | Drawn(2, 4, table=turned)
+        mirrored = tuple(tuple(11 - b for b in row) for row in reversed(table))
+        past, future = others | Drawn(2, 4, table=table), others | Drawn(2, 4, table=mirrored)
         got = on_both_sides(*mine, past, future, 16)[:, 0]
         errors.append(float((got - expected.view(BATCH, 48, N_HEADS, -1)[:, :, 1]).abs().max()))
     assert min(errors[:-1]) > 1e-2

@@ -142,8 +142,8 @@ def config_of(kinds: str, n_shared: int) -> ModelConfig:
     return ModelConfig(61, D_MODEL, len(kinds), N_HEADS, HEAD_DIM, layers=layers)
 
 
-class Seen(dict[int, list[tuple[Tensor, Tensor]]]):
-    """What each attention of a Gemma took in and gave out, pass by pass; and whose keys it had."""
+class Recorded(dict[int, list[tuple[Tensor, Tensor]]]):
+    """Inputs and outputs of each attention of a Gemma, pass by pass, and the keys that it read."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__({i: [] for i in range(len(model.layers))})
@@ -162,26 +162,26 @@ class Seen(dict[int, list[tuple[Tensor, Tensor]]]):
         return record
 
     def owner(self, i: int) -> int:
-        """The first layer that had the very keys of layer ``i``."""
+        """The first layer that read the same keys as layer ``i``."""
         return min(j for j in self.keys if self.keys[j][0] is self.keys[i][0]) if i in self.keys else i
 
 
 @pytest.mark.parametrize("version", ["3n", "4"])
 @pytest.mark.parametrize(("kinds", "n_shared"), STACKS)
-def test_layers_read_whom_they_read_in_gemma(version: str, kinds: str, n_shared: int) -> None:
+def test_layers_read_the_same_layers_as_in_gemma(version: str, kinds: str, n_shared: int) -> None:
     model = gemma(version, kinds, n_shared)
-    seen = Seen(model)
+    recorded = Recorded(model)
     with torch.no_grad():
         model(prompt(1, 3))
     owners = config_of(kinds, n_shared).owners
-    assert owners == [seen.owner(i) for i in range(len(kinds))]
+    assert owners == [recorded.owner(i) for i in range(len(kinds))]
     assert [i for i, owner in enumerate(owners) if i != owner] == [
         i for i, layer in enumerate(model.layers) if layer.self_attn.is_kv_shared_layer
     ]
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of every head by itself, behind its projection, times ``factor``."""
+    """RMSNorm of every head, after its projection, times ``factor``."""
 
     def __init__(self, theirs: nn.Module, factor: float = 1.0) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def test_owners_and_readers_attend_as_in_gemma(version: str, split: list[int]) -
     """Each attention of a whole Gemma: in one pass, in chunks and token by token, with both their caches."""
     kinds, n_shared = STACKS[0]
     model, config = gemma(version, kinds, n_shared), config_of(kinds, n_shared)
-    seen, their_cache = Seen(model), DynamicCache(config=model.config)
+    recorded, their_cache = Recorded(model), DynamicCache(config=model.config)
     for piece in prompt(2, LENGTH).split(split, dim=1):
         model(piece, past_key_values=their_cache, use_cache=True)
     layers = [
@@ -223,7 +223,7 @@ def test_owners_and_readers_attend_as_in_gemma(version: str, split: list[int]) -
     for step in range(len(split)):
         sources: dict[int, KV] = {}
         for i, owner in enumerate(config.owners):
-            x, expected = seen[i][step]
+            x, expected = recorded[i][step]
             if config.owners.count(i) > 1:
                 sources[i] = layers[i].project_kv(x, caches[i])
             close(layers[i](x, caches[i], sources.get(owner)), expected)
@@ -239,17 +239,17 @@ def test_owners_and_readers_attend_as_in_gemma(version: str, split: list[int]) -
 
 
 @torch.no_grad()
-def test_a_reader_of_the_other_kind_of_layer_would_be_seen() -> None:
+def test_a_reader_of_the_other_kind_of_layer_would_be_detected() -> None:
     """The test above can fail: keys of the wrong owner give other numbers."""
     kinds, n_shared = STACKS[0]
     model, config = gemma("4", kinds, n_shared), config_of(kinds, n_shared)
-    seen = Seen(model)
+    recorded = Recorded(model)
     model(prompt(2, LENGTH))
     reader = GemmaAttention(model.layers[4].self_attn, RopeConfig(THETA["s"]))
-    x, expected = seen[4][0]
+    x, expected = recorded[4][0]
     for i in (0, 1, 2, 3):
         owner = GemmaAttention(model.layers[i].self_attn, config.specs[i].options["rope"])
-        error = (reader(x, source=owner.project_kv(seen[i][0][0])) - expected).abs().max()
+        error = (reader(x, source=owner.project_kv(recorded[i][0][0])) - expected).abs().max()
         assert (error < 1e-5) == (i == config.owners[4] == 2)
 
 

@@ -1,6 +1,6 @@
 """Sliding windows against transformers: Mistral whole, the attentions of Gemma 3 and of gpt-oss.
 
-Their cache of a window keeps W - 1 tokens, since the next one brings its own key; our ring has a place for
+Their cache of a window keeps W - 1 tokens, since the next one brings its own key; our ring has a slot for
 that one too, and keeps W.
 """
 
@@ -74,7 +74,7 @@ def mistral(window: int | None = WINDOW, n_kv_heads: int = 2, **options: Any) ->
     return redrawn(MistralForCausalLM(config))
 
 
-def holds_what_theirs_holds(cache: Cache, theirs: Any, tokens: int) -> None:
+def same_tokens_as_theirs(cache: Cache, theirs: Any, tokens: int) -> None:
     """Of our ring the last W - 1 tokens, in the order of their positions."""
     assert isinstance(cache, SlotCache)
     order = cache.slot_positions[0].argsort()[-min(tokens, WINDOW - 1) :]
@@ -100,7 +100,7 @@ def test_the_same_weights_give_mistrals_logits(split: list[int], n_kv_heads: int
         close(expected, part)
         close(ours(piece, cache), expected)
     for layer, their_layer in zip(cache.layers, their_cache.layers, strict=True):
-        holds_what_theirs_holds(layer, their_layer, LENGTH)
+        same_tokens_as_theirs(layer, their_layer, LENGTH)
 
 
 @pytest.mark.parametrize("chunk", [None, 5, 11])
@@ -146,8 +146,8 @@ def test_what_our_mistral_lacks_is_refused_by_name(option: dict[str, Any], names
         kvlearn.from_transformers(theirs)
 
 
-class Seen(dict[int, list[tuple[Tensor, Tensor]]]):
-    """What each attention of a model of theirs took in and gave out, pass by pass."""
+class Recorded(dict[int, list[tuple[Tensor, Tensor]]]):
+    """Inputs and outputs of each attention of a model of theirs, pass by pass."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__({i: [] for i in range(len(model.layers))})
@@ -165,16 +165,16 @@ def follow(
     model: PreTrainedModel, layers: list[GroupedQueryAttention | WindowAttention], split: list[int]
 ) -> None:
     """Each attention of ``model``, cut like this, by ours on the same inputs; both caches at the end."""
-    seen, their_cache = Seen(model), DynamicCache(config=model.config)
+    recorded, their_cache = Recorded(model), DynamicCache(config=model.config)
     for piece in prompt().split(split, dim=1):
         model(piece, past_key_values=their_cache, use_cache=True)
     for i, layer in enumerate(layers):
         cache, theirs = layer.new_cache(2, LENGTH), their_cache.layers[i]
-        for x, expected in seen[i]:
+        for x, expected in recorded[i]:
             close(layer(x, cache), expected)
-        close(layer(torch.cat([x for x, _ in seen[i]], 1)), torch.cat([out for _, out in seen[i]], 1))
+        close(layer(torch.cat([x for x, _ in recorded[i]], 1)), torch.cat([out for _, out in recorded[i]], 1))
         if model.config.layer_types[i] == "sliding_attention":
-            holds_what_theirs_holds(cache, theirs, LENGTH)
+            same_tokens_as_theirs(cache, theirs, LENGTH)
         else:
             close(cache.tensors()[0], theirs.keys)
             assert cache.nbytes == theirs.keys.nbytes + theirs.values.nbytes
@@ -207,7 +207,7 @@ def gemma() -> Gemma3TextModel:
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of every head by itself, behind its projection, times ``factor``; its gain counts from 1."""
+    """RMSNorm of every head, after its projection, times ``factor``; its gain counts from 1."""
 
     def __init__(self, theirs: Any, factor: float = 1.0) -> None:
         super().__init__()
@@ -224,11 +224,11 @@ def like_gemma(
     """Ours with layer i's weights. Theirs divides scores by √scalar, ours by √D: queries make up for it."""
     theirs, config = model.layers[i].self_attn, model.config
     kind = config.layer_types[i]
-    turns: RopeConfig = rope(config.rope_parameters[kind])
+    rope_config: RopeConfig = rope(config.rope_parameters[kind])
     layer: GroupedQueryAttention | WindowAttention = (
-        WindowAttention(D_MODEL, N_HEADS, window=window, rope=turns, **SHAPE)
+        WindowAttention(D_MODEL, N_HEADS, window=window, rope=rope_config, **SHAPE)
         if kind == "sliding_attention"
-        else GroupedQueryAttention(D_MODEL, N_HEADS, rope=turns, **SHAPE)
+        else GroupedQueryAttention(D_MODEL, N_HEADS, rope=rope_config, **SHAPE)
     )
     factor = (HEAD_DIM / config.query_pre_attn_scalar) ** 0.5
     layer.q_proj = nn.Sequential(theirs.q_proj, HeadNorm(theirs.q_norm, factor))  # type: ignore[assignment]
@@ -281,8 +281,8 @@ def like_gpt_oss(
     """Ours with layer i's weights; a full layer is a window longer than the text."""
     theirs, config = model.layers[i].self_attn, model.config
     size = window if config.layer_types[i] == "sliding_attention" else LENGTH
-    turns = rope(config.rope_parameters)
-    layer = WindowAttention(D_MODEL, N_HEADS, window=size, sink_logits=sink_logits, rope=turns, **SHAPE)
+    rope_config = rope(config.rope_parameters)
+    layer = WindowAttention(D_MODEL, N_HEADS, window=size, sink_logits=sink_logits, rope=rope_config, **SHAPE)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         assert getattr(theirs, name).bias is not None
         setattr(layer, name, getattr(theirs, name))
@@ -300,7 +300,7 @@ def test_windows_with_sinks_attend_as_in_gpt_oss(split: list[int]) -> None:
 
 @pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
 @torch.no_grad()
-def test_a_window_that_is_off_by_one_would_be_seen(window: int) -> None:
+def test_a_window_that_is_off_by_one_would_be_detected(window: int) -> None:
     """The tests above can fail: until the window is full all is well, from then on nothing."""
     theirs = mistral()
     ours = kvlearn.from_transformers(theirs)
@@ -311,34 +311,34 @@ def test_a_window_that_is_off_by_one_would_be_seen(window: int) -> None:
     assert (error[:same] < 1e-4).all()
     assert (error[same:] > 1e-2).all()
     model = gemma()
-    seen = Seen(model)
+    recorded = Recorded(model)
     model(prompt())
     for i in (0, 4, 6):
-        x, expected = seen[i][0]
+        x, expected = recorded[i][0]
         error = (like_gemma(model, i, window)(x) - expected).abs().amax((0, 2))
         assert (error[:same] < 1e-4).all()
         assert (error[same:] > 1e-3).all()
 
 
 @torch.no_grad()
-def test_a_sink_that_is_left_out_would_be_seen() -> None:
+def test_a_sink_that_is_left_out_would_be_detected() -> None:
     model = gpt_oss()
-    seen = Seen(model)
+    recorded = Recorded(model)
     model(prompt())
     for i in range(4):
-        x, expected = seen[i][0]
+        x, expected = recorded[i][0]
         close(like_gpt_oss(model, i)(x), expected)
         without = (like_gpt_oss(model, i, sink_logits=False)(x) - expected).abs().amax((0, 2))
         assert (without > 1e-3).all()
 
 
 @torch.no_grad()
-def test_the_other_layers_angles_would_be_seen() -> None:
+def test_the_other_layers_angles_would_be_detected() -> None:
     model = gemma()
-    seen = Seen(model)
+    recorded = Recorded(model)
     model(prompt())
     for i, other in ((4, "full_attention"), (5, "sliding_attention")):
-        layer, (x, expected) = like_gemma(model, i), seen[i][0]
+        layer, (x, expected) = like_gemma(model, i), recorded[i][0]
         close(layer(x), expected)
         layer.rope = type(layer.rope)(HEAD_DIM, rope(model.config.rope_parameters[other]))  # type: ignore[misc, union-attr]
         assert (layer(x) - expected).abs().max() > 1e-2

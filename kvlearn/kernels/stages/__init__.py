@@ -1,12 +1,12 @@
-"""The decode kernel of chapter 11, grown in six stages: each file shows its whole kernel, from top to bottom.
+"""The decode kernel of chapter 11, built in six stages; each file holds its whole kernel, from top to bottom.
 
     from kvlearn.kernels.stages import STAGES
     out = STAGES["v2"].decode(q, k, v, length)
 
-All compute softmax(q Kᵀ · scale) V for one new token a row: q (B, H, D) over a cache k, v (B, G, S, D). The
-kernels repeat each other's lines on purpose; tile sizes and the merge are imported from the stage that
-introduced them. A stage's file opens with what it is predicted to gain, from the roofline of an H200, written
-before any measurement; `new_lines` says what its kernel has that the one before it has not.
+All compute softmax(q Kᵀ · scale) V for one new token per row: q (B, H, D) over a cache k, v (B, G, S, D).
+The kernels repeat each other's lines on purpose; tile sizes and the merge are imported from the stage that
+introduced them. A stage's file begins with its predicted gain, from the roofline of an H200, written before
+any measurement; `new_lines` returns the lines that its kernel adds to an earlier one.
 """
 
 import difflib
@@ -26,11 +26,10 @@ from kvlearn.kernels.runtime import require_triton
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. Its module is imported when it is first asked for, so that this table needs no Triton.
+    """One stage. Its module is imported at first use, so that this table needs no Triton.
 
-    ``expected``: what was predicted for an H200 in bf16, in a CUDA graph; 32 query heads on 4 KV heads unless
-    it says otherwise. ``ragged``: the lengths come as an int32 tensor (B,), one a row, and not as one int for
-    all rows.
+    ``expected``: the prediction for an H200 in bf16, in a CUDA graph; 32 query heads on 4 KV heads unless it
+    says otherwise. ``ragged``: lengths are an int32 tensor (B,), one per row, not one int for all rows.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Stage:
 
     @property
     def module(self) -> ModuleType:
-        """Raises RuntimeError where there is no Triton."""
+        """The stage's module. Raises RuntimeError without Triton."""
         require_triton()
         return importlib.import_module(f"{__name__}.{self.name}")
 
@@ -54,7 +53,7 @@ class Stage:
 _STAGES = (
     Stage(
         "v0",
-        "One program a query head",
+        "One program per query head",
         "one program per query head walks the whole context, twice",
         "B=1, N=64k: 4.3 ms, 140 times the floor",
     ),
@@ -96,10 +95,10 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
 
 
 def new_lines(stage: str, before: str) -> str:
-    """The lines that the kernel of ``stage`` has and that of ``before`` has not, an empty one at each gap.
+    """The lines that the kernel of ``stage`` adds to the kernel of ``before``, an empty line at each gap.
 
-    Of the function's body, behind the signature, dedented. Raises ValueError for a name that is not in
-    `STAGES`, RuntimeError where there is no Triton.
+    Compares the functions' bodies, without signatures, dedented. Raises ValueError for a name that is not in
+    `STAGES`, RuntimeError without Triton.
     """
     old, new = _body(before), _body(stage)
     changes = difflib.SequenceMatcher(None, old, new).get_opcodes()
@@ -108,7 +107,7 @@ def new_lines(stage: str, before: str) -> str:
 
 
 def _body(name: str) -> list[str]:
-    """The lines of a stage's kernel behind its signature, which ends with ``# fmt: skip``."""
+    """The lines of a stage's kernel after its signature, which ends with ``# fmt: skip``."""
     module = STAGES[validate.one_of("stage", name, STAGES)].module
     _, _, body = inspect.getsource(module.decode_kernel.fn).partition("# fmt: skip\n")
     return inspect.cleandoc(body).splitlines()

@@ -1,19 +1,19 @@
-"""v0: one program a query head, and the equation as it stands on paper.
+"""v0: one program per query head, and the equation as on paper.
 
-Each of the B · H programs walks the whole context twice, a tile of keys at a time: first for the highest
-score, then for the weights exp(score - highest) and the weighted sum of the values. That is the softmax as a
-textbook has it, safe from overflow, and it reads every key twice.
+Each of the B · H programs reads the whole context twice, one tile of keys at a time: first for the highest
+score, then for the weights exp(score - highest) and the weighted sum of the values. This is the textbook
+softmax, safe from overflow; it reads every key twice.
 
 Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128, H=32 query heads, G=4 KV heads; BLOCK_N = 32
-keys a tile). One token is 2 · 4 · 128 · 2 bytes = 2 KiB of cache, so B=1 at N=64k has 134 MB to read: a floor
-of 31 µs.
-- 32 programs keep 32 of 132 multiprocessors busy. One multiprocessor takes in about 64 bytes a clock, some
-  100 GB/s, so 32 of them draw 3.2 TB/s at the very best, and only with loads in flight all the time.
-- A program reads 2 x K + V = 3 · 64k · 256 bytes = 50 MB: 0.5 ms at 100 GB/s. But it asks for a tile only
-  when the one before has come, keys twice and values once: 3 · 65,536 / 32 = 6,144 waits, and a load takes
-  some 0.7 µs to arrive. So 4.3 ms, 140 times the floor.
+keys per tile). One token is 2 · 4 · 128 · 2 bytes = 2 KiB of cache, so B=1 at N=64k has 134 MB to read: a
+floor of 31 µs.
+- 32 programs keep 32 of 132 multiprocessors busy. One multiprocessor reads about 64 bytes per clock, some
+  100 GB/s, so 32 of them read 3.2 TB/s at best, and only with loads in flight all the time.
+- A program reads 2 x K + V = 3 · 64k · 256 bytes = 50 MB: 0.5 ms at 100 GB/s. But it requests a tile only
+  after the one before has arrived, keys twice and values once: 3 · 65,536 / 32 = 6,144 waits of some 0.7 µs,
+  the latency of a load. So 4.3 ms, 140 times the floor.
 - MHA at B=32, N=4k has 1024 programs, several on each multiprocessor: one loads while another waits. It
-  reads 3/2 of the bytes: 0.75 ms at best, on a floor of 0.50; 0.75 to 1.0 ms.
+  reads 3/2 of the bytes: 0.75 ms at best, with a floor of 0.50; predicted are 0.75 to 1.0 ms.
 """
 
 import torch
@@ -77,7 +77,7 @@ def decode(
 ) -> Float[Tensor, "B H D"]:
     """softmax(q Kᵀ · scale) V over the first ``length`` keys, in one launch of B · H programs.
 
-    fp16, bf16 or fp32; any strides but in D, which is contiguous. ``scale`` is 1/√D unless given. Raises
+    fp16, bf16 or fp32; D must be contiguous, other strides are free. ``scale`` is 1/√D unless given. Raises
     ValueError for shapes that do not fit and for a length outside 1…S.
     """
     check(q, k, v, length)

@@ -1,18 +1,19 @@
-"""v1: the same programs in one pass, with the next tiles on their way.
+"""v1: the same programs in one pass, while the next tiles are loaded.
 
-- Online softmax: the highest score *so far* is enough. When a higher one turns up, what was summed shrinks by
-  exp(old - new). Every key is read once. (Milakov & Gimelshein, "Online normalizer calculation", 2018.)
-- exp2 in place of exp: the hardware only has 2ˣ. log2(e) is folded into the scale, so it costs nothing.
-- Pipelining: while a tile is computed, the next three are being copied to shared memory, 16 bytes a thread.
-- The sum over a tile's keys waits for the end: until then each thread adds up the keys that it holds itself.
+- Online softmax: the highest score *so far* is enough. When a higher one appears, the sums so far are
+  scaled by exp(old - new). Every key is read once. (Milakov & Gimelshein, "Online normalizer calculation",
+  2018.)
+- exp2 in place of exp: the hardware computes only 2ˣ. log2(e) is folded into the scale, so it costs nothing.
+- Pipelining: while a tile is computed, the next three are copied to shared memory, 16 bytes per thread.
+- The sum over a tile's keys is taken at the end; until then each thread sums its own keys.
 
-Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128). To keep 4.3 TB/s coming while each byte takes
-0.7 µs to arrive, 3 MB must be under way, 23 kB a multiprocessor. Three tiles of 32 keys and values are
-48 KiB: a program alone draws 48 KiB / 0.7 µs = 70 GB/s, and one a multiprocessor is enough, if all have one.
-- MHA, H=32, B=32, N=4k: 2.1 GB, floor 0.50 ms. 1024 programs fill the card: within 1.2x of the floor, 0.50
-  to 0.60 ms, which is two thirds of v0's time, as it is two thirds of its bytes.
-- GQA, G=4: eight programs read the same key. Memory holds 268 MB (62 µs), but 2.1 GB pass through the L2
-  and the arithmetic is done on plain cores, 8 heads x 1 FLOP a byte: 0.3 to 0.5 ms, 5 to 8 times the floor.
+Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128). For 4.3 TB/s at a latency of 0.7 µs, 3 MB must
+be in flight, 23 kB per multiprocessor. Three tiles of 32 keys and values are 48 KiB: one program reads
+48 KiB / 0.7 µs = 70 GB/s, and one per multiprocessor is enough, if each has one.
+- MHA, H=32, B=32, N=4k: 2.1 GB, floor 0.50 ms. 1024 programs occupy the GPU: within 1.2x of the floor, 0.50
+  to 0.60 ms, which is two thirds of v0's time for two thirds of its bytes.
+- GQA, G=4: eight programs read the same key. The cache has 268 MB (62 µs), but 2.1 GB pass through the L2
+  and plain cores do the arithmetic, 8 heads x 1 FLOP per byte: 0.3 to 0.5 ms, 5 to 8 times the floor.
 - B=1, N=64k, G=4: still 32 programs, each 34 MB at 70 GB/s: 0.48 ms. A ninth of v0's time, 15 times the
   floor of 31 µs.
 """
@@ -76,7 +77,7 @@ def decode(
 ) -> Float[Tensor, "B H D"]:
     """softmax(q Kᵀ · scale) V over the first ``length`` keys, in one launch of B · H programs.
 
-    fp16, bf16 or fp32; any strides but in D, which is contiguous. ``scale`` is 1/√D unless given. Raises
+    fp16, bf16 or fp32; D must be contiguous, other strides are free. ``scale`` is 1/√D unless given. Raises
     ValueError for shapes that do not fit and for a length outside 1…S.
     """
     check(q, k, v, length)

@@ -1,19 +1,19 @@
 """v2: the query heads of one KV head in one program, so that a key is read once for all of them.
 
-In grouped-query attention H / G query heads look at the same keys. Stacked as the rows of a matrix, their
-scores are one matrix product with the tile of keys, and their outputs one with the tile of values: work for
-the tensor cores, which want at least 16 rows. A group of 3 or 8 is padded to 16; the padding's arithmetic is
+In grouped-query attention H / G query heads attend to the same keys. Stacked as the rows of a matrix, their
+scores are one matrix product with the tile of keys, and their outputs one with the tile of values. Tensor
+cores compute both, and need at least 16 rows. A group of 3 or 8 is padded to 16; the padding's arithmetic is
 free where the kernel waits for memory, and its rows are neither loaded nor stored.
 
 Prediction (H200: 132 multiprocessors, 4.3 TB/s, tensor cores 788 TFLOP/s; bf16, D=128, H=32, G=4).
-- Each byte of cache now serves 16 rows: 16 FLOPs a byte with the padding, 8 of them useful, of 183 at which
-  arithmetic would take over.
-- B=32, N=4k: 128 programs, each 2 MiB. 268 MB pass once, floor 62 µs, where v1 takes 0.3 to 0.5 ms. But 128
-  programs leave 4 multiprocessors idle and each of the others alone with one: 70 to 100 µs, 3 to 7 times as
-  fast as v1. Over the grid of the benchmark 1.7 to 2.9 times: small batches lose what large ones gain.
-- B=1, N=64k: only G = 4 programs are left, each with 34 MB. The two tiles of 64 keys and values that are
-  under way are 64 KiB: 94 GB/s, 0.36 ms. 1.3 times as fast as v1, with 128 of 132 multiprocessors idle. That
-  is the next stage.
+- Each byte of cache is now used by 16 rows: 16 FLOPs per byte with the padding, 8 of them useful; arithmetic
+  would be the limit at 183.
+- B=32, N=4k: 128 programs, each 2 MiB. 268 MB are read once, floor 62 µs, where v1 takes 0.3 to 0.5 ms. But 4
+  multiprocessors are idle, and each of the others has only one program: 70 to 100 µs, 3 to 7 times as fast as
+  v1. Over the grid of the benchmark 1.7 to 2.9 times: small batches lose what large ones gain.
+- B=1, N=64k: only G = 4 programs are left, each with 34 MB. Two tiles of 64 keys and values in flight are
+  64 KiB: 94 GB/s, 0.36 ms. 1.3 times as fast as v1, with 128 of 132 multiprocessors idle. The next stage uses
+  them.
 """
 
 import math
@@ -72,7 +72,7 @@ def decode_kernel(
 
 
 def tile(group: int, head_dim: int, itemsize: int) -> dict[str, int]:
-    """What one program holds: a whole group of heads; tiles of up to 64 keys in 16 KiB, 16 keys at least."""
+    """Sizes of one program: a whole group of heads; tiles of up to 64 keys in 16 KiB, 16 keys at least."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     return {
         "BLOCK_H": max(16, triton.next_power_of_2(group)),
@@ -93,7 +93,7 @@ def decode(
 ) -> Float[Tensor, "B H D"]:
     """softmax(q Kᵀ · scale) V over the first ``length`` keys, in one launch of B · G programs.
 
-    fp16, bf16 or fp32; any strides but in D, which is contiguous. ``scale`` is 1/√D unless given. Raises
+    fp16, bf16 or fp32; D must be contiguous, other strides are free. ``scale`` is 1/√D unless given. Raises
     ValueError for shapes that do not fit and for a length outside 1…S.
     """
     check(q, k, v, length)

@@ -1,20 +1,20 @@
-"""v3: the context split over programs, and their partial results merged.
+"""v3: the context is split over programs, and their partial results are merged.
 
-Softmax attention over some of the keys, with the log of the sum that normalised it, is all that is needed to
-merge it with attention over the others: each part weighs exp2(its log-sum - the highest of them). So a
-sequence can be cut into as many pieces as the card has room for. (Dao et al., "Flash-Decoding", 2023.) Each
-program writes its output and log2-sum-exp2 in fp32; a second kernel merges them, one program a query head.
-A split beyond the end of the context writes a log-sum of -inf and weighs nothing.
+Softmax attention over some of the keys can be merged with attention over the others by the log of the sum
+that normalised it: each part has the weight exp2(its log-sum - the highest of them). So a sequence can be cut
+into as many pieces as the GPU runs programs. (Dao et al., "Flash-Decoding", 2023.) Each program writes its
+output and log2-sum-exp2 in fp32; a second kernel merges them, one program per query head. A split beyond the
+end of the context writes a log-sum of -inf and has weight 0.
 
 Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128, H=32, G=4).
-- B=1, N=64k: two programs a multiprocessor, 2 · 132 / 4 = 66 splits of 1024 tiles. Whole tiles, so 16 to a
-  split: 64 splits have any, and 256 programs work. 134 MB: floor 31 µs, where v2 takes 0.36 ms. The partials,
+- B=1, N=64k: two programs per multiprocessor, 2 · 132 / 4 = 66 splits for 1024 tiles. A split gets 16 whole
+  tiles: 64 splits have any, and 256 programs work. 134 MB: floor 31 µs, where v2 takes 0.36 ms. The partials,
   66 · 32 · 129 · 4 bytes = 1.1 MB, are written and read again: 0.3 µs each way. The second launch costs 1 to
   2 µs in a CUDA graph, its start and three rounds of 32 partials 3 µs: about 5 µs. So 40 to 50 µs, 7 to 9
   times as fast as v2.
-- B=32, N=4k: 128 programs already, 264 // 128 = 2 splits: more on its way, and 5 µs for the merge. No gain,
-  no great loss: 70 to 105 µs, 0.9 to 1.1 times as fast as v2.
-- B=1, N=1k: 2 MB, floor half a µs. Two launches are all that it costs, here and in every short context. From
+- B=32, N=4k: 128 programs already, 264 // 128 = 2 splits: more bytes in flight, and 5 µs for the
+  merge. No gain, no great loss: 70 to 105 µs, 0.9 to 1.1 times as fast as v2.
+- B=1, N=1k: 2 MB, floor half a µs. The two launches take nearly all the time, as in every short context. From
   Python, where a launch takes about 11 µs of the host's time, that is 22 µs.
 """
 
@@ -135,8 +135,8 @@ def decode(
 ) -> Float[Tensor, "B H D"]:
     """softmax(q Kᵀ · scale) V over the first ``length`` keys: B · G · splits programs, then B · H.
 
-    fp16, bf16 or fp32; any strides but in D, which is contiguous. ``scale`` is 1/√D unless given, and
-    ``n_splits`` as many as give every multiprocessor two programs. No keys give 0. Raises ValueError for
+    fp16, bf16 or fp32; D must be contiguous, other strides are free. ``scale`` is 1/√D unless given;
+    ``n_splits`` gives every multiprocessor two programs unless given. No keys give 0. Raises ValueError for
     shapes that do not fit and for a length outside 0…S.
     """
     check(q, k, v, length, least=0)

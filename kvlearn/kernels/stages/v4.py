@@ -1,21 +1,21 @@
-"""v4: the caches that people have: rows of different lengths, pages, windows, sinks, a byte a number.
+"""v4: cache formats in use: rows of different lengths, pages, windows, sinks, one byte per number.
 
-- Lengths stand in a tensor on the GPU, one a row. Nothing about them is compiled in, and the host never has
-  to know them: the number of splits comes from the card and the cache, and empty splits cost next to nothing.
-- A page table says in which block of memory a page of keys lies: one more load, four bytes a page.
+- Lengths are in a tensor on the GPU, one per row. They are not compiled in, and the host never reads them:
+  the number of splits follows from the GPU and the cache, and empty splits cost almost nothing.
+- A page table gives the block of memory in which a page of keys lies: one more load, four bytes per page.
 - A window hides all but the newest W keys (the token itself counts), n sinks at the start stay visible. The
-  kernel numbers the visible keys 0, 1, 2 … and walks only those: j < kept is a sink, the rest lie further on.
-- int8 or fp8 keys and values, one scale a KV head: K's goes into the scale of the scores, V's to the output.
+  kernel numbers the visible keys 0, 1, 2 … and reads only these: j < kept is a sink, the rest the window.
+- int8 or fp8 keys and values, one scale per KV head: K's multiplies the scores, V's multiplies the output.
 
 Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128, H=32, G=4).
-- Window 4k of 64k: a 16th of the bytes, B=32: 268 MB, floor 62 µs. So as long as v3 takes at N=4k, 70 to
+- Window 4k of 64k: a 16th of the bytes, B=32: 268 MB, floor 62 µs. So the time of v3 at N=4k, 70 to
   105 µs, and the same at any N ≥ 4k, within 5 %.
-- Pages of 16: a table entry of 4 bytes for 16 · 512 bytes of keys and values, 0.05 %. What it costs is time:
+- Pages of 16: a table entry of 4 bytes for 16 · 512 bytes of keys and values, 0.05 %. The cost is time:
   the address of a tile is known one load later, which pipelining hides. Within 1.1x; pages of 64, 1.05x.
-- fp8 or int8: half of the bytes, and as many conversions as numbers, on plain cores. From 512 MB of bf16 on
+- fp8 or int8: half of the bytes, and one conversion per number, on plain cores. From 512 MB of bf16 on
   1.3 to 1.8 times as fast, not twice.
 - One row of 64k beside 31 of 1k: 199 MB, floor 46 µs. All rows get 264 // 128 = 2 splits; the long row's 8
-  programs have 17 MB each, at 94 GB/s: 0.18 ms, four times the floor. v3 cannot even be asked.
+  programs have 17 MB each, at 94 GB/s: 0.18 ms, four times the floor. v3 cannot run it.
 """
 
 import math
@@ -119,10 +119,10 @@ def decode(
     """softmax(q Kᵀ · scale) V over each row's visible keys: p < n_sinks or length - window ≤ p < length.
 
     Without ``block_table`` the cache is contiguous, (B, G, S, D). With it, int32, position p of row b lies in
-    block ``block_table[b, p // page]`` at slot p % page. The cache is fp16, bf16, fp32,
-    int8 or float8_e4m3fn; ``k_scale`` and ``v_scale``, fp32, multiply what it holds. ``lengths`` is int32;
-    length 0 gives 0. Raises ValueError or TypeError for shapes that do not fit; lengths and table are not
-    looked at on the host, the kernel masks what lies outside the cache.
+    block ``block_table[b, p // page]`` at slot p % page. The cache is fp16, bf16, fp32, int8 or
+    float8_e4m3fn; ``k_scale`` and ``v_scale``, fp32, multiply its numbers. ``lengths`` is int32; length 0
+    gives 0. Raises ValueError or TypeError for shapes that do not fit; the host does not read lengths and
+    table, the kernel masks slots outside the cache.
     """
     batch, n_heads, head_dim = q.shape
     n_blocks, n_kv_heads, page, _ = k.shape
@@ -138,7 +138,7 @@ def decode(
         validate.tensor("block_table", block_table, (batch, "pages"), dtype=torch.int32, device=q.device)
         block_table = block_table.contiguous()
         n_slots = page * block_table.shape[1]
-        sizes["NUM_STAGES"] += 2  # a tile can set out only when its table entries have come
+        sizes["NUM_STAGES"] += 2  # the loads of a tile wait for its table entries
     window = n_slots if window is None else validate.positive("window", window)
     validate.at_least("n_sinks", n_sinks, 0)
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):

@@ -1,25 +1,25 @@
 """v5: one launch. The last split to finish merges.
 
 Each program writes its partial result and then draws a ticket from a counter that belongs to its KV head.
-Whoever draws the last one knows that all others have written, merges their partials and sets the counter back
-to 0 for the next launch. Two things make that safe on a GPU:
+The program that draws the last one knows that all others have written; it merges their partials and resets
+the counter to 0 for the next launch. Two things make this safe on a GPU:
 - ``tl.debug_barrier()``: all threads of this program have written before one of them draws the ticket;
-- ``sem="acq_rel"``: what was written before a ticket was drawn (release) is seen by whoever draws a later one
-  (acquire), on any multiprocessor.
-Nothing is allocated (the workspace is the caller's) and the lengths stand in a tensor: the launch can be
+- ``sem="acq_rel"``: writes before a ticket is drawn (release) are visible to every program that draws a later
+  one (acquire), on any multiprocessor.
+Nothing is allocated (the workspace is the caller's) and the lengths are in a tensor: the launch can be
 recorded in a CUDA graph once and replayed for every token.
 
 Prediction (H200: 132 multiprocessors, 4.3 TB/s; bf16, D=128, H=32, G=4).
 - A launch costs about 11 µs of the host's time from Python, 1 to 2 µs in a graph.
 - The merge: 33 splits, one wave. The last program of a KV head reads 33 · 8 · 512 bytes = 135 kB alone. Eight
-  partials, 32 KiB, are under way at a time: 5 rounds of some 0.5 µs (they come from the L2, not from memory),
+  partials, 32 KiB, are in flight at a time: 5 rounds of some 0.5 µs (they come from the L2, not from memory),
   half a µs for the ticket: 3 µs, where the second launch and its merge cost v3 about 5.
 - B=1, N=4k: 8 MB, floor 2 µs. In a graph v3 takes some 9 µs, v5 1 to 3 less for each layer. Called from
-  Python it is the host that counts: 11 µs in place of 22, half the time.
+  Python, the host's time counts: 11 µs in place of 22, half the time.
 - B=1, N=64k: the same 1 to 3 µs, of 40 to 50: within 1.1x of v3.
 - MQA 32/1, B=1, N=64k: 132 splits, and the last program reads 132 · 32 · 512 bytes = 2.2 MB alone: 22 µs at
   the 100 GB/s of a multiprocessor, three times the floor of 8 µs. Here v5 takes about twice as long as v3.
-  (kvlearn.kernels merges in two levels for that.)
+  (kvlearn.kernels therefore merges in two levels.)
 - v4's long row of 64k beside 31 of 1k: 132 // 128 = 1 split, 0.36 ms, twice as long as v4.
 """
 
@@ -112,9 +112,9 @@ def decode_kernel(
 
 @dataclass(frozen=True)
 class Workspace:
-    """What the splits leave for the last one: outputs and log2-sums in fp32; and tickets, 0 between launches.
+    """Partial outputs and log2-sums of the splits in fp32, and tickets, which are 0 between launches.
 
-    Any number of launches may follow one another with the same workspace, but not run at the same time.
+    Launches may use the same workspace one after the other, but not at the same time.
     """
 
     part: Float[Tensor, "B H splits D"]
@@ -123,7 +123,7 @@ class Workspace:
 
 
 def new_workspace(batch: int, n_heads: int, head_dim: int, n_splits: int, device: torch.device) -> Workspace:
-    """For one shape of call; ``n_splits`` is the call's number of splits."""
+    """A workspace for calls of one shape, with ``n_splits`` splits."""
     part = torch.empty(batch, n_heads, n_splits, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(batch, n_heads, n_splits, dtype=torch.float32, device=device)
     return Workspace(part, lse, torch.zeros(batch * n_heads, dtype=torch.int32, device=device))
@@ -142,8 +142,8 @@ def decode(
 ) -> Float[Tensor, "B H D"]:
     """softmax(q Kᵀ · scale) V over the first ``lengths[b]`` keys of row b: B · G · splits programs.
 
-    fp16, bf16 or fp32; any strides but in D, which is contiguous. ``lengths`` is int32, length 0 gives 0, one
-    beyond S counts as S. ``n_splits`` is the workspace's, or as many as give every multiprocessor a program.
+    fp16, bf16 or fp32; D must be contiguous, other strides are free. ``lengths`` is int32; length 0 gives 0,
+    a length above S counts as S. ``n_splits`` is the workspace's, or gives every multiprocessor one program.
     With ``workspace`` and ``out`` (contiguous) nothing is allocated. Raises ValueError or TypeError for
     shapes that do not fit.
     """

@@ -1,23 +1,23 @@
-"""v5, latent: one tile serves as keys and as values.
+"""v5, latent: one tile is both keys and values.
 
-Multi-head latent attention caches R numbers a token that all heads share, and Dr more that carry RoPE. With
+Multi-head latent attention caches R numbers per token that all heads share, and Dr more that carry RoPE. With
 the up-projections absorbed into the query and the output, decoding is attention of H heads over *one* KV head
 whose key is [latent, rope] and whose value is the latent itself: each tile is read once and used twice.
     score = (q_latent · latent + q_rope · rope) · scale,   out = softmax(score) · latent
 (DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1; the absorbed form.)
 
-How many heads share a tile is the choice here. BLOCK_H=16 is the least that tensor cores take. With 64, a
-tile is read by a quarter of the programs, and Hopper's warpgroup instructions, whose least is 64 rows, apply.
+BLOCK_H heads share a tile. 16 is the least for tensor cores. With 64, a quarter of the programs read a tile,
+and Hopper's warpgroup instructions, which need 64 rows, apply.
 
 The merge is v3's, a second launch: with 128 heads and 66 splits the last program of v5 would read
-66 · 64 · 2 KiB = 8.6 MB alone, some 90 µs; here 128 programs share them.
+66 · 64 · 2 KiB = 8.6 MB alone, some 90 µs; here 128 programs share the work.
 
-Prediction (H200: 4.3 TB/s, 788 TFLOP/s, so 183 FLOPs a byte at the knee; bf16, R=512, Dr=64).
-- A token has 1152 bytes and costs a head 2 · (576 + 512) = 2176 FLOPs: 1.9 FLOPs a byte and head.
-- 16 heads: 30 FLOPs a byte, bound by memory. BLOCK_H=16; 0.75 to 0.9 of the bandwidth from 600 MB on.
-- 128 heads: 242 FLOPs a byte, bound by arithmetic. BLOCK_H=16 fetches each tile 8 times, through the L2, and
-  uses the older instructions: about 150 TFLOP/s. BLOCK_H=64 fetches it twice: 250 to 350 TFLOP/s. At B=64,
-  N=8k these are 1.0 ms and 0.33 to 0.46: about 2x.
+Prediction (H200: 4.3 TB/s, 788 TFLOP/s, so 183 FLOPs per byte at the ridge point; bf16, R=512, Dr=64).
+- A token has 1152 bytes and costs 2 · (576 + 512) = 2176 FLOPs per head: 1.9 FLOPs per byte and head.
+- 16 heads: 30 FLOPs per byte, bound by memory. BLOCK_H=16; 0.75 to 0.9 of the bandwidth from 600 MB on.
+- 128 heads: 242 FLOPs per byte, bound by arithmetic. BLOCK_H=16 fetches each tile 8 times, through the L2,
+  and uses the older instructions: about 150 TFLOP/s. BLOCK_H=64 fetches it twice: 250 to 350 TFLOP/s. At
+  B=64, N=8k these are 1.0 ms and 0.33 to 0.46: about 2x.
 """
 
 import math
@@ -103,7 +103,7 @@ def decode(
 ) -> Float[Tensor, "B H R"]:
     """softmax([q_latent, q_rope] · cacheᵀ · scale) · latent over ``lengths[b]`` tokens of row b.
 
-    ``scale`` has no default: it is 1/√ of the head dim *before* absorption, which the shapes do not tell.
+    ``scale`` has no default: it is 1/√ of the head dim *before* absorption, which the shapes do not give.
     ``block_h`` heads share a tile, 16 or 64: 16 for up to 16 heads, 64 for more, unless given. Types,
     strides, lengths and errors as in v5.
     """
