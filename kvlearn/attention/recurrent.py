@@ -286,12 +286,16 @@ class ShortConvolutionMixer(Mechanism):
     ) -> Float[Tensor, "B T M"]:
         self.check_inputs(x, cache, StateCache, source)
         state, form = load_state(self, x, cache)
-        past, ys = state["past"], []
-        for part in x.split(1 if form == "recurrent" else x.shape[1], dim=1):
-            y, past = self.conv.run(part, past)
-            ys.append(y)
-        store_state(cache, {"past": past}, x.shape[1])
-        return torch.cat(ys, dim=1)
+        if form == "chunked":
+            y, state["past"] = self.conv.run(x, state["past"])
+        else:
+            ys = []
+            for token in x.split(1, dim=1):
+                out, state["past"] = self.conv.run(token, state["past"])
+                ys.append(out)
+            y = torch.cat(ys, dim=1)
+        store_state(cache, state, x.shape[1])
+        return y
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         return self.conv.naive(upcast(x)).to(x.dtype)
