@@ -2,7 +2,9 @@
 
 import sys
 
-from kvlearn.grading.release import release, solutions_root, units
+from kvlearn.grading.catalogue import solutions_root
+from kvlearn.grading.catalogue import unit_names as units
+from kvlearn.grading.release import release
 
 
 def main() -> None:

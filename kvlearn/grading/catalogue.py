@@ -1,42 +1,140 @@
-"""Finds units and exercises: every module ``units/uNN.py`` offers a ``UNIT``."""
+"""Finds units and exercises by path: a folder of solutions/ with NAME.ipynb, checks.py and mistakes.py.
 
-import pkgutil
+Nothing in ``kvlearn`` knows a unit: who adds a folder has added a unit.
+"""
+
+import json
+import os
 import re
+import sys
 from functools import cache
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from kvlearn.grading import units as rooms
+import kvlearn
 from kvlearn.grading.exercise import Exercise, Unit
-from kvlearn.grading.guard import shorten
+from kvlearn.grading.guard import UNIT_FOLDERS, shorten
+
+PACKAGE = "kvlearn_units"  # units are imported as kvlearn_units.u01_full_attention.checks
+
+
+def solutions_root() -> Path:
+    """The folder of units: $KVLEARN_SOLUTIONS, else in an installed wheel, else beside the package."""
+    chosen = os.environ.get("KVLEARN_SOLUTIONS")
+    package = Path(kvlearn.__file__).resolve().parent
+    inside = package / "_solutions"
+    return Path(chosen) if chosen else inside if inside.is_dir() else package.parent / "solutions"
+
+
+def unit_names(solutions: Path) -> list[str]:
+    """The names of all units that have a source notebook, in order."""
+    return sorted(p.stem for p in solutions.glob("*/*.ipynb") if p.stem == p.parent.name)
+
+
+def read_source(unit: str, solutions: Path) -> dict[str, Any]:
+    """The source notebook of a unit, with every cell's source as one string."""
+    notebook = json.loads((solutions / unit / f"{unit}.ipynb").read_text("utf-8"))
+    for cell in notebook["cells"]:
+        cell["source"] = "".join(cell["source"])
+    return notebook
+
+
+def nbgrader_of(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell's nbgrader metadata; empty where there is none or it is not a mapping."""
+    metadata = cell.get("metadata")
+    mine = metadata.get("nbgrader") if isinstance(metadata, dict) else None
+    return mine if isinstance(mine, dict) else {}
+
+
+def read_solutions(exercises: tuple[Exercise, ...], folder: Path) -> None:
+    """Give each exercise the source of its solution and of the set-up cells before it, from the notebook."""
+    cells = [c for c in read_source(folder.name, folder.parent)["cells"] if c["cell_type"] == "code"]
+    places = {nbgrader_of(cell).get("grade_id"): i for i, cell in enumerate(cells)}
+    for exercise in exercises:
+        answer = f"{exercise.grade_id}-answer"
+        if answer not in places:
+            raise LookupError(f"{folder.name}.ipynb: exercise {exercise.id} has no answer cell {answer!r}")
+        lines = cells[places[answer]]["source"].split("\n")
+        exercise.solution = "\n".join(
+            x for x in lines if "BEGIN SOLUTION" not in x and "END SOLUTION" not in x
+        )
+        before = [(nbgrader_of(cell), cell["source"]) for cell in cells[: places[answer]]]
+        exercise.set_up = tuple(
+            code for mark, code in before if not (mark.get("solution") or mark.get("grade"))
+        )
 
 
 @cache
+def load(folder: Path) -> Unit:
+    """The unit in this folder: its notebook's solutions, its checks, its mistakes.
+
+    LookupError if the notebook has no answer cell for an exercise, ValueError if a mistake does not fit the
+    solution; both say which.
+    """
+    name = f"{PACKAGE}.u{folder.name}"
+    for stale in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
+        del sys.modules[stale]
+    for package, path in ((PACKAGE, []), (name, [str(folder)])):
+        module = ModuleType(package)
+        module.__path__ = path
+        sys.modules.setdefault(package, module)
+    UNIT_FOLDERS.add(os.path.join(folder, ""))
+    exercises: tuple[Exercise, ...] = import_module(f"{name}.checks").EXERCISES
+    read_solutions(exercises, folder)
+    try:
+        import_module(f"{name}.mistakes")
+    except ValueError as error:
+        raise ValueError(f"{folder.name}/mistakes.py: {error}") from error
+    return Unit(folder.name, exercises, folder)
+
+
+def load_named(name: str) -> Unit:
+    """The unit of this name in ``solutions_root()``."""
+    folder = (solutions_root() / name).resolve()
+    if (folder / "checks.py").exists():
+        return load(folder)
+    unit = import_module(f"kvlearn.grading.units.u{name[:2]}").UNIT
+    if not unit.exercises[0].solution:
+        read_solutions(unit.exercises, folder)
+    return unit
+
+
 def units() -> tuple[Unit, ...]:
     """All units of the course, in order."""
-    names = sorted(m.name for m in pkgutil.iter_modules(rooms.__path__) if re.fullmatch(r"u\d\d", m.name))
-    return tuple(import_module(f"{rooms.__name__}.{name}").UNIT for name in names)
+    return tuple(map(load_named, unit_names(solutions_root())))
 
 
-@cache
 def exercises() -> dict[str, Exercise]:
     """All exercises of the course by id, in order."""
     return {exercise.id: exercise for unit in units() for exercise in unit.exercises}
 
 
 def find_exercise(exercise_id: str) -> Exercise:
-    """The exercise with this id. TypeError if it is no string, ValueError if there is none."""
+    """The exercise with this id; loads its unit only.
+
+    TypeError if it is no string, ValueError if there is none, FileNotFoundError if there are no units at all.
+    """
     if not isinstance(exercise_id, str):
         came = type(exercise_id).__name__
         raise TypeError(
             f'exercise: expected str, got {came}{_meant(str(exercise_id))} (write the id in quotes: "01.1")'
         )
     name = exercise_id.strip()
-    if name not in exercises():
-        raise ValueError(
-            f"exercise: expected one of {', '.join(map(repr, exercises()))}; "
-            f"got {shorten(repr(name), 40)}{_meant(name)}"
+    for unit in unit_names(solutions_root()):
+        if unit.split("_")[0] == name.split(".")[0]:
+            for exercise in load_named(unit).exercises:
+                if exercise.id == name:
+                    return exercise
+    if not exercises():
+        raise FileNotFoundError(
+            f"no units in {solutions_root()}: expected NAME/NAME.ipynb and NAME/checks.py"
         )
-    return exercises()[name]
+    raise ValueError(
+        f"exercise: expected one of {', '.join(map(repr, exercises()))}; "
+        f"got {shorten(repr(name), 40)}{_meant(name)}"
+    )
 
 
 def _meant(text: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvlearn.grading import report as reports
-from kvlearn.grading.release import units
+from kvlearn.grading.catalogue import unit_names as units
 from kvlearn.grading.report import Report, Result
 from kvlearn.grading.runner import Grader, one_line
 from kvlearn.grading.sandbox import Limits, NoKernel

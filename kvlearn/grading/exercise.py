@@ -20,7 +20,11 @@ independent of our solution. A misconception is a wrong answer that people reall
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar
+
+from kvlearn.grading import mistakes
 
 Answer = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,12 +43,20 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Misconception:
-    """A known wrong answer: its name, why it is wrong, and its code (one object for each answer asked
-    for)."""
+    """A known wrong answer: its name, why it is wrong, and how to make its code.
+
+    ``source`` is that of a mistake written as an edit, else empty.
+    """
 
     name: str
     why: str
-    answers: tuple[Any, ...]
+    make: Callable[[], tuple[Any, ...]]
+    source: str = ""
+
+    @cached_property
+    def answers(self) -> tuple[Any, ...]:
+        """The code, one object for each answer asked for."""
+        return self.make()
 
 
 @dataclass
@@ -65,6 +77,9 @@ class Exercise:
     may_use_kvlearn: bool = False
     requirements: list[Requirement] = field(default_factory=list)
     misconceptions: list[Misconception] = field(default_factory=list)
+    # From the unit's notebook, when the unit is loaded:
+    solution: str = ""  # the right answer's source
+    set_up: tuple[str, ...] = ()  # the cells before it that learners are given
 
     @property
     def points(self) -> int:
@@ -97,10 +112,25 @@ class Exercise:
 
         def add(wrong: F) -> F:
             answers = tuple(others.get(answer, wrong) for answer in self.answers)
-            self.misconceptions.append(Misconception(name, paragraph(wrong), answers))
+            self.misconceptions.append(Misconception(name, paragraph(wrong), lambda: answers))
             return wrong
 
         return add
+
+    def mistakes(self, table: str, **names: Any) -> None:
+        """Misconceptions from a table of edits of the solution (its form: ``kvlearn.grading.mistakes``).
+
+        ``names`` are what their code uses beside what the notebook's set-up cells define. ValueError if a row
+        does not fit.
+        """
+        for row in mistakes.parse(table):
+            try:
+                source = mistakes.wrong_source(self.solution, row)
+                code = mistakes.compiled(source, f"<{self.id}: {row.name}>")
+            except (ValueError, SyntaxError) as error:
+                raise ValueError(f"mistakes of {self.id}: {row.name!r}: {error}") from error
+            make = partial(mistakes.run, code, self.set_up, names, self.answers)
+            self.misconceptions.append(Misconception(row.name, row.why, make, source))
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,7 @@ class Unit:
 
     name: str
     exercises: tuple[Exercise, ...]
+    folder: Path = Path()
 
     @property
     def points(self) -> int:

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvlearn.grading.catalogue import solutions_root
+from kvlearn.grading.catalogue import unit_names as units
 from kvlearn.grading.commands import grade, progress_bar
-from kvlearn.grading.release import solutions_root, units
 from kvlearn.grading.report import Report
 from kvlearn.grading.runner import Grader
 

@@ -12,40 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import kvlearn
+from kvlearn.grading.catalogue import nbgrader_of, unit_names
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-
-
-def solutions_root() -> Path:
-    """Where the source notebooks lie: in an installed wheel, else in the repository beside the package."""
-    package = Path(kvlearn.__file__).resolve().parent
-    inside = package / "_solutions"
-    return inside if inside.is_dir() else package.parent / "solutions"
-
-
-def units(solutions: Path) -> list[str]:
-    """The names of all units that have a source notebook, in order."""
-    return sorted(p.stem for p in solutions.glob("*/*.ipynb") if p.stem == p.parent.name)
-
-
-def read_source(unit: str, solutions: Path) -> dict[str, Any]:
-    """The source notebook of a unit, with every cell's source as one string."""
-    notebook = json.loads((solutions / unit / f"{unit}.ipynb").read_text("utf-8"))
-    for cell in notebook["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return notebook
-
-
-def nbgrader_of(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell's nbgrader metadata; empty where there is none or it is not a mapping."""
-    metadata = cell.get("metadata")
-    mine = metadata.get("nbgrader") if isinstance(metadata, dict) else None
-    return mine if isinstance(mine, dict) else {}
 
 
 def stub(cell: dict[str, Any]) -> str:
@@ -121,7 +94,7 @@ def release(solutions: Path, exercises: Path) -> tuple[list[Path], list[Path]]:
     """Write every unit's files; returns those written, and those left alone because somebody changed them."""
     written: list[Path] = []
     left: list[Path] = []
-    for unit in units(solutions):
+    for unit in unit_names(solutions):
         for name, content in generate(unit, solutions).items():
             file = exercises / unit / name
             present = file.read_bytes() if file.exists() else None

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kvlearn.grading import submission
+from kvlearn.grading.catalogue import solutions_root
+from kvlearn.grading.catalogue import unit_names as units
 from kvlearn.grading.integrity import ASK, LEAVING, OWN, SILENT, STATE, changed, relied_on
-from kvlearn.grading.release import solutions_root, units
 from kvlearn.grading.report import Report, Result
 from kvlearn.grading.sandbox import MIME, KernelLost, Limits, OverTime, Sandbox, TimedOut
 from kvlearn.grading.score import STATUSES

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvlearn.grading.release import nbgrader_of, read_source, stub
+from kvlearn.grading.catalogue import nbgrader_of, read_source
+from kvlearn.grading.release import stub
 
 CHECK = re.compile(r"""kvlearn\.check\(\s*["'](\d\d\.\d+)["']""")
 

@@ -35,7 +35,7 @@ class Stop(Exception):
     """Nothing more can be learnt from this round; what is wrong has been noted."""
 
 
-class Trial:
+class CheckContext:
     """Draws and comparisons for one round; the same seed draws the same again.
 
     A comparison that fails does not end the round: the more is seen of a wrong answer, the surer its mistake
@@ -136,3 +136,6 @@ class Trial:
             value = shorten(describe(value))
         self.observations.append(Observation(value, difference, self.record.call))
         return difference is None
+
+
+Trial = CheckContext

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from answers import compiled, set_up
 
-from kvlearn.grading import Score, check, exercises
+from kvlearn.grading import Score, check, find_exercise
+from kvlearn.grading.catalogue import nbgrader_of, solutions_root
 from kvlearn.grading.commands import grade
-from kvlearn.grading.release import nbgrader_of, solutions_root
+from kvlearn.grading.mistakes import compiled, run
 from kvlearn.grading.runner import Grader
 from kvlearn.grading.sandbox import Limits
-from kvlearn.grading.solutions import solution_code
 from kvlearn.grading.units.triton_decode import kernels
 
 UNIT = "11_triton_decode"
@@ -28,16 +27,14 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 def changed(exercise: str, was: str, now: str) -> str:
     """Our answer with one thing changed."""
-    code = solution_code(exercises()[exercise])
+    code = find_exercise(exercise).solution
     assert was in code
     return code.replace(was, now)
 
 
 def checked(exercise: str, code: str) -> Score:
-    namespace: dict[str, object] = {}
-    exec(compiled(set_up(exercise), "<set-up>"), namespace)
-    exec(compiled(code, f"<answer {hash(code)}>"), namespace)
-    return check(exercise, *(namespace[name] for name in exercises()[exercise].answers))
+    found = find_exercise(exercise)
+    return check(exercise, *run(compiled(code, f"<answer {hash(code)}>"), found.set_up, {}, found.answers))
 
 
 def test_a_stray_pointer_is_an_error_that_names_tensor_and_line() -> None:
@@ -136,14 +133,14 @@ def test_an_answer_that_launches_no_kernel_earns_nothing_and_is_told_so(
 
 
 def test_the_function_that_is_the_answer_itself_earns_nothing() -> None:
-    code = solution_code(exercises()["11.2"])
+    code = find_exercise("11.2").solution
     lines = code[code.index("        scores = scores * ") : code.index("    tl.store(OUT")]
     scaled = "        m, total, acc = online(m, total, acc, scores * (scale * LOG2E), v)\n"
     score = checked("11.2", changed("11.2", lines, scaled))
     assert float(score) == 0
     assert "Your answer calls online, which does the work that this exercise asks you to do" in score.message
 
-    code = solution_code(exercises()["11.5"])
+    code = find_exercise("11.5").solution
     lines = code[code.index("    lse = tl.load(LSE") : code.index("    tl.store(OUT")]
     merged = "    out = merge_parts(PARTS, LSE, row * n_splits, n_splits, D, SPLITS)\n"
     score = checked("11.5", changed("11.5", lines, merged))

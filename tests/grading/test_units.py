@@ -1,7 +1,6 @@
 """Every exercise of every unit: the right answer, the stub, and each known mistake."""
 
 import ast
-import json
 import linecache
 import re
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ import pytest
 from answers import right, stub
 
 from kvlearn.grading import Exercise, Misconception, Score, exercises, judge, units
+from kvlearn.grading.catalogue import read_source, solutions_root
 from kvlearn.grading.release import stub as released
-from kvlearn.grading.solutions import solution_notebook
 
 EXERCISES = [pytest.param(exercise, id=exercise.id) for exercise in exercises().values()]
 MISCONCEPTIONS = [
@@ -69,7 +68,7 @@ def test_exercises_are_complete(exercise: Exercise) -> None:
 
 @pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
 def test_the_source_notebook_and_the_unit_agree(unit) -> None:  # type: ignore[no-untyped-def]
-    notebook = json.loads(solution_notebook(unit.exercises[0]).read_text())
+    notebook = read_source(unit.name, solutions_root())
     assert notebook["metadata"]["kvlearn"] == {"unit": unit.name}
     marks = {c["metadata"].get("nbgrader", {}).get("grade_id"): c for c in notebook["cells"]}
     for exercise in unit.exercises:
@@ -97,8 +96,8 @@ def results(sources: list[str]) -> Iterator[Any]:
 
 @pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
 def test_the_notebook_earns_all_points_and_unsolved_it_runs_and_earns_none(unit) -> None:  # type: ignore[no-untyped-def]
-    cells = json.loads(solution_notebook(unit.exercises[0]).read_text())["cells"]
-    cells = [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+    cells = read_source(unit.name, solutions_root())["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
     solved = [r for r in results([cell["source"] for cell in cells]) if isinstance(r, Score)]
     assert [score.exercise for score in solved] == [exercise.id for exercise in unit.exercises]
     assert sum(solved) == unit.points

@@ -1,4 +1,4 @@
-"""``hint``: the next of an exercise's hints, the smallest first."""
+"""``hint``: the next of an exercise's hints, the smallest first. ``solution``: our answer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,3 +41,33 @@ def hint(exercise: str) -> Hint:
     number = min(_shown.get(found.id, 0) + 1, len(found.hints))
     _shown[found.id] = number
     return Hint(found.id, number, len(found.hints), found.hints[number - 1])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Our answer, or how to ask for it, ready to be shown."""
+
+    exercise: str
+    code: str
+
+    def __repr__(self) -> str:
+        if not self.code:
+            return (
+                f'To see our answer to {self.exercise}: kvlearn.solution("{self.exercise}", confirm=True)\n'
+                f'A hint may be all you need: kvlearn.hint("{self.exercise}")'
+            )
+        return self.code
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        shown = f"```python\n{self.code}\n```" if self.code else repr(self).replace("\n", "  \n")
+        return {"text/plain": repr(self), "text/markdown": shown}
+
+
+def solution(exercise: str, confirm: bool = False) -> Solution:
+    """Our answer to an exercise, with ``confirm=True``; without, how to ask for it.
+
+    It is the source of the answer cell in solutions/, the one place where it is written. TypeError or
+    ValueError if there is no such exercise.
+    """
+    found = find_exercise(exercise)
+    return Solution(found.id, found.solution if confirm is True else "")
