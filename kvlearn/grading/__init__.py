@@ -1,21 +1,24 @@
-"""Grading: ``check``, ``hint`` and ``solution`` in the notebook, and what a unit's checks are written with."""
+"""Grading: ``check``, ``hint`` and ``solution`` in the notebook, and what a unit's checks are made of.
 
+A unit is a folder of solutions/ (``catalogue`` finds it): its notebook, ``checks.py`` (each ``Exercise`` with
+its requirements) and ``mistakes.py`` (known wrong answers). ``run_checks`` grades one answer, ``grader`` a
+notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exercises/ from solutions/.
+"""
+
+from kvlearn.grading.calls import CallWrapper, Made, Raised, largest_new_tensor, new_tensors, shorten
 from kvlearn.grading.catalogue import exercises, find_exercise, units
-from kvlearn.grading.compare import Difference, compare, describe, plain_number, same
+from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
 from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.guard import Guarded, Raised, shorten
 from kvlearn.grading.help import hint, solution
+from kvlearn.grading.run_checks import check, judge
 from kvlearn.grading.score import Row, Score
-from kvlearn.grading.trial import CheckContext, Stop
-from kvlearn.grading.verdict import check, judge
-from kvlearn.grading.watch import Made, largest_new_tensor, new_tensors
 
 __all__ = [
     "Answer",
+    "CallWrapper",
     "CheckContext",
     "Difference",
     "Exercise",
-    "Guarded",
     "Made",
     "Misconception",
     "Raised",

@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import kvlearn
+from kvlearn.grading.calls import UNIT_FOLDERS, shorten
 from kvlearn.grading.exercise import Exercise, Unit
-from kvlearn.grading.guard import UNIT_FOLDERS, shorten
 
 PACKAGE = "kvlearn_units"  # units are imported as kvlearn_units.u01_full_attention.checks
 

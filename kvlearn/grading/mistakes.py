@@ -24,15 +24,15 @@ misconceptions in their order. The code is one of two things:
 
 - **Edits** ``old → new`` of the right answer: of the source of the solution's cell, signature and docstring
   included. Each must apply exactly once to what the edits above it have left. Lines indented further continue
-  ``new``, and stand in the source as deep as the line that holds ``old``. A long edit may have its arrow on the
-  second line (``old``, then ``    → new``). Nothing after the arrow deletes ``old``.
-- **Code without an arrow**: the new body of the exercise's function; or, where it begins with ``def``, ``class``
-  or a decorator, definitions that replace those of the same name (needed where an exercise asks for several
-  functions or a class; the others stay right).
+  ``new``, and stand in the source as deep as the line that holds ``old``. A long edit may have its arrow on
+  the second line (``old``, then ``    → new``). Nothing after the arrow deletes ``old``.
+- **Code without an arrow**: the new body of the exercise's function; or, where it begins with ``def``,
+  ``class`` or a decorator, definitions that replace those of the same name (needed where an exercise asks for
+  several functions or a class; the others stay right).
 
-The code sees what the answer sees, the notebook's set-up cells, and the names handed to ``mistakes`` beside the
-table. It is compiled when the unit is loaded (a row that does not fit is an error that names it), and run when a
-diagnosis needs it.
+The code sees what the answer sees, the notebook's set-up cells, and the names handed to ``mistakes`` beside
+the table. It is compiled when the unit is loaded (a row that does not fit is an error that names it), and run
+when a diagnosis needs it.
 """
 
 import ast

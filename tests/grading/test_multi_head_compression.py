@@ -12,7 +12,7 @@ from torch import Tensor
 from kvlearn.attention.rope import Rope, RopeConfig
 from kvlearn.grading import Score, check
 from kvlearn.grading.units.multi_head_compression.given import rope
-from kvlearn.grading.watch import new_tensors
+from kvlearn.grading import new_tensors
 
 
 def decompress_by_einops(c: Tensor, w_up: Tensor, n_heads: int) -> Any:
