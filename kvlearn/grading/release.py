@@ -40,17 +40,18 @@ def stub(cell: dict[str, Any]) -> str:
 
 
 def generate(unit: str, solutions: Path) -> dict[str, bytes]:
-    """The files of exercises/UNIT, made by nbgrader in a temporary course; the same bytes everywhere."""
+    """The files of exercises/UNIT, made by nbgrader in a temporary course; the same bytes everywhere.
+
+    That is UNIT.ipynb alone: checks and mistakes, which lie beside the source, stay with the teacher.
+    """
     from nbgrader.converters import GenerateAssignment
     from nbgrader.coursedir import CourseDirectory
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory() as course:
-        shutil.copytree(
-            solutions / unit,
-            Path(course, "solutions", unit),
-            ignore=shutil.ignore_patterns(".*", "__pycache__"),
-        )
+        source = Path(course, "solutions", unit, f"{unit}.ipynb")
+        source.parent.mkdir(parents=True)
+        shutil.copy(solutions / unit / source.name, source)
         config = Config()
         config.CourseDirectory.root = course
         config.CourseDirectory.source_directory = "solutions"
@@ -63,11 +64,7 @@ def generate(unit: str, solutions: Path) -> dict[str, bytes]:
         converter.log.setLevel("ERROR")
         converter.start()
         made = Path(course, "exercises", unit)
-        return {
-            str(file.relative_to(made)): _tidy(file) if file.suffix == ".ipynb" else file.read_bytes()
-            for file in sorted(made.rglob("*"))
-            if file.is_file()
-        }
+        return {str(file.relative_to(made)): _tidy(file) for file in made.rglob("*") if file.is_file()}
 
 
 def _tidy(file: Path) -> bytes:

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from kvlearn.grading.catalogue import nbgrader_of, unit_names
 from kvlearn.grading.commands import grade
-from kvlearn.grading.release import nbgrader_of, units
-from kvlearn.grading.runner import Grader
+from kvlearn.grading.grader import Grader
 
 pytest.importorskip("nbgrader", reason="needs the extra kvlearn[teach]")
 pytestmark = pytest.mark.slow
 
 SOLUTIONS = Path(__file__).resolve().parents[2] / "solutions"
-UNITS = units(SOLUTIONS)
+UNITS = unit_names(SOLUTIONS)
 CONFIG = """c = get_config()
 c.CourseDirectory.course_id = "kvlearn"
 c.CourseDirectory.source_directory = "solutions"

@@ -42,7 +42,7 @@ def test_the_solution_is_shown_only_when_asked_for(exercise: str) -> None:
 
 def test_a_missing_solutions_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KVLEARN_SOLUTIONS", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no units in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no units in .*nowhere"):
         kvlearn.solution("01.1", confirm=True)
 
 

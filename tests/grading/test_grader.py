@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,10 +16,12 @@ import pytest
 import small_unit as small
 from test_integrity import INNOCENT
 
+from kvlearn.grading import grader
 from kvlearn.grading.commands import grade
-from kvlearn.grading.report import Result
-from kvlearn.grading.runner import Grader
+from kvlearn.grading.grader import Clock, Grader
+from kvlearn.grading.report import Report, Result
 from kvlearn.grading.sandbox import MIME, Limits, Sandbox
+from kvlearn.grading.submission import Submission
 
 QUICK = Limits(seconds=3, grace=1)
 
@@ -51,7 +54,7 @@ def left_behind(word: str) -> list[psutil.Process]:
 
 
 def test_untouched_answers_need_no_kernel_and_say_so(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvlearn.grading.runner.Sandbox", None)
+    monkeypatch.setattr(grader, "Sandbox", None)
     results = course.grade(small.answered())
     assert {(r.score, r.max_score, r.status) for r in results.values()} == {(0, 3, "not attempted")}
 
@@ -143,7 +146,7 @@ def test_a_flood_of_prints_costs_no_points_and_drops_no_score(course: Course) ->
         "\nfor _ in range(10): print('x' * 10**7), display('x' * 10**6)"
     )
     small.at(notebook, "answer2")["source"] = "def shift(x): display('x' * 10**6); return x + 1"
-    assert passed(course.grade(notebook), "double", "shift")
+    assert passed(course.grade(notebook, Limits()), "double", "shift")
 
 
 @pytest.mark.slow
@@ -165,6 +168,54 @@ def test_the_whole_notebook_has_a_limit_too(course: Course) -> None:
     results = course.grade(small.answered(double=loop, shift=loop), Limits(seconds=9, grace=1, total=3))
     assert fails(results["double"], "as a whole took longer than 3 s")
     assert fails(results["shift"], "as a whole took longer than 3 s")
+
+
+class Queue(asyncio.Semaphore):
+    """Kernels that one waits hours for."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.waited = 0.0
+
+    async def acquire(self) -> Any:
+        taken = await super().acquire()
+        self.waited += 10_000
+        return taken
+
+
+@pytest.mark.slow
+def test_waiting_for_a_kernel_costs_a_notebook_none_of_its_time(
+    course: Course, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one kernel as well as in one for each exercise, after an answer that ends the first."""
+    queue = Queue()
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + queue.waited)
+    monkeypatch.setattr(grader, "time", clock)
+    small.write(small.answered(**small.ALL_RIGHT | {"double": "!import os; os._exit(3)"}), course.file)
+
+    async def run() -> Report:
+        submitted = Submission(course.file, small.UNIT)
+        return await Grader(solutions=course.solutions, limits=Limits(total=120)).grade(submitted, queue)
+
+    results = dict(zip(small.NAMES, asyncio.run(run()).exercises, strict=True))
+    assert fails(results["double"], "exit code 3")
+    assert passed(results, "shift", "negate", "halve", "square")
+    assert queue.waited >= 50_000
+
+
+def test_the_clock_counts_while_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(monotonic=lambda: now.time, time=100.0)
+    monkeypatch.setattr(grader, "time", now)
+    clock = Clock(10)
+    now.time = 200.0
+    assert clock.end == 210
+    with clock.running():
+        now.time = 203.0
+        with clock.running():  # a second kernel at the same time
+            now.time = 204.0
+            assert clock.end == 210
+    now.time = 300.0
+    assert clock.end == 306
 
 
 @pytest.mark.slow
@@ -228,10 +279,9 @@ def test_ctrl_c_ends_grading_and_every_kernel(tmp_path: Path) -> None:
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import small_unit
-from kvlearn.grading import runner
+import os
 root = Path({str(tmp_path)!r})
-solutions = small_unit.write_solutions(root / "solutions")
-runner.solutions_root = lambda: solutions
+os.environ["KVLEARN_SOLUTIONS"] = str(small_unit.write_solutions(root / "solutions"))
 loop = small_unit.answered(double="!open({str(tmp_path / "running")!r}, 'w')\\nwhile True: pass")
 small_unit.write(loop, root / "90_small" / "90_small.ipynb")
 from kvlearn.cli import app
