@@ -128,7 +128,7 @@ class Exercise:
                 source = mistakes.wrong_source(self.solution, row)
                 code = mistakes.compiled(source, f"<{self.id}: {row.name}>")
             except (ValueError, SyntaxError) as error:
-                raise ValueError(f"mistakes of {self.id}: {row.name!r}: {error}") from error
+                raise ValueError(f"{self.id}, {row.name!r}: {error}") from error
             make = partial(mistakes.run, code, self.set_up, names, self.answers)
             self.misconceptions.append(Misconception(row.name, row.why, make, source))
 

@@ -23,9 +23,16 @@ A row is a name, the code (indented by four), and why it is wrong; an empty line
 misconceptions in their order. The code is one of two things:
 
 - **Edits** ``old → new`` of the right answer: of the source of the solution's cell, signature and docstring
-  included. Each must apply exactly once to what the edits above it have left. Lines indented further continue
-  ``new``, and stand in the source as deep as the line that holds ``old``. A long edit may have its arrow on
-  the second line (``old``, then ``    → new``). Nothing after the arrow deletes ``old``.
+  included. Each must apply exactly once to what the edits above it have left. Lines indented by four more
+  continue ``new``; they stand in the source as deep as the line in which ``old`` begins. ``old`` may be
+  several lines, whatever their depth, and the arrow may begin a line of its own, indented. Nothing after the
+  arrow deletes ``old``:
+
+        self.max_len = max_len
+        self.length = 0
+            → KVCache.max_len = max_len
+              KVCache.length = 0
+
 - **Code without an arrow**: the new body of the exercise's function; or, where it begins with ``def``,
   ``class`` or a decorator, definitions that replace those of the same name (needed where an exercise asks for
   several functions or a class; the others stay right).
@@ -37,6 +44,7 @@ when a diagnosis needs it.
 
 import ast
 import linecache
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -81,25 +89,42 @@ def wrong_source(right: str, row: Row) -> str:
     lines = row.code.split("\n")
     if not any(ARROW in line for line in lines):
         return replaced(right, row)
-    edits: list[list[str]] = []
-    for line in lines:
-        if not line.startswith(" "):
-            edits.append([])
-        edits[-1].append(line)
     source = right
-    for first, *more in edits:
-        if ARROW not in first and more and more[0].lstrip().startswith(ARROW):
-            first, more = f"{first} {more[0].lstrip()}", more[1:]
-        old, arrow, new = (part.strip() for part in first.partition(ARROW))
-        if not (old and arrow):
-            raise ValueError(f"expected 'old {ARROW} new', got {first!r}")
-        if source.count(old) != 1:
-            raise ValueError(f"{old!r}: expected once in the right answer, found {source.count(old)} times")
-        before = source[: source.index(old)].rpartition("\n")[2]
+    for old, new in edits(lines):
+        found = re.findall(r"\n *".join(map(re.escape, old)), source)
+        if len(found) != 1:
+            text = "\n".join(old)
+            raise ValueError(f"{text!r}: expected once in the right answer, found {len(found)} times")
+        before = source[: source.index(found[0])].rpartition("\n")[2]
         indent = before[: len(before) - len(before.lstrip())]
-        added = textwrap.indent(textwrap.dedent("\n".join(more)), indent) if more else ""
-        source = source.replace(old, f"{new}\n{added}" if new and added else new or added.strip())
+        source = source.replace(found[0], f"\n{indent}".join(new))
     return source
+
+
+def edits(lines: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """The lines of (old, new), edit by edit."""
+    old: list[str] = []
+    new: list[str] = []
+    depth = 0  # of the lines that continue new
+    for line in lines:
+        here = len(line) - len(line.lstrip())
+        before, arrow, after = (part.strip() for part in line.partition(ARROW))
+        begins_new = arrow and not (here and before)
+        if new and (begins_new or (line and not here)):
+            yield old, new
+            old, new = [], []
+        if begins_new:
+            old += [before] if before else []
+            new, depth = [after], here + 2 if here else 4
+        elif new:
+            new.append(line[min(here, depth) :])
+        elif not here:
+            old.append(line)
+        if not old or (here and not new):
+            raise ValueError(f"expected 'old {ARROW} new', got {line.strip()!r}")
+    if not new:
+        raise ValueError(f"expected 'old {ARROW} new', got {' '.join(old)!r}")
+    yield old, new
 
 
 def replaced(right: str, row: Row) -> str:
