@@ -159,11 +159,19 @@ def run_checks(exercise: Exercise, answers: Sequence[Any], seed: int) -> list[Ou
 
 
 def run_requirement(
-    exercise: Exercise, requirement: Requirement, answers: Sequence[Any], seed: int, rounds: int | None = None
+    exercise: Exercise,
+    requirement: Requirement,
+    answers: Sequence[Any],
+    seed: int,
+    like: Outcome | None = None,
 ) -> Outcome:
-    """All rounds of a requirement (or the first ``rounds``); they end early where the answer raises."""
+    """All rounds of a requirement; they end early where the answer raises.
+
+    With ``like``, as many rounds as that outcome has; and they end as soon as it is clear that this one fails
+    and is not like it.
+    """
     outcome = Outcome()
-    for round in range(requirement.rounds if rounds is None else rounds):
+    for round in range(requirement.rounds if like is None else len(like.trace)):
         record = CallRecord(exercise.forbidden, exercise.may_use_kvlearn)
         context = CheckContext(seed, round, record)
         raised = run_round(requirement, context, answers, exercise.answers)
@@ -176,6 +184,10 @@ def run_requirement(
                 outcome.fail("failed", *in_words(observation.difference, observation.call))
         if raised is not None:
             outcome.fail(*raised)
+            break
+        if like is None or outcome.passed or like.status == "raised":
+            continue
+        if like.passed or not alike(like.trace[round], context.observations):
             break
     return outcome
 
@@ -228,9 +240,15 @@ def explained(
 ) -> set[int]:
     """The failed requirements it explains; none at all where it fails one that the answer passes, or where
     the answer raises and it does not: then the answer is broken in another way."""
+    failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
     rows, telling, n_failed = set(), False, 0
-    for i, (requirement, ours) in enumerate(zip(exercise.requirements, outcomes, strict=True)):
-        theirs = run_requirement(exercise, requirement, misconception.answers, seed + i, len(ours.trace))
+    for i in sorted(range(len(outcomes)), key=lambda i: i not in failed):
+        if i not in failed and not rows:  # it explains nothing: what it does elsewhere is no matter
+            return set()
+        ours = outcomes[i]
+        theirs = run_requirement(
+            exercise, exercise.requirements[i], misconception.answers, seed + i, like=ours
+        )
         if (ours.passed and not theirs.passed) or (ours.status == "raised" != theirs.status):
             return set()
         n_failed += not theirs.passed
@@ -238,8 +256,7 @@ def explained(
         if wrong:
             rows.add(i)
             telling = telling or not all(map(constant, wrong))
-    every = rows == {i for i, outcome in enumerate(outcomes) if not outcome.passed}
-    return rows if 2 * len(rows) >= n_failed and (telling or every) else set()
+    return rows if 2 * len(rows) >= n_failed and (telling or rows == failed) else set()
 
 
 def shared_wrong_values(ours: Outcome, theirs: Outcome) -> list[Any]:
@@ -247,12 +264,15 @@ def shared_wrong_values(ours: Outcome, theirs: Outcome) -> list[Any]:
 
     An exception is no value: answers may raise alike for quite different reasons.
     """
-    if [len(round) for round in ours.trace] != [len(round) for round in theirs.trace]:
+    if len(ours.trace) != len(theirs.trace) or not all(map(alike, ours.trace, theirs.trace)):
         return []
     pairs = [pair for a, b in zip(ours.trace, theirs.trace, strict=True) for pair in zip(a, b, strict=True)]
-    if not all(same(a.value, b.value) for a, b in pairs):
-        return []
     return [a.value for a, b in pairs if a.difference and b.difference]
+
+
+def alike(ours: Sequence[Observation], theirs: Sequence[Observation]) -> bool:
+    """Two rounds saw the same values."""
+    return len(ours) == len(theirs) and all(same(a.value, b.value) for a, b in zip(ours, theirs, strict=True))
 
 
 def constant(value: Any) -> bool:
