@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 import kvlearn
 
 HOME = os.path.dirname(os.path.abspath(kvlearn.__file__))
-FREE = tuple(os.path.join(HOME, name) for name in ("grading", "_solutions", "validate.py"))
+FREE = tuple(os.path.join(HOME, name) for name in ("grading", "teaching", "_solutions", "validate.py"))
 UNIT_FOLDERS: set[str] = set()  # of the units loaded: their code is ours as the package's is
 LIBRARIES = (
     "<frozen ",
@@ -108,7 +108,8 @@ class CallWrapper:
     def _borrowed(self) -> str:
         """The name of the thing itself, if it is one of ours handed in as it stands."""
         module = str(getattr(self._target, "__module__", ""))
-        if self._record.may_use_kvlearn or not module.startswith("kvlearn.") or ".grading." in module:
+        free = module.startswith(("kvlearn.grading.", "kvlearn.teaching."))
+        if self._record.may_use_kvlearn or not module.startswith("kvlearn.") or free:
             return ""
         return f"{module}.{getattr(self._target, '__name__', self._name)}"
 
