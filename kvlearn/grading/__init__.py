@@ -6,10 +6,9 @@ notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exerci
 """
 
 from kvlearn.grading.calls import CallWrapper, Made, Raised, largest_new_tensor, new_tensors, shorten
-from kvlearn.grading.catalogue import exercises, find_exercise, units
+from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
 from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
 from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.help import hint, solution
 from kvlearn.grading.run_checks import check, judge
 from kvlearn.grading.score import Row, Score
 

@@ -1,12 +1,14 @@
-"""Finds units and exercises by path: a folder of solutions/ with NAME.ipynb, checks.py and mistakes.py.
+"""Units, found by path: a folder of solutions/ with NAME.ipynb, checks.py and mistakes.py is one.
 
-Nothing in ``kvlearn`` knows a unit: who adds a folder has added a unit.
+Nothing in ``kvlearn`` knows a unit: who adds a folder has added a unit. Exercises, their hints and our solutions
+are looked up by id.
 """
 
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,8 @@ from kvlearn.grading.calls import UNIT_FOLDERS, shorten
 from kvlearn.grading.exercise import Exercise, Unit
 
 PACKAGE = "kvlearn_units"  # units are imported as kvlearn_units.u01_full_attention.checks
+
+_shown: dict[str, int] = {}  # hints of each exercise
 
 
 def solutions_root() -> Path:
@@ -144,6 +148,66 @@ def _meant(text: str) -> str:
     return f"; did you mean {name!r}?" if name in exercises() else ""
 
 
-def unit_of(exercise: Exercise) -> Unit:
-    """The unit an exercise belongs to."""
-    return next(unit for unit in units() if exercise in unit.exercises)
+@dataclass(frozen=True)
+class Hint:
+    """One hint, ready to be shown."""
+
+    exercise: str
+    number: int
+    total: int
+    text: str
+
+    @property
+    def remaining(self) -> str:
+        left = self.total - self.number
+        if left == 0:
+            return f'This was the last hint. kvlearn.solution("{self.exercise}", confirm=True) shows ours.'
+        return f"{left} more: run kvlearn.hint again."
+
+    def __repr__(self) -> str:
+        return f"Hint {self.number} of {self.total} for {self.exercise}: {self.text}\n{self.remaining}"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        head = f"**Hint {self.number} of {self.total} for {self.exercise}**"
+        return {"text/plain": repr(self), "text/markdown": f"{head}\n\n{self.text}\n\n*{self.remaining}*"}
+
+
+def hint(exercise: str) -> Hint:
+    """The next hint for an exercise: ``hint("01.3")``. After the last one, the last again.
+
+    TypeError or ValueError if there is no such exercise.
+    """
+    found = find_exercise(exercise)
+    number = min(_shown.get(found.id, 0) + 1, len(found.hints))
+    _shown[found.id] = number
+    return Hint(found.id, number, len(found.hints), found.hints[number - 1])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Our answer, or how to ask for it, ready to be shown."""
+
+    exercise: str
+    code: str
+
+    def __repr__(self) -> str:
+        if not self.code:
+            return (
+                f'To see our answer to {self.exercise}: kvlearn.solution("{self.exercise}", confirm=True)\n'
+                f'A hint may be all you need: kvlearn.hint("{self.exercise}")'
+            )
+        return self.code
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        shown = f"```python\n{self.code}\n```" if self.code else repr(self).replace("\n", "  \n")
+        return {"text/plain": repr(self), "text/markdown": shown}
+
+
+def solution(exercise: str, confirm: bool = False) -> Solution:
+    """Our answer to an exercise, with ``confirm=True``; without, how to ask for it.
+
+    It is the source of the answer cell in solutions/, the one place where it is written. TypeError or
+    ValueError if there is no such exercise.
+    """
+    found = find_exercise(exercise)
+    return Solution(found.id, found.solution if confirm is True else "")

@@ -1,6 +1,6 @@
 """exercises/ from solutions/: what learners get, and the pristine form that answers are graded in.
 
-``python -m kvlearn.grading`` (``make exercises``) writes exercises/ with nbgrader, and never over a
+``python -m kvlearn.grading.release`` (``make exercises``) writes exercises/ with nbgrader, and never over a
 learner's work: a file that differs from git's HEAD stays as it is and is named.
 """
 
@@ -8,11 +8,12 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvlearn.grading.catalogue import nbgrader_of, unit_names
+from kvlearn.grading.catalogue import nbgrader_of, solutions_root, unit_names
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 METADATA = {
@@ -104,3 +105,21 @@ def release(solutions: Path, exercises: Path) -> tuple[list[Path], list[Path]]:
             file.write_bytes(content)
             written.append(file)
     return written, left
+
+
+def main() -> None:
+    solutions = solutions_root()
+    exercises = solutions.parent / "exercises"
+    written, left = release(solutions, exercises)
+    for file in written:
+        print(f"wrote {file.relative_to(exercises.parent)}")
+    for file in left:
+        name = file.relative_to(exercises.parent)
+        print(
+            f"left as it is: {name} differs from git's HEAD (delete it to have it made anew)", file=sys.stderr
+        )
+    print(f"{len(unit_names(solutions))} units, {len(written)} files written, {len(left)} left as they are")
+
+
+if __name__ == "__main__":
+    main()

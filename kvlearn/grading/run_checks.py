@@ -241,7 +241,8 @@ def explained(
     """The failed requirements it explains; none at all where it fails one that the answer passes, or where
     the answer raises and it does not: then the answer is broken in another way."""
     failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
-    rows, telling, n_failed = set(), False, 0
+    rows: set[int] = set()
+    telling, n_failed = False, 0
     for i in sorted(range(len(outcomes)), key=lambda i: i not in failed):
         if i not in failed and not rows:  # it explains nothing: what it does elsewhere is no matter
             return set()

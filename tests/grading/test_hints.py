@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 import kvlearn
-from kvlearn.grading import exercises, help
+from kvlearn.grading import catalogue, exercises
 
 
 @pytest.fixture(autouse=True)
 def nothing_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(help, "_shown", {})
+    monkeypatch.setattr(catalogue, "_shown", {})
 
 
 def test_hints_come_one_by_one_and_say_how_many_are_left() -> None:
