@@ -1,7 +1,7 @@
 """Units, found by path: a folder of solutions/ with NAME.ipynb, checks.py and mistakes.py is one.
 
-Nothing in ``kvlearn`` knows a unit: who adds a folder has added a unit. Exercises, their hints and our solutions
-are looked up by id.
+Nothing in ``kvlearn`` knows a unit: who adds a folder has added a unit. Exercises, their hints and our
+solutions are looked up by id.
 """
 
 import json

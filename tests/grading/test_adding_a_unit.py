@@ -1,7 +1,10 @@
 """Adding a unit means adding a folder: it is found, checked, graded, released."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,25 @@ def test_its_notebook_is_released_without_what_lies_beside(solutions: Path, tmp_
     written, _ = release(solutions, tmp_path / "exercises")
     assert {file.name for file in written} == {"01_full_attention.ipynb", f"{small.UNIT}.ipynb"}
     assert {file.name for file in (tmp_path / "exercises" / small.UNIT).iterdir()} == {f"{small.UNIT}.ipynb"}
+
+
+@pytest.mark.slow
+def test_an_installed_package_finds_its_units_within_itself(tmp_path: Path) -> None:
+    """Laid out as the wheel is."""
+    package = tmp_path / "kvlearn"
+    shutil.copytree(Path(kvlearn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(OURS, package / "_solutions", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    code = """
+import kvlearn
+from kvlearn.grading import find_exercise, judge
+assert kvlearn.__file__.startswith(__import__("sys").argv[1])
+for name in ("01.1", "06.2"):
+    exercise = find_exercise(name)
+    mistake = exercise.misconceptions[0]
+    assert [each.name for each in judge(exercise, mistake.answers, 0).mistakes] == [mistake.name]
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("KVLEARN_SOLUTIONS", None)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
