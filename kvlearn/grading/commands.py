@@ -55,13 +55,13 @@ class Request:
 def _same(output: Path, paths: list[Path]) -> bool:
     """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
     with contextlib.suppress(OSError):
-        return any(output.samefile(file) for path in paths for file in notebooks(path))
+        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
     return False
 
 
 def find_all(paths: list[Path], solutions: Path) -> tuple[list[Submission], list[str]]:
     """Every notebook that the paths mean, once, and a line for each that cannot be graded."""
-    found: dict[Path, Submission] = {}
+    found: dict[str, Submission] = {}
     faults: list[str] = []
     for path in paths:
         try:
@@ -71,7 +71,7 @@ def find_all(paths: list[Path], solutions: Path) -> tuple[list[Submission], list
             continue
         faults += unknown
         for submission in here:
-            found.setdefault(submission.file.resolve(), submission)
+            found.setdefault(os.path.abspath(submission.file), submission)
     return list(found.values()), faults
 
 
@@ -188,7 +188,7 @@ def watch(request: Request, pause: float = 0.5) -> None:
 def _stamps(paths: list[Path]) -> dict[Path, tuple[int, int]]:
     stamps = {}
     for path in paths:
-        for file in notebooks(path):
+        for file in notebooks(path)[0]:
             with contextlib.suppress(OSError):
                 stat = file.stat()
                 stamps[file] = (stat.st_mtime_ns, stat.st_size)

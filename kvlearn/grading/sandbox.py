@@ -1,6 +1,7 @@
 """One kernel, watched: its time, its memory and what it prints are limited, and nothing of it stays behind.
 
-A fence against mistakes, no prison: the code runs as the user who grades, with that user's files and network.
+The limits are against mistakes, not against malice: the code runs as the user who grades, with that user's
+files and network.
 """
 
 import asyncio

@@ -55,15 +55,25 @@ def readable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def notebooks(path: Path) -> list[Path]:
-    """The notebook at this path, or all below it; hidden files and folders are left out."""
+def notebooks(path: Path) -> tuple[list[Path], list[str]]:
+    """The notebook at this path, or all below it, and a line for each folder that cannot be read.
+
+    Hidden files and folders are left out; links are followed, but not back to where they come from.
+    """
     if not path.is_dir():
-        return [path] if path.exists() else []
+        return ([path] if path.exists() else []), []
     found: list[Path] = []
-    for at, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(at, name) for name in names if name.endswith(".ipynb") and not name.startswith(".")]
-    return sorted(found)
+    errors: list[OSError] = []
+    for at, folders, names in os.walk(path, onerror=errors.append, followlinks=True):
+        here = os.path.realpath(at)
+        below = [name for name in folders if not name.startswith(".")]
+        folders[:] = [n for n in below if not _is_within(here, os.path.realpath(os.path.join(at, n)))]
+        found += [Path(at, name) for name in names if name.lower().endswith(".ipynb") and name[0] != "."]
+    return sorted(found), [f"{readable(error.filename)}: {error.strerror}" for error in errors]
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def find(path: Path, solutions: Path) -> tuple[list[Submission], list[str]]:
@@ -71,11 +81,10 @@ def find(path: Path, solutions: Path) -> tuple[list[Submission], list[str]]:
     notebook that is no unit's. ``Unusable`` if there is no notebook."""
     if not path.exists():
         raise Unusable("no such file or folder")
-    files = notebooks(path)
-    if not files:
+    files, faults = notebooks(path)
+    if not files and not faults:
         raise Unusable("no notebook in it: expected UNIT/UNIT.ipynb or STUDENT/UNIT/UNIT.ipynb")
     found: list[tuple[Path, str]] = []
-    faults: list[str] = []
     for file in files:
         try:
             found.append((file, unit_of(file, solutions)))
@@ -116,9 +125,8 @@ def student_of(file: Path, unit: str, root: Path, found: Sequence[tuple[Path, st
     """Whose notebook it is, of those below ``root``.
 
     The name of a folder between the two, else what the file's name holds beside the unit's
-    (``ada_UNIT.ipynb``), else the name of a folder above.
-
-    Where one folder holds notebooks of several people (``found`` tells), the names of the files come first.
+    (``ada_UNIT.ipynb``), else the name of a folder above. Where one folder holds notebooks of several people,
+    as ``found`` shows, the names of the files come first.
     """
     own = _in_name(file, unit)
     beside = {

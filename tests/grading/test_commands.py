@@ -91,6 +91,27 @@ def test_every_notebook_of_a_class_has_its_student_in_whatever_layout(solutions:
             assert dict(found(path, solutions)) == {file: student}
 
 
+def test_links_are_followed_and_folders_that_cannot_be_read_are_named(
+    solutions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("elsewhere")
+    Path("all/ada").mkdir(parents=True)
+    Path("all/ada/linked").symlink_to(Path("elsewhere").absolute())
+    Path("all/ada/round").symlink_to(Path("all").absolute())
+    Path("all/bob").mkdir()
+    scan = os.scandir
+
+    def locked(path: str) -> Any:
+        if str(path).endswith("bob"):  # root, too, is refused it
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    submissions, faults = find(Path("all"), solutions)
+    assert [str(each.file) for each in submissions] == [f"all/ada/linked/{U}/{U}.ipynb"]
+    assert faults == ["all/bob: Permission denied"]
+
+
 def test_the_unit_is_known_by_metadata_or_cells_where_the_name_does_not_say_it(solutions: Path) -> None:
     nameless = small.answered()
     small.write(nameless, Path("all/ada/homework.ipynb"))
