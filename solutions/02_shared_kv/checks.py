@@ -45,7 +45,6 @@ attend = Exercise(
     ),
 )
 
-
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -173,7 +172,6 @@ size = Exercise(
     ),
 )
 
-
 Config = dict[str, Any]
 Sizes = dict[str, int]
 
@@ -189,12 +187,8 @@ def size_pattern(layers: int, every: int) -> list[str]:
 
 # From the models' config.json; Gemma 4 E2B and DeepSeek-V3 as in kvlearn/measure/models.py.
 LLAMA_2 = model(32, 4096, 32, num_key_value_heads=32)
-
-
 LLAMA_3_1 = model(32, 4096, 32, num_key_value_heads=8)
 FALCON = model(32, 4544, 71, multi_query=True)
-
-
 GEMMA_4 = model(
     35,
     1536,
@@ -205,8 +199,6 @@ GEMMA_4 = model(
     layer_types=size_pattern(35, 5),
     num_kv_shared_layers=20,
 )
-
-
 DEEPSEEK_V3 = model(61, 7168, 128, num_key_value_heads=128, kv_lora_rank=512, qk_rope_head_dim=64)
 
 
@@ -401,7 +393,6 @@ route = Exercise(
     ),
 )
 
-
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -527,7 +518,6 @@ layers = Exercise(
         "raises ValueError all by itself. Better is one that says which type has no cache.",
     ),
 )
-
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 
