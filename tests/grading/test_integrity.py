@@ -27,12 +27,12 @@ MEDDLING = {
     "kvlearn.grading.score.Score.to_json": "import kvlearn.grading as g; g.Score.to_json = print",
     f"kvlearn_units.u{small.UNIT}.checks.declare": "import sys\n"
     f"sys.modules['kvlearn_units.u{small.UNIT}.checks'].declare = print",
-    "where exercises are found": "import os; os.environ['KVLEARN_SOLUTIONS'] = '.'",
     "kvlearn.grading.judge": "import kvlearn.grading as g; g.judge.__code__ = (lambda *a: 0).__code__",
     "exercise 90.2": "import kvlearn.grading as g; g.find_exercise('90.2').requirements.pop()",
     "IPython's formatters of scores": "display = get_ipython().display_formatter\n"
     "display.mimebundle_formatter.for_type(float, repr)",
     "IPython's transformers": "get_ipython().ast_transformers.append(None)",
+    "where exercises are found": "import os; os.environ['KVLEARN_SOLUTIONS'] = '.'",
 }
 
 
