@@ -552,8 +552,10 @@ layers.mistakes(
     n_own` for a layer that stores, with n_own = L − n_shared.
 
     a reader reads a reader
-        last[kind] for kind in layer_types[n_own:])
-            → max(j for j in range(i) if layer_types[j] == kind) for i, kind in enumerate(layer_types[n_own:], n_own))
+        return [*range(n_own), *(last[kind] for kind in layer_types[n_own:])] → owners = [*range(n_own)]
+            for i in range(n_own, len(layer_types)):
+                owners.append(max(j for j in range(i) if layer_types[j] == layer_types[i]))
+            return owners
     The nearest earlier layer of the type was taken, whether it stores or not. Behind the first one that
     shares, that is a layer without keys of its own. Look among the first L − n_shared layers only.
 

@@ -65,7 +65,6 @@ latent = Exercise(
     ),
 )
 
-
 Pair = tuple[Tensor, Tensor]
 
 
@@ -159,7 +158,6 @@ decoupled = Exercise(
         "the sum by `(q.shape[-1] + q_rope.shape[-1]) ** 0.5`.",
     ),
 )
-
 
 Turn = Callable[..., Tensor]
 DecoupledInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -265,7 +263,6 @@ absorb = Exercise(
     ),
 )
 
-
 Draw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -358,7 +355,6 @@ step = Exercise(
         'then go up, once for each head: `torch.einsum("bhr,hdr->bhd", o, w_uv)`.',
     ),
 )
-
 
 StepInputs = tuple[Tensor, Tensor, Tensor, int, Tensor, Tensor]
 
@@ -585,9 +581,6 @@ roads = Exercise(
 )
 
 
-Shape = tuple[int, int, int, int, int]
-
-
 # H, D, R, Dr of DeepSeek-V2-Lite, DeepSeek-V2 and -V3, MiniCPM3 and Kimi K2, from their config.json.
 ROADS_MODELS = [(16, 128, 512, 64), (128, 128, 512, 64), (40, 64, 256, 32), (64, 128, 512, 64)]
 
@@ -712,11 +705,9 @@ budget = Exercise(
     ),
 )
 
-
 Config = dict[str, Any]
 BYTES = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 STEP = 64
-
 
 # The shapes of Gemma 3 1B, Llama 3.1 8B and DeepSeek-V3, whatever each of them really caches.
 BUDGET_MODELS: list[Config] = [
@@ -724,8 +715,6 @@ BUDGET_MODELS: list[Config] = [
     {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     {"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "head_dim": 128},
 ]
-
-
 SMALL: Config = {"num_hidden_layers": 9, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 48}
 
 
