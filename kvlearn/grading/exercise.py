@@ -1,20 +1,23 @@
-"""What an exercise is made of, and how a unit file declares one.
+"""What an exercise is made of. A unit's ``checks.py`` declares it and its requirements:
 
     merge = Exercise("01.7", "merge", "Merge two partial results", answers=("merge",), hints=(...))
 
     @merge.requirement(2, "two ordinary parts")
-    def ordinary(t: Trial, merge: Answer) -> None:
+    def ordinary(t: CheckContext, merge: Answer) -> None:
         '''out and lse as if all keys had been seen together'''     <- the column "expected"
         ...
         t.close(merge(a, b), want)
 
-    @merge.misconception("weights by lse, not by exp(lse)")
+Its ``mistakes.py`` holds the wrong answers that people really give: ``merge.mistakes(table)`` as edits of our
+solution, or code of its own:
+
+    @merge.misconception("weighted by lse, not by exp(lse)")
     def linear_weights(a, b):
         '''Why this is a mistake, in one paragraph.'''               <- told to the learner who makes it
         ...
 
-A requirement draws its inputs from the trial, runs the learner's answer and compares with a reference that is
-independent of our solution. A misconception is a wrong answer that people really give.
+A requirement draws its inputs from the context, runs the learner's answer and compares with a reference that
+is independent of our solution.
 """
 
 import inspect
@@ -64,7 +67,7 @@ class Exercise:
     """One exercise: ``answers`` names what the check is handed, in order.
 
     ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``); calling
-    one earns nothing for the requirement at hand. kvlearn's own rooms are always forbidden unless
+    one earns nothing for the requirement at hand. kvlearn's own modules are always forbidden unless
     ``may_use_kvlearn``.
     """
 
