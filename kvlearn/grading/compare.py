@@ -1,1 +1,0 @@
-from kvlearn.grading.context import *  # noqa

@@ -1,2 +1,0 @@
-from kvlearn.grading.calls import *  # noqa
-from kvlearn.grading.calls import CallWrapper as Guarded  # noqa

@@ -1,2 +1,0 @@
-from kvlearn.grading.context import *  # noqa
-from kvlearn.grading.context import CheckContext as Trial  # noqa

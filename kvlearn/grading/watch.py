@@ -1,1 +1,0 @@
-from kvlearn.grading.calls import *  # noqa
