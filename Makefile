@@ -54,7 +54,7 @@ notebooks: $(READY) ## run every notebook in place and keep its outputs
 	  sed 's/"model_id": "[0-9a-f]*"/"model_id": ""/' "$$notebook" >"$$notebook.new" && mv "$$notebook.new" "$$notebook"; done
 
 exercises: $(READY) ## generate exercises/ from solutions/ (a file you changed stays as it is)
-	@$(BIN)/python -m kvlearn.grading
+	@$(BIN)/python -m kvlearn.grading.release
 
 # nvidia-* and cuda-* stay out: torch pins its own, and a CPU build of torch wants none of them.
 lock: ## renew requirements.txt from pyproject.toml (needs uv; ARGS=--upgrade for newer versions)

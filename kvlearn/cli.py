@@ -167,7 +167,7 @@ def doctor(
 def grade(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH…", help="a unit's folder, a notebook, a tree STUDENT/UNIT/UNIT.ipynb"),
+        typer.Argument(metavar="PATH…", help="a notebook, or a folder: every notebook below it is graded"),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="a list of reports, for programs")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="one row an exercise, for a spreadsheet")] = False,
@@ -201,9 +201,9 @@ def progress(
 ) -> None:
     """Show the whole course: what is solved, attempted and untouched, and the points."""
     _need_jupyter()
-    from kvlearn.grading import progress as survey
+    from kvlearn.grading import commands
 
-    if survey.show(path, jobs):
+    if commands.progress(path, jobs):
         raise typer.Exit(1)
 
 

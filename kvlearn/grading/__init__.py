@@ -1,26 +1,43 @@
-"""Grading: ``check``, ``hint`` and ``solution`` in the notebook; the exercises themselves in ``units/``."""
+"""Grading: ``check``, ``hint`` and ``solution`` in the notebook, and what a unit's checks are made of.
 
-from kvlearn.grading.catalogue import exercises, find_exercise, units
-from kvlearn.grading.exercise import Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.hints import hint
+A unit is a folder of solutions/ (``catalogue`` finds it): its notebook, ``checks.py`` (each ``Exercise`` with
+its requirements) and ``mistakes.py`` (known wrong answers). ``run_checks`` grades one answer, ``grader`` a
+notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exercises/ from solutions/.
+"""
+
+from kvlearn.grading.calls import CallWrapper, Made, Raised, largest_new_tensor, new_tensors, shorten
+from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
+from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
+from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
+from kvlearn.grading.run_checks import check, judge
 from kvlearn.grading.score import Row, Score
-from kvlearn.grading.solutions import solution
-from kvlearn.grading.trial import Trial
-from kvlearn.grading.verdict import check, judge
 
 __all__ = [
+    "Answer",
+    "CallWrapper",
+    "CheckContext",
+    "Difference",
     "Exercise",
+    "Made",
     "Misconception",
+    "Raised",
     "Requirement",
     "Row",
     "Score",
-    "Trial",
+    "Stop",
     "Unit",
     "check",
+    "compare",
+    "describe",
     "exercises",
     "find_exercise",
     "hint",
     "judge",
+    "largest_new_tensor",
+    "new_tensors",
+    "plain_number",
+    "same",
+    "shorten",
     "solution",
     "units",
 ]

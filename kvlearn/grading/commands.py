@@ -1,4 +1,4 @@
-"""What ``kvlearn grade`` does once its arguments are known."""
+"""What ``kvlearn grade`` and ``kvlearn progress`` do once their arguments are known."""
 
 import asyncio
 import contextlib
@@ -13,21 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvlearn.grading import report as reports
-from kvlearn.grading.release import units
+from kvlearn.grading.catalogue import solutions_root, unit_names
+from kvlearn.grading.grader import Grader, one_line
 from kvlearn.grading.report import Report, Result
-from kvlearn.grading.runner import Grader, one_line
 from kvlearn.grading.sandbox import Limits, NoKernel
-from kvlearn.grading.submission import Unusable, tasks_of, unit_of
-
-OURS = ("exercises", "solutions", "_solutions")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A notebook to grade. ``student`` is empty where it lies in no tree STUDENT/UNIT/UNIT.ipynb."""
-
-    file: Path
-    student: str
+from kvlearn.grading.submission import Submission, Unusable, find, notebooks, tasks_of
 
 
 @dataclass(frozen=True)
@@ -64,34 +54,25 @@ class Request:
 
 def _same(output: Path, paths: list[Path]) -> bool:
     """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
-    for path in paths:
-        with contextlib.suppress(Unusable, OSError):
-            if any(output.samefile(found.file) for found in find(path)):
-                return True
+    with contextlib.suppress(OSError):
+        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
     return False
 
 
-def find(path: Path) -> list[Found]:
-    """The notebooks meant by a notebook, a unit's folder or a tree. ``Unusable`` if there are none."""
-    if not path.exists():
-        raise Unusable("no such file or folder")
-    if path.is_file():
-        return [Found(path, _student(path))]
-    here = path.absolute()
-    direct = sorted(here.glob("*.ipynb"))
-    files = [here / f"{here.name}.ipynb"] if here / f"{here.name}.ipynb" in direct else direct
-    if not files:
-        below = (p for p in sorted(here.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
-        files = [p for p in below if p.stem == p.parent.name]
-    if not files:
-        raise Unusable("no notebook in it: expected UNIT/UNIT.ipynb or STUDENT/UNIT/UNIT.ipynb")
-    return [Found(file, _student(file)) for file in files]
-
-
-def _student(file: Path) -> str:
-    folder = file.absolute().parent
-    owner = folder.parent.name.encode("utf-8", "replace").decode()  # names of files can hold any bytes
-    return owner if folder.name == file.stem and owner not in OURS else ""
+def find_all(paths: list[Path], solutions: Path) -> tuple[list[Submission], list[str]]:
+    """Every notebook that the paths mean, once, and a line for each that cannot be graded."""
+    found: dict[str, Submission] = {}
+    faults: list[str] = []
+    for path in paths:
+        try:
+            here, unknown = find(path, solutions)
+        except Unusable as error:
+            faults.append(f"{path}: {error}")
+            continue
+        faults += unknown
+        for submission in here:
+            found.setdefault(os.path.abspath(submission.file), submission)
+    return list(found.values()), faults
 
 
 def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
@@ -99,37 +80,40 @@ def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
 
     A damaged notebook whose unit is known by its name is reported too, with 0 for every exercise.
     """
-    found: list[Found] = []
-    faults: list[str] = []
-    for path in paths:
-        try:
-            found += find(path)
-        except Unusable as error:
-            faults.append(f"{path}: {error}")
+    found, faults = find_all(paths, grader.solutions)
 
-    async def run() -> list[Report | None]:
+    async def run() -> list[Report]:
         kernels = asyncio.Semaphore(grader.jobs)
         return await asyncio.gather(*(_one(each, grader, kernels, faults) for each in found))
 
-    return [report for report in asyncio.run(run()) if report is not None], faults
+    return asyncio.run(run()), faults
 
 
-async def _one(found: Found, grader: Grader, kernels: asyncio.Semaphore, faults: list[str]) -> Report | None:
+async def _one(
+    submission: Submission, grader: Grader, kernels: asyncio.Semaphore, faults: list[str]
+) -> Report:
     try:
-        return await grader.grade(found.file, found.student, kernels)
+        return await grader.grade(submission, kernels)
     except Exception as error:  # whatever one notebook does to us, the others have their reports
         foreseen = isinstance(error, Unusable | NoKernel)
         reason = str(error) if foreseen else f"could not be graded ({one_line(repr(error))})"
-        faults.append(f"{found.file}: {reason}")
-        with contextlib.suppress(Unusable):
-            unit = unit_of(found.file, None, units(grader.solutions))
-            tasks, _ = tasks_of(unit, grader.solutions)
-            return Report(
-                found.student,
-                unit,
-                [Result(task.id, 0.0, task.points, "error", reason) for task in tasks],
-            )
-    return None
+        faults.append(f"{submission.shown}: {reason}")
+        tasks, _ = tasks_of(submission.unit, grader.solutions)
+        results = [Result(task.id, 0.0, task.points, "error", reason) for task in tasks]
+        return Report(submission.student, submission.unit, results, submission.shown)
+
+
+def handed_in_twice(reports: list[Report]) -> list[str]:
+    """A line for each unit that somebody handed in more than once: every notebook has its report."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for report in reports:
+        files.setdefault((report.student, report.unit), []).append(report.file)
+    return [
+        f"{f'{student} · {unit}' if student else unit}: {len(names)} notebooks, each with its report: "
+        + ", ".join(names)
+        for (student, unit), names in files.items()
+        if len(names) > 1
+    ]
 
 
 @contextlib.contextmanager
@@ -145,14 +129,10 @@ def progress_bar(total: int) -> Iterator[Callable[[Result], None]]:
 
 
 def _count(paths: list[Path]) -> int:
-    """How many exercises there are to grade; what cannot be read counts nothing."""
-    grader, total = Grader(), 0
-    for path in paths:
-        with contextlib.suppress(Unusable):
-            for found in find(path):
-                with contextlib.suppress(Unusable):
-                    total += len(grader.read(found.file)[1])
-    return total
+    """How many exercises there are to grade."""
+    solutions = solutions_root()
+    found, _ = find_all(paths, solutions)
+    return sum(len(tasks_of(each.unit, solutions)[0]) for each in found)
 
 
 def show(graded: list[Report], style: str, output: Path | None) -> None:
@@ -185,8 +165,8 @@ def grade_and_show(request: Request) -> bool:
             raise
         faults.append(f"{request.output}: {error.strerror}; the report goes to stdout")
         show(graded, request.style, None)
-    for fault in faults:
-        print(f"kvlearn: {fault}", file=sys.stderr)
+    for line in [*handed_in_twice(graded), *faults]:
+        print(f"kvlearn: {line}", file=sys.stderr)
     return bool(faults)
 
 
@@ -208,8 +188,32 @@ def watch(request: Request, pause: float = 0.5) -> None:
 def _stamps(paths: list[Path]) -> dict[Path, tuple[int, int]]:
     stamps = {}
     for path in paths:
-        with contextlib.suppress(Unusable, OSError):
-            for found in find(path):
-                stat = found.file.stat()
-                stamps[found.file] = (stat.st_mtime_ns, stat.st_size)
+        for file in notebooks(path)[0]:
+            with contextlib.suppress(OSError):
+                stat = file.stat()
+                stamps[file] = (stat.st_mtime_ns, stat.st_size)
     return stamps
+
+
+def exercises_root() -> Path:
+    """``exercises`` in the working directory, else the one of the repository that kvlearn runs from."""
+    here = Path("exercises")
+    return here if here.is_dir() else solutions_root().parent / "exercises"
+
+
+def progress(folder: Path | None, jobs: int) -> bool:
+    """Print how far a learner has come, one line per unit, on stderr a line for each notebook that cannot be
+    graded. True if any. Units in which nothing was touched cost no kernel."""
+    folder = folder or exercises_root()
+    if not folder.is_dir():
+        print(f"kvlearn: {folder}: no such folder; say where the exercises are", file=sys.stderr)
+        return True
+    known = unit_names(solutions_root())
+    files = [folder / unit / f"{unit}.ipynb" for unit in known]
+    with progress_bar(0) as done:
+        graded, faults = grade([file for file in files if file.exists()], Grader(jobs=jobs, done=done))
+    for fault in faults:
+        print(f"kvlearn: {fault}", file=sys.stderr)
+    by_unit = {report.unit: report for report in graded}
+    Console().print(reports.to_progress({unit: by_unit.get(unit) for unit in known}))
+    return bool(faults)

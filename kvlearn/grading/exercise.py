@@ -1,26 +1,33 @@
-"""What an exercise is made of, and how a unit file declares one.
+"""What an exercise is made of. A unit's ``checks.py`` declares it and its requirements:
 
     merge = Exercise("01.7", "merge", "Merge two partial results", answers=("merge",), hints=(...))
 
     @merge.requirement(2, "two ordinary parts")
-    def ordinary(t: Trial, merge: Answer) -> None:
+    def ordinary(t: CheckContext, merge: Answer) -> None:
         '''out and lse as if all keys had been seen together'''     <- the column "expected"
         ...
         t.close(merge(a, b), want)
 
-    @merge.misconception("weights by lse, not by exp(lse)")
+Its ``mistakes.py`` holds the wrong answers that people really give: ``merge.mistakes(table)`` as edits of our
+solution, or code of its own:
+
+    @merge.misconception("weighted by lse, not by exp(lse)")
     def linear_weights(a, b):
         '''Why this is a mistake, in one paragraph.'''               <- told to the learner who makes it
         ...
 
-A requirement draws its inputs from the trial, runs the learner's answer and compares with a reference that is
-independent of our solution. A misconception is a wrong answer that people really give.
+A requirement draws its inputs from the context, runs the learner's answer and compares with a reference that
+is independent of our solution.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar
+
+from kvlearn.grading import mistakes
 
 Answer = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,12 +46,20 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Misconception:
-    """A known wrong answer: its name, why it is wrong, and its code (one object for each answer asked
-    for)."""
+    """A known wrong answer: its name, why it is wrong, and how to make its code.
+
+    ``source`` is that of a mistake written as an edit, else empty.
+    """
 
     name: str
     why: str
-    answers: tuple[Any, ...]
+    make: Callable[[], tuple[Any, ...]]
+    source: str = ""
+
+    @cached_property
+    def answers(self) -> tuple[Any, ...]:
+        """The code, one object for each answer asked for."""
+        return self.make()
 
 
 @dataclass
@@ -52,7 +67,7 @@ class Exercise:
     """One exercise: ``answers`` names what the check is handed, in order.
 
     ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``); calling
-    one earns nothing for the requirement at hand. kvlearn's own rooms are always forbidden unless
+    one earns nothing for the requirement at hand. kvlearn's own modules are always forbidden unless
     ``may_use_kvlearn``.
     """
 
@@ -65,6 +80,9 @@ class Exercise:
     may_use_kvlearn: bool = False
     requirements: list[Requirement] = field(default_factory=list)
     misconceptions: list[Misconception] = field(default_factory=list)
+    # From the unit's notebook, when the unit is loaded:
+    solution: str = ""  # the right answer's source
+    set_up: tuple[str, ...] = ()  # the cells before it that learners are given
 
     @property
     def points(self) -> int:
@@ -97,10 +115,25 @@ class Exercise:
 
         def add(wrong: F) -> F:
             answers = tuple(others.get(answer, wrong) for answer in self.answers)
-            self.misconceptions.append(Misconception(name, paragraph(wrong), answers))
+            self.misconceptions.append(Misconception(name, paragraph(wrong), lambda: answers))
             return wrong
 
         return add
+
+    def mistakes(self, table: str, **names: Any) -> None:
+        """Misconceptions from a table of edits of the solution (its form: ``kvlearn.grading.mistakes``).
+
+        ``names`` are what their code uses beside what the notebook's set-up cells define. ValueError if a row
+        does not fit.
+        """
+        for row in mistakes.parse(table):
+            try:
+                source = mistakes.wrong_source(self.solution, row)
+                code = mistakes.compiled(source, f"<{self.id}: {row.name}>")
+            except (ValueError, SyntaxError) as error:
+                raise ValueError(f"{self.id}, {row.name!r}: {error}") from error
+            make = partial(mistakes.run, code, self.set_up, names, self.answers)
+            self.misconceptions.append(Misconception(row.name, row.why, make, source))
 
 
 @dataclass(frozen=True)
@@ -109,6 +142,7 @@ class Unit:
 
     name: str
     exercises: tuple[Exercise, ...]
+    folder: Path = Path()
 
     @property
     def points(self) -> int:

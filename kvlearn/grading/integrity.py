@@ -10,9 +10,11 @@ its points, and the exercises after it get kernels of their own.
 import ast
 import builtins
 import math
+import os
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -21,19 +23,17 @@ from typing import Any
 import torch
 
 import kvlearn
-from kvlearn.grading.catalogue import exercises
+from kvlearn.grading.catalogue import PACKAGE, load, load_named
 from kvlearn.grading.score import Score
 
-ASK = "__import__('kvlearn.grading.integrity', fromlist=['state']).state(get_ipython())"
 STATE = "application/vnd.kvlearn.state+json"  # no formatter of the learner's is between this and the grader
 SILENT = "how IPython answers"  # the only name where the kernel could not be asked
 LEAVING = "whether IPython goes on"
 OWN = "name "  # before names that set-up cells have bound, and what else is the learner's to change
 DISPLAY = ("__repr__", "__str__", "__format__", "__dir__")
+OURS = ("kvlearn.", f"{PACKAGE}.")
 LIBRARIES = (builtins, math, random, torch, torch.nn.functional, torch.testing)
-COMMAND_LINE = (
-    "__main__ commands integrity launcher processes progress release report runner sandbox submission"
-)
+NOT_IN_KERNELS = ("commands", "grader", "launcher", "release", "report", "sandbox", "submission")
 
 
 class State:
@@ -46,13 +46,20 @@ class State:
         return {"text/plain": "", STATE: self.found}
 
 
-def state(shell: Any) -> State:
+def request(unit: str) -> str:
+    """The expression that asks a kernel for its ``state``."""
+    return f"__import__('kvlearn.grading.integrity', fromlist=['state']).state(get_ipython(), {unit!r})"
+
+
+def state(shell: Any, unit: str) -> State:
     """Identities of everything an answer might change: what changed is what has another value later."""
-    found = {f"exercise {key}": str(_parts(exercise)) for key, exercise in exercises().items()}
+    found = {"where exercises are found": str(os.environ.get("KVLEARN_SOLUTIONS"))}
+    with suppress(Exception):  # nothing is where they are found
+        found |= {f"exercise {each.id}": str(_parts(each)) for each in load_named(unit).exercises}
     for module in _modules():
         for name, value in _callables(vars(module)):
             found[f"{module.__name__}.{name}"] = _identity(value)
-            if isinstance(value, type) and value.__module__.startswith("kvlearn."):
+            if isinstance(value, type) and value.__module__.startswith(OURS):
                 inner = _callables(vars(value))
                 found |= {f"{module.__name__}.{name}.{part}": _identity(what) for part, what in inner}
     for kind in reversed(torch.Tensor.__mro__[:-1]):
@@ -74,38 +81,42 @@ def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
     return [name for name, value in before.items() if after.get(name) != value]
 
 
-def relied_on(name: str) -> bool:
-    """Could a change of ``name`` change a score?"""
-    room, _, last = name.rpartition(".")
-    if room == "torch.Tensor":
+def relied_on(name: str, folder: Path) -> bool:
+    """Could a change of ``name`` change a score in the unit in this folder?"""
+    module, _, last = name.rpartition(".")
+    if module == "torch.Tensor":
         operator = last.startswith("__") and last not in DISPLAY
-        return operator or f".{last}" in _called()
-    if room in [module.__name__ for module in LIBRARIES]:
-        return name in _called()
+        return operator or f".{last}" in _called(folder)
+    if module in [library.__name__ for library in LIBRARIES]:
+        return name in _called(folder)
     return not name.startswith(OWN)
 
 
 @cache
-def _called() -> frozenset[str]:
+def _called(folder: Path) -> frozenset[str]:
     """What checks, references and misconceptions call: functions by full name, methods as ".name"."""
     home = Path(kvlearn.__file__).parent
-    checks = [file for file in home.glob("grading/**/*.py") if file.stem not in COMMAND_LINE.split()]
+    engine = [file for file in home.glob("grading/*.py") if file.stem not in NOT_IN_KERNELS]
+    given = [*home.glob("attention/*.py"), *home.glob("teaching/*.py")]
+    files = [*engine, *given, *folder.glob("*.py")]
+    edited = [each.source for exercise in load(folder).exercises for each in exercise.misconceptions]
     found = {"torch.Tensor"}
-    for file in [*checks, *home.glob("attention/*.py")]:
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for source in [*(file.read_text("utf-8") for file in files), *edited]:
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Name):
                 found.add(f"builtins.{node.id}")
             elif isinstance(node, ast.ImportFrom):
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Attribute):
-                room = ast.unparse(node.value)
-                found |= {f".{node.attr}", f"{'torch.nn.functional' if room == 'F' else room}.{node.attr}"}
+                module = ast.unparse(node.value)
+                module = "torch.nn.functional" if module == "F" else module
+                found |= {f".{node.attr}", f"{module}.{node.attr}"}
     return frozenset(found)
 
 
 def _modules() -> Iterator[ModuleType]:
     yield from LIBRARIES
-    yield from [module for name, module in sys.modules.items() if f"{name}.".startswith("kvlearn.")]
+    yield from [module for name, module in sys.modules.items() if f"{name}.".startswith(OURS)]
 
 
 def _callables(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -134,14 +145,14 @@ def _own(value: Any) -> str:
 
 
 def _shell(shell: Any) -> dict[str, str]:
-    """The roads from a cell's value to its output, as far as IPython lets others meddle with them."""
+    """What leads from a cell's value to its output, as far as IPython lets others meddle with it."""
     display = shell.display_formatter
-    roads = (display.mimebundle_formatter, display.ipython_display_formatter)
+    formatters = (display.mimebundle_formatter, display.ipython_display_formatter)
     return {
         LEAVING: str(shell.exit_now),
         "IPython's displayhook": str(id(shell.displayhook)),
-        "IPython's display_formatter": str([id(display), *map(id, roads)]),
-        "IPython's formatters of scores": str([_for_scores(road) for road in roads]),
+        "IPython's display_formatter": str([id(display), *map(id, formatters)]),
+        "IPython's formatters of scores": str([_for_scores(each) for each in formatters]),
         "IPython's transformers": str([len(shell.ast_transformers), len(shell.input_transformers_post)]),
     }
 

@@ -1,6 +1,6 @@
 """exercises/ from solutions/: what learners get, and the pristine form that answers are graded in.
 
-``python -m kvlearn.grading`` (``make exercises``) writes exercises/ with nbgrader, and never over a
+``python -m kvlearn.grading.release`` (``make exercises``) writes exercises/ with nbgrader, and never over a
 learner's work: a file that differs from git's HEAD stays as it is and is named.
 """
 
@@ -8,44 +8,18 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import kvlearn
+from kvlearn.grading.catalogue import nbgrader_of, solutions_root, unit_names
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-
-
-def solutions_root() -> Path:
-    """Where the source notebooks lie: in an installed wheel, else in the repository beside the package."""
-    package = Path(kvlearn.__file__).resolve().parent
-    inside = package / "_solutions"
-    return inside if inside.is_dir() else package.parent / "solutions"
-
-
-def units(solutions: Path) -> list[str]:
-    """The names of all units that have a source notebook, in order."""
-    return sorted(p.stem for p in solutions.glob("*/*.ipynb") if p.stem == p.parent.name)
-
-
-def read_source(unit: str, solutions: Path) -> dict[str, Any]:
-    """The source notebook of a unit, with every cell's source as one string."""
-    notebook = json.loads((solutions / unit / f"{unit}.ipynb").read_text("utf-8"))
-    for cell in notebook["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return notebook
-
-
-def nbgrader_of(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell's nbgrader metadata; empty where there is none or it is not a mapping."""
-    metadata = cell.get("metadata")
-    mine = metadata.get("nbgrader") if isinstance(metadata, dict) else None
-    return mine if isinstance(mine, dict) else {}
 
 
 def stub(cell: dict[str, Any]) -> str:
@@ -67,17 +41,18 @@ def stub(cell: dict[str, Any]) -> str:
 
 
 def generate(unit: str, solutions: Path) -> dict[str, bytes]:
-    """The files of exercises/UNIT, made by nbgrader in a temporary course; the same bytes everywhere."""
+    """The files of exercises/UNIT, made by nbgrader in a temporary course; the same bytes everywhere.
+
+    That is UNIT.ipynb alone: checks and mistakes, which lie beside the source, stay with the teacher.
+    """
     from nbgrader.converters import GenerateAssignment
     from nbgrader.coursedir import CourseDirectory
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory() as course:
-        shutil.copytree(
-            solutions / unit,
-            Path(course, "solutions", unit),
-            ignore=shutil.ignore_patterns(".*", "__pycache__"),
-        )
+        source = Path(course, "solutions", unit, f"{unit}.ipynb")
+        source.parent.mkdir(parents=True)
+        shutil.copy(solutions / unit / source.name, source)
         config = Config()
         config.CourseDirectory.root = course
         config.CourseDirectory.source_directory = "solutions"
@@ -90,11 +65,7 @@ def generate(unit: str, solutions: Path) -> dict[str, bytes]:
         converter.log.setLevel("ERROR")
         converter.start()
         made = Path(course, "exercises", unit)
-        return {
-            str(file.relative_to(made)): _tidy(file) if file.suffix == ".ipynb" else file.read_bytes()
-            for file in sorted(made.rglob("*"))
-            if file.is_file()
-        }
+        return {str(file.relative_to(made)): _tidy(file) for file in made.rglob("*") if file.is_file()}
 
 
 def _tidy(file: Path) -> bytes:
@@ -121,7 +92,7 @@ def release(solutions: Path, exercises: Path) -> tuple[list[Path], list[Path]]:
     """Write every unit's files; returns those written, and those left alone because somebody changed them."""
     written: list[Path] = []
     left: list[Path] = []
-    for unit in units(solutions):
+    for unit in unit_names(solutions):
         for name, content in generate(unit, solutions).items():
             file = exercises / unit / name
             present = file.read_bytes() if file.exists() else None
@@ -134,3 +105,21 @@ def release(solutions: Path, exercises: Path) -> tuple[list[Path], list[Path]]:
             file.write_bytes(content)
             written.append(file)
     return written, left
+
+
+def main() -> None:
+    solutions = solutions_root()
+    exercises = solutions.parent / "exercises"
+    written, left = release(solutions, exercises)
+    for file in written:
+        print(f"wrote {file.relative_to(exercises.parent)}")
+    for file in left:
+        name = file.relative_to(exercises.parent)
+        print(
+            f"left as it is: {name} differs from git's HEAD (delete it to have it made anew)", file=sys.stderr
+        )
+    print(f"{len(unit_names(solutions))} units, {len(written)} files written, {len(left)} left as they are")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,21 @@
-"""What came of grading: the JSON of DESIGN.md, a CSV for a spreadsheet, a page, a table for the terminal."""
+"""What came of grading: JSON for programs, a CSV for a spreadsheet, a page, tables for the terminal."""
 
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from kvlearn import html
+
+BAR = 10  # characters of a unit's bar: the table fits 80 columns
 COLOURS = {"passed": "green", "partial": "yellow", "not attempted": "dim", "wrong": "red", "error": "red"}
 
 
@@ -28,11 +32,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """One notebook; ``student`` is empty outside a tree STUDENT/UNIT/UNIT.ipynb."""
+    """One notebook, ``file``; ``student`` is empty where nothing says whose it is."""
 
     student: str
     unit: str
     exercises: list[Result] = field(default_factory=list)
+    file: str = ""
 
     @property
     def score(self) -> float:
@@ -43,8 +48,9 @@ class Report:
         return sum(exercise.max_score for exercise in self.exercises)
 
     def to_dict(self) -> dict[str, Any]:
-        head = {"student": self.student, "unit": self.unit, "score": self.score, "max_score": self.max_score}
-        return {**head, "exercises": [asdict(exercise) for exercise in self.exercises]}
+        head = {"student": self.student, "unit": self.unit, "file": self.file}
+        points = {"score": self.score, "max_score": self.max_score}
+        return {**head, **points, "exercises": [asdict(exercise) for exercise in self.exercises]}
 
 
 def to_json(reports: Iterable[Report]) -> str:
@@ -58,7 +64,7 @@ def to_csv(reports: Iterable[Report]) -> str:
     """One row an exercise. A cell that a spreadsheet would take for a formula gets an apostrophe."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["student", "unit", "exercise", "score", "max_score", "status", "message"])
+    rows.writerow(["student", "unit", "exercise", "score", "max_score", "status", "message", "file"])
     for report in reports:
         for e in report.exercises:
             cells = [
@@ -69,6 +75,7 @@ def to_csv(reports: Iterable[Report]) -> str:
                 f"{e.max_score:g}",
                 e.status,
                 e.message,
+                report.file,
             ]
             rows.writerow([f"'{cell}" if cell[:1] in ("=", "+", "-", "@") else cell for cell in cells])
     return text.getvalue()
@@ -76,7 +83,10 @@ def to_csv(reports: Iterable[Report]) -> str:
 
 def to_table(report: Report) -> Group:
     """The report as rich prints it."""
-    table = Table(title=_title(report), title_justify="left", title_style="bold", show_footer=True)
+    title = Text(_title(report), style="bold")
+    if report.file:
+        title += Text(f"  {report.file}", style="dim")
+    table = Table(title=title, title_justify="left", show_footer=True)
     table.add_column("exercise", footer="sum", no_wrap=True)
     table.add_column(
         "points", footer=f"{report.score:g} / {report.max_score:g}", justify="right", no_wrap=True
@@ -95,13 +105,17 @@ def _title(report: Report) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; } h2 { margin-bottom: 0; }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 2.5rem; }
-th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid #8885; vertical-align: top; }
-td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.s { white-space: nowrap; } td.m { overflow-wrap: anywhere; } meter { width: 12rem; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid #8885; vertical-align: top; } meter { width: 12rem; }
 """
 SIGNS = {"passed": "✔", "partial": "◐", "wrong": "✘", "error": "⚠", "not attempted": "–"}
+COLUMNS = {
+    "exercise": "text-align: left",
+    "points": "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums",
+    "status": "text-align: left; white-space: nowrap",
+    "message": "text-align: left; overflow-wrap: anywhere",
+}
 
 
 def to_html(reports: Iterable[Report]) -> str:
@@ -113,16 +127,41 @@ def to_html(reports: Iterable[Report]) -> str:
     ]
     for report in reports:
         points = f"{report.score:g} of {report.max_score:g} points"
-        parts += [
-            f"<h2>{escape(_title(report))}</h2>",
-            f'<p><meter max="{report.max_score:g}" value="{report.score:g}">{points}</meter> {points}</p>',
-            "<table><thead><tr><th>exercise<th>points<th>status<th>message</tr></thead><tbody>",
-        ]
-        parts += [
-            f'<tr><td>{escape(e.id)}<td class="n">{e.score:g} / {e.max_score:g}'
-            f'<td class="s">{SIGNS.get(e.status, "")} {escape(e.status)}'
-            f'<td class="m">{escape(e.message)}</tr>'
+        rows = [
+            (e.id, f"{e.score:g} / {e.max_score:g}", f"{SIGNS.get(e.status, '')} {e.status}", e.message)
             for e in report.exercises
         ]
-        parts.append("</tbody></table>")
+        parts += [
+            f"<h2>{escape(_title(report))}</h2><small>{escape(report.file)}</small>",
+            f'<p><meter max="{report.max_score:g}" value="{report.score:g}">{points}</meter> {points}</p>',
+            html.table(list(COLUMNS), rows, styles=list(COLUMNS.values())),
+        ]
     return "\n".join([*parts, "</body></html>\n"])
+
+
+def to_progress(reports: Mapping[str, Report | None]) -> Table:
+    """One line per unit: exercises solved, attempted and untouched, and the points, also as a bar."""
+    known = [report for report in reports.values() if report is not None]
+    points = f"{sum(r.score for r in known):g} / {sum(r.max_score for r in known):g}"
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False, show_footer=True)
+    table.add_column("unit", footer="sum", no_wrap=True)
+    for name in ("solved", "attempted", "untouched"):
+        total = sum(_counts(report)[name] for report in known)
+        table.add_column(name, footer=str(total), justify="right", no_wrap=True)
+    table.add_column("points", footer=points, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for unit, report in reports.items():
+        if report is None:
+            table.add_row(unit, "", "", "", "", Text("no notebook here", style="dim"))
+            continue
+        filled = round(BAR * report.score / report.max_score) if report.max_score else 0
+        bar = Text("━" * filled, style="green") + Text("━" * (BAR - filled), style="bright_black")
+        numbers = map(str, _counts(report).values())
+        table.add_row(unit, *numbers, f"{report.score:g} / {report.max_score:g}", bar)
+    return table
+
+
+def _counts(report: Report) -> dict[str, int]:
+    statuses = [exercise.status for exercise in report.exercises]
+    solved, untouched = statuses.count("passed"), statuses.count("not attempted")
+    return {"solved": solved, "attempted": len(statuses) - solved - untouched, "untouched": untouched}

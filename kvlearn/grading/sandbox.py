@@ -1,6 +1,7 @@
 """One kernel, watched: its time, its memory and what it prints are limited, and nothing of it stays behind.
 
-A fence against mistakes, no prison: the code runs as the user who grades, with that user's files and network.
+The limits are against mistakes, not against malice: the code runs as the user who grades, with that user's
+files and network.
 """
 
 import asyncio
@@ -11,21 +12,23 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import nbformat
+import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
 from kvlearn.grading import launcher
-from kvlearn.grading.processes import MARK, ProcessTree
 from kvlearn.grading.score import MIME
+
+MARK = "KVLEARN_SANDBOX"  # a variable in a kernel's environment, which its children inherit
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,14 @@ class _Client(NotebookClient):
 
 
 class Sandbox:
-    """A kernel of the running interpreter in an empty directory: ``async with Sandbox(limits) as box``."""
+    """A kernel of the running interpreter in an empty directory: ``async with Sandbox(limits) as box``.
 
-    def __init__(self, limits: Limits) -> None:
+    ``environment`` holds variables that the kernel has beside those of this process.
+    """
+
+    def __init__(self, limits: Limits, environment: Mapping[str, str] | None = None) -> None:
         self.limits = limits
+        self.environment = dict(environment or {})
         self._deadline = float("inf")
         self._interrupted = False
         self._end: KernelLost | None = None
@@ -121,12 +128,16 @@ class Sandbox:
         for name in ("work", "ipython", "tmp"):
             (home / name).mkdir()
         mark = uuid.uuid4().hex
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"} | {
-            "IPYTHONDIR": str(home / "ipython"),  # the user's own start-up files stay out
-            "TMPDIR": str(home / "tmp"),
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-            MARK: mark,
-        }
+        environment = (
+            {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"}
+            | self.environment
+            | {
+                "IPYTHONDIR": str(home / "ipython"),  # the user's own start-up files stay out
+                "TMPDIR": str(home / "tmp"),
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+                MARK: mark,
+            }
+        )
         await self._client.async_start_new_kernel(
             cwd=str(home / "work"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -227,3 +238,64 @@ class Sandbox:
             how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
             self._end = KernelLost(f"it ended the process {how}")
         raise self._end
+
+
+class ProcessTree:
+    """The process ``pid`` and every descendant ever seen, also those that left for another parent.
+
+    ``mark`` is the value of the variable ``MARK`` in its environment: children inherit it, so that one that
+    detached itself between two looks is still found.
+    """
+
+    def __init__(self, pid: int, mark: str) -> None:
+        self.root = psutil.Process(pid)
+        self.mark = mark
+        self._seen = {self.root}
+
+    def members(self) -> list[psutil.Process]:
+        """All that are running now."""
+        for process in [p for p in self._seen if p.is_running()]:
+            with suppress(psutil.Error):
+                self._seen.update(process.children(recursive=True))
+        self._seen = {p for p in self._seen if p.is_running()}
+        return list(self._seen)
+
+    def resident(self, enough: int) -> int:
+        """Bytes of memory held; shared pages count once as soon as the plain sum exceeds ``enough``."""
+        members = self.members()
+        total = sum(_memory(process, "rss") for process in members)
+        return total if total <= enough else sum(_memory(process, "pss") for process in members)
+
+    def kill(self) -> None:
+        """End every member, and go on until no new one appears; the root last, so that it reaps the
+        others."""
+        for _ in range(20):
+            members = [p for p in {*self.members(), *self._marked()} if _runs(p)]
+            if not members:
+                return
+            members = [p for p in members if p != self.root] or members
+            for process in members:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(members, timeout=0.2)
+
+    def _marked(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == self.mark:
+                    yield process
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _memory(process: psutil.Process, kind: str) -> int:
+    with suppress(psutil.Error, OSError):
+        if kind == "pss":
+            full = process.memory_full_info()
+            return getattr(full, "pss", full.uss)  # macOS has no pss
+        return process.memory_info().rss
+    return 0

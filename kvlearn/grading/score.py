@@ -1,13 +1,25 @@
-"""What a check returns: a number that nbgrader can add up, and a table that a learner can read."""
+"""What a check returns: a number that nbgrader can add up, and a table that a learner can read.
+
+The table survives JupyterLab's sanitiser: inline styles and class names only, colours translucent over the
+page's own, so that it reads in light and dark and in a notebook that is not trusted.
+"""
 
 import math
+import re
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any, Self
 
-from kvlearn.grading import table
+from kvlearn import html
 
 MIME = "application/vnd.kvlearn.score.v1+json"
 STATUSES = ("not attempted", "error", "wrong", "partial", "passed")
+
+GREEN, RED, AMBER, GREY = "34, 160, 90", "214, 69, 65", "222, 150, 20", "128, 128, 128"
+TINT = {"passed": GREEN, "partial": AMBER, "wrong": RED, "error": RED, "not attempted": GREY}
+SIGN = {"passed": "✓ passed", "failed": "✗ not yet", "raised": "✗ raised", "not attempted": "– not attempted"}
+CELL = "text-align: left; vertical-align: top; padding: 4px 10px"
+COLUMNS = ("requirement", "points", "result", "expected", "came")
 
 
 @dataclass(frozen=True)
@@ -78,11 +90,68 @@ class Score(float):
         }
 
     def to_html(self) -> str:
-        return table.html(self)
+        """The table for a notebook."""
+        tint = TINT[self.status]
+        boxes = "".join(
+            _box(AMBER, f"<b>A known mistake: {escape(mistake.name)}.</b><br>{_prose(mistake.why)}")
+            for mistake in self.mistakes
+        )
+        if not boxes and self.status != "passed":
+            boxes = _box(tint, escape(self.message))
+        rows = html.table(COLUMNS, map(_cells, self.rows), styles=[CELL] * 5, style="margin: 6px 0")
+        return (
+            f'<div class="kvlearn-score" style="border-left: 4px solid rgb({tint}); padding: 2px 0 2px 12px">'
+            f'<div style="margin: 4px 0"><b>{escape(self.exercise)} · {escape(self.title)}</b> &nbsp; '
+            f'<meter min="0" max="{self.max_score:g}" value="{float(self):g}"></meter> &nbsp; '
+            f"<b>{float(self):g} of {self.max_score:g} points · {self.status}</b></div>"
+            f'{boxes}{rows}<div style="margin: 4px 0">{self._closing("code")}</div></div>'
+        )
 
     def to_text(self) -> str:
         """The table for a terminal."""
-        return table.text(self)
+        out = [f"{self.exercise} · {self.title}: {float(self):g} of {self.max_score:g}, {self.status}"]
+        out += [f"  A known mistake: {mistake.name}. {mistake.why}" for mistake in self.mistakes]
+        if not self.mistakes and self.status != "passed":
+            out.append(f"  {self.message}")
+        for row in self.rows:
+            out.append(f"  {SIGN[row.status]:<16} {row.earned}/{row.points}  {row.name}")
+            if row.status not in ("passed", "not attempted"):
+                for head, words in (("expected", row.expected), ("came", row.came)):
+                    lines = zip((head, ""), words.split("\n"), strict=False)
+                    out += [f"{'':24}{name:<10}{line}" for name, line in lines]
+        return "\n".join([*out, f"  {self._closing()}"])
+
+    def _closing(self, tag: str = "") -> str:
+        if self.status == "passed":
+            return "Every requirement holds."
+        call = f'kvlearn.hint("{self.exercise}")'
+        call = f"<{tag}>{escape(call)}</{tag}>" if tag else call
+        return f"Stuck? {call} gives a hint, the smallest first."
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return {"text/plain": repr(self), "text/html": self.to_html(), MIME: self.to_json()}
+
+
+def _cells(row: Row) -> list[str | html.Cell]:
+    tint = GREEN if row.status == "passed" else GREY if row.status == "not attempted" else RED
+    sign = SIGN[row.status].replace(" ", "&nbsp;")
+    return [
+        row.name,
+        html.Cell(f"{row.earned}&#8239;/&#8239;{row.points}"),
+        html.Cell(f"<b>{sign}</b>", f"background-color: rgba({tint}, 0.2)"),
+        html.Cell(escape(row.expected).replace("\n", "<br>")),
+        html.Cell(escape(row.came).replace("\n", "<br>")),
+    ]
+
+
+def _prose(words: str) -> str:
+    """What is written `so` as code, and *so* in italics."""
+    words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(words))
+    return re.sub(r"(?<![\w*])\*(\w[^*<]*)\*", r"<em>\1</em>", words)
+
+
+def _box(tint: str, content: str) -> str:
+    return (
+        f'<div style="margin: 6px 0; padding: 6px 10px; border-radius: 4px; max-width: 900px; '
+        f'background-color: rgba({tint}, 0.16)">{content}</div>'
+    )

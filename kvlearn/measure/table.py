@@ -1,12 +1,12 @@
 """Tables for notebooks, with one look in JupyterLab, on GitHub and as text; and the running table."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import groupby
 from typing import Any
 
 import torch
 
+from kvlearn import html
 from kvlearn.measure.units import GIB, KIB
 from kvlearn.model import Decoder, ModelConfig, Spec
 
@@ -42,18 +42,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         columns = list(self.rows[0])
-        sides = ["right" if self._is_number(i) else "left" for i in range(len(columns))]
-
-        def line(tag: str, texts: Sequence[str]) -> str:
-            cells = "".join(
-                f'<{tag} style="text-align: {side}">{escape(text)}</{tag}>'
-                for text, side in zip(texts, sides, strict=True)
-            )
-            return f"<tr>{cells}</tr>"
-
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
-        body = "".join(line("td", list(row.values())) for row in self.rows)
-        return f"<table>{caption}<thead>{line('th', columns)}</thead><tbody>{body}</tbody></table>"
+        styles = [f"text-align: {'right' if self._is_number(i) else 'left'}" for i in range(len(columns))]
+        return html.table(columns, [row.values() for row in self.rows], styles=styles, caption=self.caption)
 
 
 def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: int = 32) -> Table:

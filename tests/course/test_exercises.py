@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from kvlearn.grading import commands, runner
+from kvlearn.grading import commands, exercises, grader
 from kvlearn.grading import units as declared_units
-from kvlearn.grading.catalogue import exercises
-from kvlearn.grading.release import generate, nbgrader_of, units
+from kvlearn.grading.catalogue import nbgrader_of, unit_names
+from kvlearn.grading.grader import Grader
+from kvlearn.grading.release import generate
 from kvlearn.grading.report import Report
-from kvlearn.grading.runner import Grader
 from kvlearn.grading.sandbox import MIME, Limits, Sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS = ROOT / "solutions"
-UNITS = units(SOLUTIONS)
+UNITS = unit_names(SOLUTIONS)
 Notebook = dict[str, Any]
 
 every_unit = pytest.mark.parametrize("unit", UNITS)
@@ -155,8 +155,8 @@ def test_the_solution_is_graded_with_full_marks_in_one_kernel(
     unit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = []
-    real: Callable[[Limits], Sandbox] = runner.Sandbox
-    monkeypatch.setattr(runner, "Sandbox", lambda limits: kernels.append(real(limits)) or kernels[-1])
+    real: Callable[..., Sandbox] = grader.Sandbox
+    monkeypatch.setattr(grader, "Sandbox", lambda *given: kernels.append(real(*given)) or kernels[-1])
     report = grade(SOLUTIONS / unit)
     assert {result.status for result in report.exercises} == {"passed"}
     assert report.score == report.max_score > 0
@@ -167,7 +167,7 @@ def test_the_solution_is_graded_with_full_marks_in_one_kernel(
 @every_unit
 def test_no_exercise_needs_an_earlier_one(unit: str) -> None:
     """From the last to the first, set-up, answer and check: none misses what the ones before it define."""
-    _, tasks = Grader(solutions=SOLUTIONS).read(SOLUTIONS / unit / f"{unit}.ipynb")
+    tasks = Grader(solutions=SOLUTIONS).read(SOLUTIONS / unit / f"{unit}.ipynb", unit)
 
     async def run() -> list[dict[str, Any]]:
         async with Sandbox(Limits()) as box:

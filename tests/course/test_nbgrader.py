@@ -11,21 +11,17 @@ from typing import Any
 
 import pytest
 
+from kvlearn.grading.catalogue import nbgrader_of, unit_names
 from kvlearn.grading.commands import grade
-from kvlearn.grading.release import nbgrader_of, units
-from kvlearn.grading.runner import Grader
+from kvlearn.grading.grader import Grader
 
 pytest.importorskip("nbgrader", reason="needs the extra kvlearn[teach]")
 pytestmark = pytest.mark.slow
 
-SOLUTIONS = Path(__file__).resolve().parents[2] / "solutions"
-UNITS = units(SOLUTIONS)
-CONFIG = """c = get_config()
-c.CourseDirectory.course_id = "kvlearn"
-c.CourseDirectory.source_directory = "solutions"
-c.CourseDirectory.release_directory = "exercises"
-c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"
-"""
+ROOT = Path(__file__).resolve().parents[2]
+SOLUTIONS = ROOT / "solutions"
+UNITS = unit_names(SOLUTIONS)
+COLLECT = 'c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"\n'
 Notebook = dict[str, Any]
 
 
@@ -78,7 +74,7 @@ def answered(released: Notebook, solved: Notebook, student: str) -> Notebook:
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A course in which every unit was released, handed in, collected, graded and exported by nbgrader."""
     course = tmp_path_factory.mktemp("course")
-    (course / "nbgrader_config.py").write_text(CONFIG)
+    (course / "nbgrader_config.py").write_text((ROOT / "nbgrader_config.py").read_text() + COLLECT)
     shutil.copytree(SOLUTIONS, course / "solutions", ignore=shutil.ignore_patterns(".*"))
     nbgrader(course, *(f"generate_assignment {unit}" for unit in UNITS))
     for unit in UNITS:
@@ -93,6 +89,13 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graded = [f"{step} {unit}" for unit in UNITS for step in ("zip_collect", "autograde")]
     nbgrader(course, *graded, "export --to grades.csv")
     return course
+
+
+def test_plain_nbgrader_releases_the_notebooks_and_nothing_else(course: Path) -> None:
+    source = {file.name for unit in UNITS for file in (course / "solutions" / unit).iterdir()}
+    assert source >= {"checks.py", "mistakes.py"}
+    released = {file for file in (course / "exercises").rglob("*") if file.is_file()}
+    assert released == {course / "exercises" / unit / f"{unit}.ipynb" for unit in UNITS}
 
 
 def test_nbgrader_and_kvlearn_give_the_same_grades(course: Path) -> None:

@@ -1,38 +1,25 @@
 """Our solutions as objects, taken from the notebooks that are their source, and what a score says."""
 
-import json
-import linecache
+import sys
 from functools import cache
-from types import CodeType
+from types import ModuleType
 from typing import Any
 
-from kvlearn.grading import Exercise, Score, exercises, find_exercise, judge
-from kvlearn.grading.solutions import solution_code, solution_notebook
+from kvlearn.grading import Exercise, Score, find_exercise, judge
+from kvlearn.grading.catalogue import load_named
+from kvlearn.grading.mistakes import compiled, run
+
+
+@cache
+def _right(exercise_id: str) -> tuple[Any, ...]:
+    exercise = find_exercise(exercise_id)
+    code = compiled(exercise.solution, f"<solution {exercise_id}>")
+    return run(code, exercise.set_up, {}, exercise.answers)
 
 
 def right(exercise: Exercise) -> tuple[Any, ...]:
     """What the check of an exercise is handed by a learner who solved it."""
-    return _right(exercise.id, solution_code(exercise), exercise.answers)
-
-
-@cache
-def _right(exercise_id: str, code: str, names: tuple[str, ...]) -> tuple[Any, ...]:
-    namespace: dict[str, Any] = {}
-    exec(compiled(set_up(exercise_id), f"<set-up {exercise_id}>"), namespace)
-    exec(compiled(code, f"<solution {exercise_id}>"), namespace)
-    return tuple(namespace[name] for name in names)
-
-
-def set_up(exercise_id: str) -> str:
-    """The first cell of the unit's notebook, which every answer may rely on."""
-    cells = json.loads(solution_notebook(exercises()[exercise_id]).read_text("utf-8"))["cells"]
-    return next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-
-
-def compiled(code: str, name: str) -> CodeType:
-    """Code whose lines can be looked up, as a notebook cell's can: Triton reads a kernel's source."""
-    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
-    return compile(code, name, "exec")
+    return _right(exercise.id)
 
 
 def stub(*_: Any, **__: Any) -> Any:
@@ -53,3 +40,9 @@ def earned(score: Score) -> list[float]:
 
 def names(score: Score) -> list[str]:
     return [mistake.name for mistake in score.mistakes]
+
+
+def unit_module(unit: str, name: str) -> ModuleType:
+    """The file ``name`` ("checks" or "mistakes") of a unit's folder, as a module."""
+    load_named(unit)
+    return sys.modules[f"kvlearn_units.u{unit}.{name}"]

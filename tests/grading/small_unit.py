@@ -1,4 +1,4 @@
-"""A unit of five short exercises, so that the grader's tests stand on their own."""
+"""A unit of five short exercises in a folder, so that the grader's tests are about no unit of the course."""
 
 import copy
 import json
@@ -7,13 +7,13 @@ from typing import Any
 
 UNIT = "90_small"
 
-SETUP = '''import torch
-from kvlearn.grading.catalogue import exercises
-from kvlearn.grading.exercise import Exercise
+SETUP = "import torch\n\nweights = torch.ones(3)"
+
+CHECKS = '''from kvlearn.grading import Exercise
 
 
 def declare(number, name, right):
-    exercise = Exercise(f"90.{number}", name, name, answers=(name,), hints=())
+    exercise = Exercise(f"90.{number}", name, name, answers=(name,), hints=("a", "b", "c"))
 
     @exercise.requirement(2, "a batch", rounds=1)
     def batch(t, answer):
@@ -27,15 +27,34 @@ def declare(number, name, right):
         x = t.randn(0, 3)
         t.close(answer(x), right(x))
 
-    exercises()[exercise.id] = exercise
+    return exercise
 
 
-declare(1, "double", lambda x: x * 2)
-declare(2, "shift", lambda x: x + 1)
-declare(3, "negate", lambda x: x * -1)
-declare(4, "halve", lambda x: x / 2)
-declare(5, "square", lambda x: x * x)
-weights = torch.ones(3)'''
+double = declare(1, "double", lambda x: x * 2)
+shift = declare(2, "shift", lambda x: x + 1)
+negate = declare(3, "negate", lambda x: x * -1)
+halve = declare(4, "halve", lambda x: x / 2)
+square = declare(5, "square", lambda x: x * x)
+
+EXERCISES = (double, shift, negate, halve, square)
+'''
+
+MISTAKES = '''from .checks import double, shift
+
+double.mistakes(
+    r"""
+    added once too often
+        x + x → x + x + x
+    Twice a number is the sum of two of it, not of three.
+    """
+)
+
+
+@shift.misconception("shifted back")
+def back(x):
+    """The number before was given; asked for was the one after."""
+    return x - 1
+'''
 
 RIGHT = {"double": "x + x", "shift": "1 + x", "negate": "-x", "halve": "x * 0.5", "square": "x**2"}
 NAMES = tuple(RIGHT)
@@ -72,6 +91,8 @@ def source_notebook() -> dict[str, Any]:
 def write_solutions(folder: Path) -> Path:
     """A solutions/ folder that holds this one unit."""
     write(source_notebook(), folder / UNIT / f"{UNIT}.ipynb")
+    (folder / UNIT / "checks.py").write_text(CHECKS)
+    (folder / UNIT / "mistakes.py").write_text(MISTAKES)
     return folder
 
 

@@ -15,17 +15,16 @@ from typer.testing import CliRunner, Result
 
 from kvlearn.cli import app
 from kvlearn.grading import commands
-from kvlearn.grading.commands import find
+from kvlearn.grading.grader import Grader
 from kvlearn.grading.report import Report
-from kvlearn.grading.runner import Grader
+from kvlearn.grading.submission import Submission, find
 
 
 @pytest.fixture
 def solutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A course of the small unit alone, in which the commands are run from ``tmp_path``."""
     folder = small.write_solutions(tmp_path / "solutions")
-    for module in ("runner", "progress"):
-        monkeypatch.setattr(f"kvlearn.grading.{module}.solutions_root", lambda: folder)
+    monkeypatch.setenv("KVLEARN_SOLUTIONS", str(folder))
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -38,19 +37,115 @@ def kvlearn(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
+def found(path: str, solutions: Path) -> list[tuple[str, str]]:
+    submissions, faults = find(Path(path), solutions)
+    assert not faults
+    assert {each.unit for each in submissions} == {small.UNIT}
+    return [(str(each.file), each.student) for each in submissions]
+
+
 def test_what_a_path_means(solutions: Path) -> None:
-    ada, bob = put("submitted/ada"), put("submitted/bob")
-    own = put("exercises")
-    small.write({}, Path("submitted/bob/scratch.ipynb"))
+    ada, bob, own = put("submitted/ada"), put("submitted/bob"), put("exercises")
     small.write({}, Path(f"submitted/ada/.ipynb_checkpoints/{small.UNIT}/{small.UNIT}.ipynb"))
-    assert [(f.file.resolve(), f.student) for f in find(Path("submitted"))] == [
-        (ada.resolve(), "ada"),
-        (bob.resolve(), "bob"),
-    ]
+    small.write({}, Path(f"submitted/ada/{small.UNIT}/.ipynb_checkpoints/{small.UNIT}-checkpoint.ipynb"))
+    assert found("submitted", solutions) == [(str(ada), "ada"), (str(bob), "bob")]
     for path in (ada, ada.parent, ada.parent.parent):
-        assert [f.student for f in find(path)] == ["ada"]
+        assert found(str(path), solutions) == [(str(ada), "ada")]
     for path in (own, own.parent, own.parent.parent):
-        assert [(f.file.resolve(), f.student) for f in find(path)] == [(own.resolve(), "")]
+        assert found(str(path), solutions) == [(str(own), "")]
+
+
+U = small.UNIT
+LAYOUTS = {
+    f"all/alice/{U}/{U}.ipynb": "alice",
+    f"all/bob/{U}/{U}-Copy1.ipynb": "bob",
+    f"all/carol/{U}.ipynb": "carol",
+    f"all/dave/{U}/{U} (1).ipynb": "dave",
+    f"all/eve/submission/{U}.ipynb": "eve",
+    f"all/frank/Submission (2)/{U}/{U}_final.ipynb": "frank",
+    f"all/grace/work/{U}/answers.ipynb": "grace",
+    f"all/Heidi Lamarr_123_assignsubmission_file_/Copy of {U}.ipynb": "Heidi Lamarr",
+    f"all/s1234567/{U}.ipynb": "s1234567",
+    f"flat/ivan_{U}.ipynb": "ivan",
+    f"flat/judy-{U}-Copy1.ipynb": "judy",
+    f"flat/{U}_7654321.ipynb": "7654321",
+    f"flat/kaplanaylin_LATE_4711_815_{U}-1.ipynb": "kaplanaylin",
+    f"course/submitted/leo/{U}/{U}.ipynb": "leo",
+    f"course/submitted/mia/{U}/attempt-2/{U}.ipynb": "mia",
+}
+
+
+def test_every_notebook_of_a_class_has_its_student_in_whatever_layout(solutions: Path) -> None:
+    for file in LAYOUTS:
+        small.write(small.answered(), Path(file))
+    for tree in ("all", "flat", "course"):
+        here = {file: student for file, student in LAYOUTS.items() if file.startswith(f"{tree}/")}
+        assert dict(found(tree, solutions)) == here
+        assert dict(found(str(Path(tree).absolute()), solutions)) == {
+            str(Path(file).absolute()): student for file, student in here.items()
+        }
+    for file, student in LAYOUTS.items():  # as a shell's * names them
+        folder = "" if file.startswith("flat/") else Path(file).parts[1]
+        path = file if not folder else str(Path(*Path(file).parts[:2]))
+        if folder != "submitted":
+            assert dict(found(path, solutions)) == {file: student}
+
+
+def test_links_are_followed_and_folders_that_cannot_be_read_are_named(
+    solutions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("elsewhere")
+    Path("all/ada").mkdir(parents=True)
+    Path("all/ada/linked").symlink_to(Path("elsewhere").absolute())
+    Path("all/ada/round").symlink_to(Path("all").absolute())
+    Path("all/bob").mkdir()
+    scan = os.scandir
+
+    def locked(path: str) -> Any:
+        if str(path).endswith("bob"):  # root, too, is refused it
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    submissions, faults = find(Path("all"), solutions)
+    assert [str(each.file) for each in submissions] == [f"all/ada/linked/{U}/{U}.ipynb"]
+    assert faults == ["all/bob: Permission denied"]
+
+
+def test_the_unit_is_known_by_metadata_or_cells_where_the_name_does_not_say_it(solutions: Path) -> None:
+    nameless = small.answered()
+    small.write(nameless, Path("all/ada/homework.ipynb"))
+    small.write({**nameless, "metadata": {}}, Path("all/bob/homework.ipynb"))
+    assert dict(found("all", solutions)) == {"all/ada/homework.ipynb": "ada", "all/bob/homework.ipynb": "bob"}
+
+
+def test_what_is_no_units_is_named_and_the_rest_is_graded(solutions: Path) -> None:
+    put("all/ada")
+    small.write({"cells": [], "metadata": {}}, Path(f"all/ada/{U}/scratch.ipynb"))
+    Path("all/bob").mkdir()
+    Path(f"all/bob/{U}-Copy1.ipynb").write_text("{")
+    result = kvlearn("grade", "all", "--json")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"kvlearn: all/ada/{U}/scratch.ipynb: not a unit of kvlearn; the units are {U}",
+        "kvlearn: all/bob/90_small-Copy1.ipynb: damaged, not JSON: "
+        "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ]
+    ada, bob = json.loads(result.stdout)
+    assert (ada["student"], ada["file"]) == ("ada", f"all/ada/{U}/{U}.ipynb")
+    assert (bob["student"], bob["file"]) == ("bob", f"all/bob/{U}-Copy1.ipynb")
+    assert {(e["score"], e["status"]) for e in bob["exercises"]} == {(0, "error")}
+
+
+def test_a_unit_handed_in_twice_is_graded_twice_and_said_so(solutions: Path) -> None:
+    first = put("all/ada")
+    copy = small.write(small.answered(), first.with_name(f"{U}-Copy1.ipynb"))
+    result = kvlearn("grade", "all", str(copy), "--csv")
+    assert result.exit_code == 0
+    assert result.stderr == f"kvlearn: ada · {U}: 2 notebooks, each with its report: {copy}, {first}\n"
+    assert [row.rsplit(",", 1)[1] for row in result.stdout.splitlines()[1:]] == 5 * [str(copy)] + 5 * [
+        str(first)
+    ]
 
 
 def test_a_notebook_with_another_name_is_taken_for_the_units(solutions: Path) -> None:
@@ -176,10 +271,10 @@ def test_what_no_one_foresaw_in_one_notebook_leaves_the_others_their_reports(
         put(f"submitted/{student}")
     grade = Grader.grade
 
-    async def stumble(self: Grader, file: Path, student: str, kernels: asyncio.Semaphore) -> Report:
-        if student == "ada":
+    async def stumble(self: Grader, submitted: Submission, kernels: asyncio.Semaphore) -> Report:
+        if submitted.student == "ada":
             raise UnicodeError("\ud800\nsurrogates not allowed")
-        return await grade(self, file, student, kernels)
+        return await grade(self, submitted, kernels)
 
     monkeypatch.setattr(Grader, "grade", stumble)
     result = kvlearn("grade", "submitted", "--json")
@@ -206,7 +301,7 @@ def test_only_one_form_of_report_at_a_time(solutions: Path) -> None:
 def test_progress_counts_units_that_are_untouched_without_a_kernel(
     solutions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvlearn.grading.runner.Sandbox", None)
+    monkeypatch.setattr("kvlearn.grading.grader.Sandbox", None)
     small.write(small.source_notebook(), solutions / "91_next" / "91_next.ipynb")
     put("exercises")
     result = kvlearn("progress")

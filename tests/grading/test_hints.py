@@ -1,14 +1,16 @@
 """``hint`` and ``solution``."""
 
+from pathlib import Path
+
 import pytest
 
 import kvlearn
-from kvlearn.grading import exercises, hints, solutions
+from kvlearn.grading import catalogue, exercises
 
 
 @pytest.fixture(autouse=True)
 def nothing_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hints, "_shown", {})
+    monkeypatch.setattr(catalogue, "_shown", {})
 
 
 def test_hints_come_one_by_one_and_say_how_many_are_left() -> None:
@@ -38,9 +40,9 @@ def test_the_solution_is_shown_only_when_asked_for(exercise: str) -> None:
     assert shown._repr_mimebundle_()["text/markdown"].startswith("```python\n")
 
 
-def test_a_missing_solutions_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(solutions, "solutions_root", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="01_full_attention"):
+def test_a_missing_solutions_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVLEARN_SOLUTIONS", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no units in .*nowhere"):
         kvlearn.solution("01.1", confirm=True)
 
 

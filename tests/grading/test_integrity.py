@@ -1,11 +1,12 @@
 """What an answer changes is seen, and held against it only if checks rely on it."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import small_unit as small
 
-from kvlearn.grading.integrity import ASK, STATE, changed, relied_on
+from kvlearn.grading.integrity import STATE, changed, relied_on, request
 from kvlearn.grading.sandbox import Limits, Sandbox
 
 INNOCENT = [
@@ -24,32 +25,38 @@ MEDDLING = {
     "torch.Tensor.__eq__": "torch.Tensor.__eq__ = lambda *a: True",
     "builtins.abs": "import builtins; builtins.abs = lambda x: 0",
     "kvlearn.grading.score.Score.to_json": "import kvlearn.grading as g; g.Score.to_json = print",
+    f"kvlearn_units.u{small.UNIT}.checks.declare": "import sys\n"
+    f"sys.modules['kvlearn_units.u{small.UNIT}.checks'].declare = print",
     "kvlearn.grading.judge": "import kvlearn.grading as g; g.judge.__code__ = (lambda *a: 0).__code__",
-    "exercise 90.2": "exercises()['90.2'].requirements.pop()",
+    "exercise 90.2": "import kvlearn.grading as g; g.find_exercise('90.2').requirements.pop()",
     "IPython's formatters of scores": "display = get_ipython().display_formatter\n"
     "display.mimebundle_formatter.for_type(float, repr)",
     "IPython's transformers": "get_ipython().ast_transformers.append(None)",
+    "where exercises are found": "import os; os.environ['KVLEARN_SOLUTIONS'] = '.'",
 }
 
 
 @pytest.mark.slow
-def test_only_what_checks_rely_on_is_held_against_an_answer() -> None:
+def test_only_what_checks_rely_on_is_held_against_an_answer(tmp_path: Path) -> None:
+    solutions = small.write_solutions(tmp_path)
+    ask = request(small.UNIT)
+
     async def look() -> list[list[str]]:
         found = []
-        async with Sandbox(Limits()) as box:
+        async with Sandbox(Limits(), {"KVLEARN_SOLUTIONS": str(solutions)}) as box:
             await box.run(small.SETUP, 60)
-            before = await box.ask(ASK, STATE, 60)
-            assert not changed(before, await box.ask(ASK, STATE, 60))
+            before = await box.ask(ask, STATE, 60)
+            assert not changed(before, await box.ask(ask, STATE, 60))
             for code in [*INNOCENT, *MEDDLING.values()]:
                 outputs = await box.run(code, 60)
                 assert not [each for each in outputs if each["output_type"] == "error"], code
-                after = await box.ask(ASK, STATE, 60)
+                after = await box.ask(ask, STATE, 60)
                 found.append(changed(before, after))
                 before = after
         return found
 
     found = asyncio.run(look())
-    guilty = [[name for name in names if relied_on(name)] for names in found]
+    guilty = [[name for name in names if relied_on(name, solutions / small.UNIT)] for names in found]
     assert guilty[: len(INNOCENT)] == [[] for _ in INNOCENT]
     assert found[0], "what else changes is seen too: the kernel is not used again"
     for name, names in zip(MEDDLING, guilty[len(INNOCENT) :], strict=True):

@@ -10,34 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from answers import compiled, set_up
+from answers import unit_module
 
-from kvlearn.grading import Score, check, exercises
+from kvlearn.grading import Score, check, find_exercise
+from kvlearn.grading.catalogue import nbgrader_of, solutions_root
 from kvlearn.grading.commands import grade
-from kvlearn.grading.release import nbgrader_of, solutions_root
-from kvlearn.grading.runner import Grader
+from kvlearn.grading.grader import Grader
+from kvlearn.grading.mistakes import compiled, run
 from kvlearn.grading.sandbox import Limits
-from kvlearn.grading.solutions import solution_code
-from kvlearn.grading.units.triton_decode import kernels
 
 UNIT = "11_triton_decode"
 NOTEBOOK = solutions_root() / UNIT / f"{UNIT}.ipynb"
+
+CHECKS = unit_module(UNIT, "checks")
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 
 def changed(exercise: str, was: str, now: str) -> str:
     """Our answer with one thing changed."""
-    code = solution_code(exercises()[exercise])
+    code = find_exercise(exercise).solution
     assert was in code
     return code.replace(was, now)
 
 
 def checked(exercise: str, code: str) -> Score:
-    namespace: dict[str, object] = {}
-    exec(compiled(set_up(exercise), "<set-up>"), namespace)
-    exec(compiled(code, f"<answer {hash(code)}>"), namespace)
-    return check(exercise, *(namespace[name] for name in exercises()[exercise].answers))
+    found = find_exercise(exercise)
+    return check(exercise, *run(compiled(code, f"<answer {hash(code)}>"), found.set_up, {}, found.answers))
 
 
 def test_a_stray_pointer_is_an_error_that_names_tensor_and_line() -> None:
@@ -101,18 +100,14 @@ def rows_in_torch(q: Any, k: Any, v: Any, lengths: Any) -> Any:
 
 def in_torch(exercise: str) -> Callable[..., Any]:
     """The exercise's right result, of an answer that launches no kernel."""
-    from kvlearn.grading.units.triton_decode.packing_mistakes import grouped
-    from kvlearn.grading.units.triton_decode.pages import in_a_row
-    from kvlearn.grading.units.triton_decode.splits_mistakes import right_bounds, split_by
-    from kvlearn.grading.units.triton_decode.ticket_mistakes import launch
-
+    mistakes = unit_module(UNIT, "mistakes")
     answers: dict[str, Callable[..., Any]] = {
         "11.2": lambda q, k, v: rows_in_torch(q, k, v, torch.full((len(q),), k.shape[1])),
         "11.3": rows_in_torch,
-        "11.4": grouped,
-        "11.5": lambda *inputs: split_by(*inputs, right_bounds),
-        "11.6": in_a_row,
-        "11.8": launch,
+        "11.4": mistakes.grouped,
+        "11.5": lambda *inputs: mistakes.split_by(*inputs, mistakes.right_bounds),
+        "11.6": CHECKS.in_a_row,
+        "11.8": mistakes.launch,
     }
     return answers[exercise]
 
@@ -131,19 +126,19 @@ def test_an_answer_that_launches_no_kernel_earns_nothing_and_is_told_so(
     assert not score.mistakes
     assert "no kernel was launched: this exercise asks for a Triton kernel" in score.message
     # Where kernels are not watched, compiled ones on a GPU for example, nobody can tell, and it would pass.
-    monkeypatch.setattr(kernels, "watching", [])
+    monkeypatch.setattr(CHECKS, "watching", [])
     assert check(exercise, learners).status == "passed"
 
 
 def test_the_function_that_is_the_answer_itself_earns_nothing() -> None:
-    code = solution_code(exercises()["11.2"])
+    code = find_exercise("11.2").solution
     lines = code[code.index("        scores = scores * ") : code.index("    tl.store(OUT")]
     scaled = "        m, total, acc = online(m, total, acc, scores * (scale * LOG2E), v)\n"
     score = checked("11.2", changed("11.2", lines, scaled))
     assert float(score) == 0
     assert "Your answer calls online, which does the work that this exercise asks you to do" in score.message
 
-    code = solution_code(exercises()["11.5"])
+    code = find_exercise("11.5").solution
     lines = code[code.index("    lse = tl.load(LSE") : code.index("    tl.store(OUT")]
     merged = "    out = merge_parts(PARTS, LSE, row * n_splits, n_splits, D, SPLITS)\n"
     score = checked("11.5", changed("11.5", lines, merged))
@@ -157,7 +152,6 @@ def test_without_triton_the_notebook_runs_and_says_what_is_missing() -> None:
     program = f"""
         import ast, json, sys
         sys.modules["triton"] = None
-        import kvlearn.grading.units.u11
         from kvlearn.grading import Score
         names = {{}}
         for source in {["".join(cell["source"]) for cell in cells]!r}:

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import earned, full_marks, names, right
+from answers import earned, full_marks, names, right, unit_module
 from torch import Tensor
 
 from kvlearn.attention.linear import decay as core
 from kvlearn.attention.linear.linear import LinearAttention, elu_features
 from kvlearn.grading import check, find_exercise, judge
-from kvlearn.grading.units.linear_attention import given
 
+CHECKS = unit_module("06_linear_attention", "checks")
 IDS = [f"06.{n}" for n in range(1, 5)]
 Outs = tuple[Tensor, Tensor]
 
@@ -169,7 +169,7 @@ def test_the_averages_are_those_of_the_courses_layer() -> None:
     layer, x = LinearAttention(24, 3, head_dim=8).double(), torch.randn(2, 11, 24).double()
     projections = (layer.q_proj, layer.k_proj, layer.v_proj)
     q, k, v = (p(x).unflatten(-1, (3, 8)).transpose(1, 2) for p in projections)
-    ours = given.averages(q, k, v).transpose(1, 2).flatten(2)
+    ours = CHECKS.averages(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer.o_proj(ours), layer(x))
 
 
@@ -177,15 +177,17 @@ def test_the_sums_and_the_decay_are_those_of_the_courses_core() -> None:
     q, k, v = draw()
     for form in ("recurrent", "parallel", "chunked"):
         out, state = core.linear_attention(q, k, v, form=form, chunk=4)
-        torch.testing.assert_close(given.sums(q, k, v), (out, state), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(CHECKS.sums(q, k, v), (out, state), rtol=1e-4, atol=1e-4)
         log_decay, start = -torch.rand(2, 3, 13), torch.randn(2, 3, 4, 5)
         out, state = core.linear_attention(q, k, v, log_decay, start, form=form, chunk=4)
-        torch.testing.assert_close(given.faded(q, k, v, log_decay, start), (out, state), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            CHECKS.faded(q, k, v, log_decay, start), (out, state), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_feature_map_is_the_courses_one() -> None:
     x = torch.linspace(-6, 6, 101)
-    torch.testing.assert_close(given.phi(x).float(), elu_features(x), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(CHECKS.phi(x).float(), elu_features(x), rtol=1e-3, atol=1e-6)
 
 
 # The worked examples of the tasks

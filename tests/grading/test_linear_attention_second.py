@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import earned, names, right
+from answers import earned, names, right, unit_module
 from torch import Tensor
 
 from kvlearn.attention import GatedDeltaNet, Mamba, Rwkv7
@@ -16,7 +16,8 @@ from kvlearn.attention.linear.delta_rule import delta_rule
 from kvlearn.attention.linear.scan import selective_scan
 from kvlearn.attention.linear.wkv import wkv as course_wkv
 from kvlearn.grading import Score, check, find_exercise, judge
-from kvlearn.grading.units.linear_attention import crossing, delta, mamba, wkv
+
+CHECKS = unit_module("06_linear_attention", "checks")
 
 
 def graded(exercise: str, *answers: Any, seed: int = 1) -> Score:
@@ -159,9 +160,9 @@ def test_the_gradient_step_is_the_courses_delta_rule() -> None:
         torch.randn(2, 3, 4, 5),
     )
     out, state = delta_rule(q[:, :, None], k[:, :, None], v[:, :, None], beta[..., None], state=memory)
-    new = delta.descend(k, v, beta, memory)
+    new = CHECKS.descend(k, v, beta, memory)
     torch.testing.assert_close(new, state)
-    torch.testing.assert_close(delta.read(q, new), out[:, :, 0])
+    torch.testing.assert_close(CHECKS.read(q, new), out[:, :, 0])
 
 
 def test_the_step_of_mamba_is_the_courses_scan() -> None:
@@ -176,7 +177,7 @@ def test_the_step_of_mamba_is_the_courses_scan() -> None:
     )
     y, last = selective_scan(x, F.softplus(dt + dt_bias), -A_log.exp(), B, C, D, h)
     for t in range(4):
-        bars = mamba.bars(A_log, dt[:, t], dt_bias, B[:, t])
+        bars = CHECKS.bars(A_log, dt[:, t], dt_bias, B[:, t])
         torch.testing.assert_close(discretise(A_log, dt[:, t], dt_bias, B[:, t]), bars)
         out, h = step(x[:, t], *bars, C[:, t], D, h)
         torch.testing.assert_close(out, y[:, t])
@@ -185,7 +186,7 @@ def test_the_step_of_mamba_is_the_courses_scan() -> None:
 
 def test_the_average_is_the_courses_wkv() -> None:
     w, u, k, v = torch.rand(5) + 0.2, torch.randn(5), 100 * torch.randn(2, 9, 5), torch.randn(2, 9, 5)
-    torch.testing.assert_close(wkv.naive(w, u, k, v), course_wkv(w, u, k, v)[0])
+    torch.testing.assert_close(CHECKS.naive(w, u, k, v), course_wkv(w, u, k, v)[0])
 
 
 def test_the_states_are_those_of_the_courses_layers() -> None:
@@ -208,12 +209,12 @@ def test_the_states_are_those_of_the_courses_layers() -> None:
         ),
     ]
     for layer, model, elsewhere in layers:
-        numbers = sum(torch.Size(shape).numel() for _, shape in crossing.kept(sizes | model))
+        numbers = sum(torch.Size(shape).numel() for _, shape in CHECKS.kept(sizes | model))
         assert layer.cache_bytes(7) == 4 * (numbers - elsewhere)
 
 
 def test_three_real_models_cross_after_71_578_and_1049_tokens() -> None:
-    sizes = [crossing.count(*pair) for pair in crossing.REAL]
+    sizes = [CHECKS.crossing_count(*pair) for pair in CHECKS.REAL]
     assert [s["tokens"] for s in sizes] == [71, 578, 1049]
     assert [s["per_token"] for s in sizes] == [327_680, 36_864, 73_728]
     assert [s["state"] for s in sizes] == [22_937_600, 21_299_200, 77_266_944]
@@ -221,7 +222,7 @@ def test_three_real_models_cross_after_71_578_and_1049_tokens() -> None:
 
 def test_the_hybrids_shape_is_the_one_in_transformers() -> None:
     config = pytest.importorskip("transformers").Qwen3NextConfig()
-    ours, full = crossing.QWEN_3_NEXT, crossing.ALL_FULL
+    ours, full = CHECKS.QWEN_3_NEXT, CHECKS.ALL_FULL
     assert [kind == "full_attention" for kind in config.layer_types] == [
         (i + 1) % ours["full_every"] == 0 for i in range(ours["layers"])
     ]
@@ -309,7 +310,7 @@ def test_a_wrong_decay_does_not_cost_the_stability() -> None:
 
 def test_tokens_are_checked_by_ones_own_bytes() -> None:
     def in_bits(model: dict[str, Any], attention: dict[str, Any]) -> dict[str, int]:
-        sizes = crossing.count(model, attention)
+        sizes = CHECKS.crossing_count(model, attention)
         return {name: size if name == "tokens" else 8 * size for name, size in sizes.items()}
 
     assert earned(graded("06.8", in_bits)) == [0, 0, 0, 0, 1, 1, 0]
@@ -318,7 +319,7 @@ def test_tokens_are_checked_by_ones_own_bytes() -> None:
 @pytest.mark.parametrize("broken", [0, -1, float("nan"), float("inf"), "many", None, True, [1]])
 @pytest.mark.parametrize("name", ["state", "per_token", "tokens"])
 def test_no_number_whatever_breaks_the_check(name: str, broken: Any) -> None:
-    score = graded("06.8", lambda model, attention: crossing.count(model, attention) | {name: broken})
+    score = graded("06.8", lambda model, attention: CHECKS.crossing_count(model, attention) | {name: broken})
     assert score.status in ("partial", "wrong")
     assert 0 < score < 7
 

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from answers import unit_module
 from einops import rearrange
 from torch import Tensor
 
 from kvlearn.attention.rope import Rope, RopeConfig
-from kvlearn.grading import Score, check
-from kvlearn.grading.units.multi_head_compression.given import rope
-from kvlearn.grading.watch import new_tensors
+from kvlearn.grading import Score, check, new_tensors
+
+rope = unit_module("03_multi_head_compression", "checks").rope
 
 
 def decompress_by_einops(c: Tensor, w_up: Tensor, n_heads: int) -> Any:

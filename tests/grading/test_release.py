@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import small_unit as small
 
-from kvlearn.grading.release import committed, generate, read_source, release, solutions_root, stub, units
+from kvlearn.grading.catalogue import read_source, solutions_root, unit_names
+from kvlearn.grading.release import committed, generate, release, stub
 
 pytest.importorskip("nbgrader", reason="generation needs the extra kvlearn[teach]")
 
-UNITS = units(solutions_root())
+UNITS = unit_names(solutions_root())
 
 
 @pytest.fixture
@@ -83,9 +84,12 @@ def test_no_solution_is_released(solutions: Path) -> None:
     assert text.count("raise NotImplementedError()") == len(small.NAMES)
 
 
-def test_what_lies_beside_the_notebook_is_released_too(solutions: Path) -> None:
-    (solutions / small.UNIT / "numbers.csv").write_bytes(b"1,2\r\n")
-    assert generate(small.UNIT, solutions)["numbers.csv"] == b"1,2\r\n"
+def test_the_notebook_alone_is_released_and_no_check_or_mistake(tmp_path: Path, solutions: Path) -> None:
+    assert {file.name for file in (solutions / small.UNIT).iterdir()} > {"checks.py", "mistakes.py"}
+    assert list(generate(small.UNIT, solutions)) == [f"{small.UNIT}.ipynb"]
+    release(solutions, tmp_path / "exercises")
+    released = [file for file in (tmp_path / "exercises").rglob("*") if file.is_file()]
+    assert [file.name for file in released] == [f"{small.UNIT}.ipynb"]
 
 
 def git(folder: Path, *command: str) -> None:

@@ -8,13 +8,13 @@ from html.parser import HTMLParser
 
 from rich.console import Console
 
-from kvlearn.grading import progress, report
+from kvlearn.grading import report
 from kvlearn.grading.report import Report
 
 EVIL = "<script>alert(1)</script> & [bold]=1+1[/bold]"
 REPORTS = [
-    Report("ada", "01_x", [report.Result("01.1", 2.5, 4.0, "partial", EVIL)]),
-    Report("=cmd()", "01_x", [report.Result("01.1", 0.0, 4.0, "error", "-1")]),
+    Report("ada", "01_x", [report.Result("01.1", 2.5, 4.0, "partial", EVIL)], "a/<b>.ipynb"),
+    Report("=cmd()", "01_x", [report.Result("01.1", 0.0, 4.0, "error", "-1")], "=b.ipynb"),
 ]
 
 
@@ -24,6 +24,7 @@ def test_json_has_the_agreed_form() -> None:
     assert first == {
         "student": "ada",
         "unit": "01_x",
+        "file": "a/<b>.ipynb",
         "score": 2.5,
         "max_score": 4.0,
         "exercises": [exercise],
@@ -32,9 +33,9 @@ def test_json_has_the_agreed_form() -> None:
 
 def test_csv_has_a_row_for_each_exercise_and_no_formulas() -> None:
     head, first, second = csv.reader(report.to_csv(REPORTS).splitlines())
-    assert head == ["student", "unit", "exercise", "score", "max_score", "status", "message"]
-    assert first == ["ada", "01_x", "01.1", "2.5", "4", "partial", EVIL]
-    assert second[0], second[-1] == ("'=cmd()", "'-1")
+    assert head == ["student", "unit", "exercise", "score", "max_score", "status", "message", "file"]
+    assert first == ["ada", "01_x", "01.1", "2.5", "4", "partial", EVIL, "a/<b>.ipynb"]
+    assert (second[0], *second[-2:]) == ("'=cmd()", "'-1", "'=b.ipynb")
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
@@ -48,6 +49,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
     parser.feed(page)
     assert "script" not in tags
     assert EVIL in texts
+    assert "a/<b>.ipynb" in texts
     assert "2.5 of 4 points" in page
 
 
@@ -56,6 +58,7 @@ def test_the_table_shows_every_exercise_and_takes_no_markup_from_messages() -> N
     console.print(report.to_table(REPORTS[0]))
     text = console.export_text()
     assert "ada · 01_x" in text
+    assert "a/<b>.ipynb" in text
     assert "2.5 / 4" in text
     assert "[bold]=1+1[/bold]" in " ".join(text.split())
 
@@ -64,5 +67,5 @@ def test_progress_is_solved_attempted_and_untouched() -> None:
     statuses = ["passed", "passed", "partial", "wrong", "error", "not attempted"]
     results = [report.Result(f"01.{i}", 1.0, 2.0, status, "") for i, status in enumerate(statuses, 1)]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(progress.to_table({"03_multi_head_compression": Report("", "", results)}))
+    console.print(report.to_progress({"03_multi_head_compression": Report("", "", results)}))
     assert re.search(r"03_multi_head_compression\W+2\W+3\W+1\W+6 / 12\W+━{10}", console.export_text())

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from kvlearn.grading.grader import _score
 from kvlearn.grading.report import Result
-from kvlearn.grading.runner import _score
 from kvlearn.grading.sandbox import MIME
 from kvlearn.grading.submission import Task
 

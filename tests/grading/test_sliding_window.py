@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import earned, full_marks, right
+from answers import earned, full_marks, right, unit_module
 from torch import Tensor
 
 from kvlearn.attention import core
 from kvlearn.grading import Score, check, find_exercise, judge
-from kvlearn.grading.units.sliding_window import bytes as size
-from kvlearn.grading.units.sliding_window.field import least_layers, reachable
 from kvlearn.measure.cache_size import cache_bytes, read_bytes
 from kvlearn.measure.models import MODELS
 
+CHECKS = unit_module("04_sliding_window", "checks")
 EXERCISES = ("04.1", "04.2", "04.3", "04.4", "04.5", "04.6", "04.7")
 
 
@@ -205,13 +204,13 @@ def test_changed_scores_lose_the_point_for_that() -> None:
 
 def test_a_reach_of_any_style_is_right() -> None:
     def as_range(position: int, windows: list[int | None], n_sinks: int = 0) -> Any:
-        got = reachable(position, windows, n_sinks)
+        got = CHECKS.reachable(position, windows, n_sinks)
         return range(got[0], got[-1] + 1) if not n_sinks else np.array(got).tolist()
 
     assert full_marks(
         "04.5", as_range, lambda d, W: 0 if d == 0 else math.ceil(d / (W - 1)) if W > 1 else None
     )
-    assert full_marks("04.5", lambda *a: torch.tensor(reachable(*a)), least_layers)
+    assert full_marks("04.5", lambda *a: torch.tensor(CHECKS.reachable(*a)), CHECKS.least_layers)
 
 
 def test_none_for_distance_0_is_found_out_on_every_draw() -> None:
@@ -224,7 +223,7 @@ def test_none_for_distance_0_is_found_out_on_every_draw() -> None:
 
 
 def test_a_reach_given_as_its_first_position_is_told_what_was_asked_for() -> None:
-    score = check("04.5", lambda *a, **k: reachable(*a, **k)[0], least_layers)
+    score = check("04.5", lambda *a, **k: CHECKS.reachable(*a, **k)[0], CHECKS.least_layers)
     assert earned(score) == [0, 0, 0, 0, 1, 0]
     assert "a list of positions, ascending" in score.message
     assert score.mistakes == ()
@@ -238,7 +237,11 @@ def test_the_reach_of_mistral_is_less_than_the_product_that_its_paper_rounds_to(
 
 
 def test_the_models_of_the_exercise_are_those_of_the_library() -> None:
-    of_library = {"Mistral 7B v0.1": size.MISTRAL, "Gemma 3 27B": size.GEMMA_3, "gpt-oss-120b": size.GPT_OSS}
+    of_library = {
+        "Mistral 7B v0.1": CHECKS.MISTRAL,
+        "Gemma 3 27B": CHECKS.GEMMA_3,
+        "gpt-oss-120b": CHECKS.GPT_OSS,
+    }
     for name, config in of_library.items():
         model = MODELS[name]
         heads = (config["num_attention_heads"], config["num_key_value_heads"])
@@ -252,7 +255,7 @@ def test_the_models_of_the_exercise_are_those_of_the_library() -> None:
 
 def test_mistrals_window_saves_half_at_8k_and_nothing_at_4k() -> None:
     (window_bytes,) = ours("04.6")
-    at_8k, at_4k = (window_bytes(size.MISTRAL, n, n, 1) for n in (8192, 4096))
+    at_8k, at_4k = (window_bytes(CHECKS.MISTRAL, n, n, 1) for n in (8192, 4096))
     assert (at_8k["saving"], at_4k["saving"]) == (0.5, 0)
     assert at_8k["stored_gib"] == at_4k["stored_gib"] == 0.5
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from answers import earned, full_marks, names, right
+from answers import earned, full_marks, names, right, unit_module
 from torch import Tensor
 
 from kvlearn.attention.sparse.fixed import SparseAttention
@@ -21,9 +21,8 @@ from kvlearn.attention.sparse.sentences import (
     sparse_transformer_fixed,
 )
 from kvlearn.grading import check, find_exercise
-from kvlearn.grading.units.sparse_attention import bytes as byte_counts
-from kvlearn.grading.units.sparse_attention import classic, evict, select
 
+CHECKS = unit_module("05_sparse_attention", "checks")
 IDS = [f"05.{n}" for n in range(1, 8)]
 
 
@@ -170,8 +169,8 @@ def test_every_sentence_of_the_same_meaning_is_right() -> None:
 
 def test_the_masks_are_those_of_the_pattern_language() -> None:
     for n, size, summary in ((11, 3, 1), (17, 5, 2), (4, 6, 3)):
-        assert torch.equal(classic.strided(n, size), sparse_transformer(size).mask(n))
-        assert torch.equal(classic.fixed(n, size, summary), sparse_transformer_fixed(size, summary).mask(n))
+        assert torch.equal(CHECKS.classic_strided(n, size), sparse_transformer(size).mask(n))
+        assert torch.equal(CHECKS.fixed(n, size, summary), sparse_transformer_fixed(size, summary).mask(n))
 
 
 def test_our_sentences_mean_the_courses_longformer_and_bigbird() -> None:
@@ -185,7 +184,7 @@ def test_our_sentences_mean_the_courses_longformer_and_bigbird() -> None:
 )
 def test_what_is_kept_is_what_the_courses_plan_keeps(sentence: str) -> None:
     pattern = parse(sentence)
-    kept = evict.kept(pattern.mask(19))
+    kept = CHECKS.kept(pattern.mask(19))
     assert kept.sum(1).tolist() == live_tokens(pattern, 19).tolist()
     assert int(kept.sum(1).max()) == n_slots(pattern, 19)
 
@@ -194,7 +193,7 @@ def test_what_is_selected_is_what_moba_selects() -> None:
     layer = MixtureOfBlockAttention(24, 3, block=4, n_blocks=3, rope=None)
     x = torch.randn(2, 22, 24)
     q, kv, _ = layer.project(x, None)
-    assert torch.equal(select.reference(q, kv.k, 4, 3), layer.chosen(x))
+    assert torch.equal(CHECKS.select_reference(q, kv.k, 4, 3), layer.chosen(x))
 
 
 def test_the_bytes_are_those_of_the_courses_mechanism() -> None:
@@ -204,7 +203,7 @@ def test_the_bytes_are_those_of_the_courses_mechanism() -> None:
     for config, pattern in ((window, longformer(20, 3)), (blocks, bigbird(8, 2, n_window=2))):
         layer = SparseAttention(48, 6, n_kv_heads=2, pattern=pattern)
         for n in (1, 5, 19, 22, 26, 45, 103):
-            count = byte_counts.count(config, n)
+            count = CHECKS.cache_bytes_count(config, n)
             assert count["read"] == layer.read_bytes(n)
             if config["kind"] == "longformer":
                 assert count["stored"] == layer.cache_bytes(n)

@@ -1,8 +1,8 @@
 """Every exercise of every unit: the right answer, the stub, and each known mistake."""
 
 import ast
-import json
 import linecache
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +11,11 @@ import pytest
 from answers import right, stub
 
 from kvlearn.grading import Exercise, Misconception, Score, exercises, judge, units
+from kvlearn.grading.catalogue import read_source
 from kvlearn.grading.release import stub as released
-from kvlearn.grading.solutions import solution_notebook
 
+# Draws of each mistake; the catalogue is long.
+SEEDS = range(5 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1)
 EXERCISES = [pytest.param(exercise, id=exercise.id) for exercise in exercises().values()]
 MISCONCEPTIONS = [
     pytest.param(exercise, misconception, id=f"{exercise.id} {misconception.name}")
@@ -40,7 +42,7 @@ def test_the_stub_earns_nothing_and_is_called_not_attempted(exercise: Exercise) 
 def test_every_misconception_loses_points_and_is_named_as_itself(
     exercise: Exercise, misconception: Misconception
 ) -> None:
-    for seed in range(3):
+    for seed in SEEDS:
         score = judge(exercise, misconception.answers, seed * 1000)
         assert float(score) < exercise.points
         assert score.status in ("wrong", "partial")
@@ -69,7 +71,7 @@ def test_exercises_are_complete(exercise: Exercise) -> None:
 
 @pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
 def test_the_source_notebook_and_the_unit_agree(unit) -> None:  # type: ignore[no-untyped-def]
-    notebook = json.loads(solution_notebook(unit.exercises[0]).read_text())
+    notebook = read_source(unit.name, unit.folder.parent)
     assert notebook["metadata"]["kvlearn"] == {"unit": unit.name}
     marks = {c["metadata"].get("nbgrader", {}).get("grade_id"): c for c in notebook["cells"]}
     for exercise in unit.exercises:
@@ -97,8 +99,8 @@ def results(sources: list[str]) -> Iterator[Any]:
 
 @pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
 def test_the_notebook_earns_all_points_and_unsolved_it_runs_and_earns_none(unit) -> None:  # type: ignore[no-untyped-def]
-    cells = json.loads(solution_notebook(unit.exercises[0]).read_text())["cells"]
-    cells = [cell | {"source": "".join(cell["source"])} for cell in cells if cell["cell_type"] == "code"]
+    cells = read_source(unit.name, unit.folder.parent)["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
     solved = [r for r in results([cell["source"] for cell in cells]) if isinstance(r, Score)]
     assert [score.exercise for score in solved] == [exercise.id for exercise in unit.exercises]
     assert sum(solved) == unit.points

@@ -1,0 +1,328 @@
+"""Calls of a learner's answer, wrapped: whatever it does, the check goes on and knows what happened.
+
+Around every call: inputs are copied and compared afterwards, forbidden functions are noticed, exceptions are
+kept with the learner's line, and nothing is printed (one line on stderr would cost all points in nbgrader).
+
+For exercises that forbid to build something large, ``new_tensors`` notes which tensors an answer makes:
+
+    with new_tensors() as made:
+        got = answer(...)
+    largest_new_tensor(made)                     # Made(shape=(2, 5, 31, 16), op="bmm")
+
+Views cost nothing and are left out: a tensor counts if it lies in memory that no argument of its operation
+holds. Copies of an answer's inputs are among the tensors, so draw inputs that are small beside what is
+forbidden.
+"""
+
+import contextlib
+import io
+import linecache
+import math
+import os
+import site
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kvlearn
+
+HOME = os.path.dirname(os.path.abspath(kvlearn.__file__))
+FREE = tuple(os.path.join(HOME, name) for name in ("grading", "teaching", "_solutions", "validate.py"))
+UNIT_FOLDERS: set[str] = set()  # of the units loaded: their code is ours as the package's is
+LIBRARIES = (
+    "<frozen ",
+    *(os.path.join(path, "") for path in (HOME, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))),
+    *(os.path.join(path, "") for path in site.getsitepackages()),
+)
+
+
+class Raised(Exception):
+    """The answer raised: ``what`` in one line, with the place in the learner's code."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.what = f"{type(error).__name__}: {shorten(text_of(error))}".removesuffix(": ")
+        place = place_of(error)
+        if place:
+            self.what += f" ({place})"
+        super().__init__(self.what)
+
+
+class NotWritten(Exception):
+    """The answer is still the stub."""
+
+
+class Interrupted(BaseException):
+    """The learner, or a limit on time, stopped the answer."""
+
+
+class CallWrapper:
+    """A function or class of the learner's, or an object it made.
+
+    Every call runs on copies of its tensors, so that the check's own stay as they are, and notes whether the
+    copies were changed, which forbidden function was called, and with which shapes.
+    """
+
+    def __init__(self, target: Any, name: str, record: "CallRecord") -> None:
+        self._target, self._name, self._record = target, name, record
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        record = self._record
+        copies, kept = copy_tensors((args, kwargs))
+        record.name = self._name
+        record.borrowed = record.borrowed or self._borrowed()
+        record.call = f"{self._name}({', '.join(map(brief, [*args, *kwargs.values()]))})"
+        try:
+            with watched(record):
+                result = self._target(*copies[0], **copies[1])
+        except (KeyboardInterrupt, Interrupted):
+            raise Interrupted from None
+        except BaseException as error:
+            if is_stub(error):
+                raise NotWritten from None
+            raise Raised(error) from None
+        record.changed = record.changed or any(
+            was.shape != is_.shape or differ(was, is_) for was, is_ in kept
+        )
+        # A class is asked for under a name in capitals; a function that makes objects is as good.
+        makes_objects = self._name.rpartition(".")[2][:1].isupper()
+        return CallWrapper(result, self._name, record) if makes_objects else result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            value = getattr(self._target, name)
+        except AttributeError as error:
+            self._record.call = f"{self._name}.{name}"
+            raise Raised(error) from None
+        return CallWrapper(value, f"{self._name}.{name}", self._record) if callable(value) else value
+
+    def _borrowed(self) -> str:
+        """The name of the thing itself, if it is one of ours handed in as it stands."""
+        module = str(getattr(self._target, "__module__", ""))
+        free = module.startswith(("kvlearn.grading.", "kvlearn.teaching."))
+        if self._record.may_use_kvlearn or not module.startswith("kvlearn.") or free:
+            return ""
+        return f"{module}.{getattr(self._target, '__name__', self._name)}"
+
+
+class CallRecord:
+    """What was noted while an answer ran."""
+
+    def __init__(self, forbidden: dict[Callable[..., Any], str], may_use_kvlearn: bool) -> None:
+        self.forbidden, self.may_use_kvlearn = forbidden, may_use_kvlearn
+        self.name = ""  # of the last thing called
+        self.call = ""  # the same, with the shapes of its arguments
+        self.changed = False
+        self.borrowed = ""
+
+
+@contextmanager
+def watched(record: CallRecord) -> Iterator[None]:
+    """Note calls of forbidden functions; the interpreter's profiler sees them under whatever name."""
+
+    def note(frame: FrameType, event: str, what: Any) -> None:
+        if event == "c_call":
+            record.borrowed = record.borrowed or record.forbidden.get(what, "")
+        elif event == "call" and not record.may_use_kvlearn and is_borrowed(frame.f_code):
+            module = os.path.relpath(frame.f_code.co_filename, os.path.dirname(HOME)).removesuffix(".py")
+            record.borrowed = record.borrowed or f"{module.replace(os.sep, '.')}.{frame.f_code.co_qualname}"
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def is_borrowed(code: CodeType) -> bool:
+    return code.co_filename.startswith(os.path.join(HOME, "")) and not code.co_filename.startswith(FREE)
+
+
+def copy_tensors(value: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """The same nest of tuples, lists and dicts with every tensor cloned, and the pairs (tensor, clone)."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def copy(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            pairs.append((part, part.clone()))
+            return pairs[-1][1]
+        if type(part) in (tuple, list):
+            return type(part)(copy(item) for item in part)
+        if type(part) is dict:
+            return {key: copy(item) for key, item in part.items()}
+        return part
+
+    return copy(value), pairs
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    return a.dtype != b.dtype or not torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def brief(value: Any) -> str:
+    """An argument in a few characters: a tensor by its shape."""
+    if isinstance(value, Tensor):
+        dtype = "" if value.dtype == torch.float32 else f" {str(value.dtype).removeprefix('torch.')}"
+        return f"{tuple(value.shape)}{dtype}"
+    if value is None or isinstance(value, int | float | str | list | dict | torch.dtype):
+        return shorten(str(value), 200)
+    return f"a {type(value).__name__}"
+
+
+def is_stub(error: BaseException) -> bool:
+    """A NotImplementedError that the learner's cell raises by itself; torch raises its own, with a
+    message."""
+    if not isinstance(error, NotImplementedError):
+        return False
+    frame = learners_frame(error)
+    line = linecache.getline(frame.filename, frame.lineno or 0) if frame else ""
+    return text_of(error) == "" or line.strip().startswith("raise")
+
+
+def place_of(error: BaseException) -> str:
+    frame = learners_frame(error)
+    if frame is None:
+        return ""
+    return f"line {frame.lineno} of your code: {shorten(frame.line or '', 120)}".removesuffix(": ")
+
+
+def learners_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost line that is neither ours nor a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f for f in reversed(frames) if not f.filename.startswith((*LIBRARIES, *UNIT_FOLDERS))), None)
+
+
+def text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return "(its message could not be read)"
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """On one line, and not longer than ``most`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+class Nowhere(io.TextIOBase):
+    """Takes any amount of text and keeps none."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Swallow stdout and stderr: Python's streams, references to them held elsewhere, and the descriptors."""
+    streams = {s for s in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) if s is not None}
+    flush(streams)
+    with contextlib.ExitStack() as stack:
+        stack.callback(flush, streams)
+        for descriptor in (1, 2):
+            stack.enter_context(descriptor_to_nowhere(descriptor))
+        stack.callback(flush, streams)  # what was buffered must leave before the descriptors come back
+        for stream in streams:
+            stack.enter_context(write_to_nowhere(stream))
+        stack.enter_context(contextlib.redirect_stdout(Nowhere()))
+        stack.enter_context(contextlib.redirect_stderr(Nowhere()))
+        yield
+
+
+@contextmanager
+def descriptor_to_nowhere(descriptor: int) -> Iterator[None]:
+    try:
+        kept = os.dup(descriptor)
+    except OSError:  # closed: nothing can come out of it
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextmanager
+def write_to_nowhere(stream: Any) -> Iterator[None]:
+    """A logging handler or a learner's variable may hold the stream itself, so its own method is replaced."""
+    write: Callable[[str], int] = len
+    try:
+        stream.write = write
+    except AttributeError:  # a stream that takes no attributes
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError):
+            del stream.write
+
+
+def flush(streams: set[TextIO]) -> None:
+    for stream in streams:
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+class Made(NamedTuple):
+    """A tensor in memory of its own: its shape, and the operation that made it."""
+
+    shape: tuple[int, ...]
+    op: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class _TensorWatch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would load its compiler to skip, which takes seconds and replaces functions of torch."""
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Made] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and memory(leaf) not in given:
+                self.made.append(Made(tuple(leaf.shape), func.overloadpacket.__name__))
+        return result
+
+
+def memory(tensor: Tensor) -> int:
+    """Names the memory that a tensor lies in; views of one memory have the same name."""
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def new_tensors() -> Iterator[list[Made]]:
+    """Every tensor that is made inside, in order."""
+    with _TensorWatch() as watch:
+        yield watch.made
+
+
+def largest_new_tensor(made: Sequence[Made]) -> Made:
+    """The one with the most numbers; ``Made((), "")`` where nothing was made."""
+    return max(made, key=lambda one: one.numel, default=Made((), ""))

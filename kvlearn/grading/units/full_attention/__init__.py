@@ -1,1 +1,0 @@
-"""The exercises of unit 01, one file each."""

@@ -1,1 +1,0 @@
-"""The exercises on linear attention and its state."""

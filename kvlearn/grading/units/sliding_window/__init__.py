@@ -1,1 +1,0 @@
-"""The exercises on the sliding window."""

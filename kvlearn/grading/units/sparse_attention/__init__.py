@@ -1,1 +1,0 @@
-"""The exercises on sparse attention."""

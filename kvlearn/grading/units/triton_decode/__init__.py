@@ -1,1 +1,0 @@
-"""Exercises of chapter 11, one file each: the parts of a decode kernel, written in Triton."""

@@ -1,0 +1,621 @@
+"""Unit 01: known mistakes, each as an edit of the solution."""
+
+from .checks import attend, cache, heads, mask, merge, prefill, rope, size
+
+# 01.1: scaled dot-product attention with a mask
+
+attend.mistakes(
+    r"""
+    scaled by d_model
+        q.shape[-1] ** -0.5 → (q.shape[1] * q.shape[-1]) ** -0.5
+    The scores are divided by √(H·D), the width of the whole model, but a score is a sum over the D numbers of
+    one head. Its spread is √D, so √D brings it back to 1; the larger divisor makes every softmax too flat.
+
+    no scale
+        * q.shape[-1] ** -0.5 →
+    The scores go into the softmax as they are. A sum of D products has a spread of √D: without the factor
+    1/√D the softmax is too sharp, nearly one-hot for large heads, and its gradients vanish.
+
+    divided by D, not by √D
+        q.shape[-1] ** -0.5 → q.shape[-1] ** -1.0
+    The scores are divided by D. Variances add up, so the sum of D products has variance D and spread √D: the
+    square root belongs to the formula.
+
+    softmax over the queries
+        return scores.softmax(dim=-1) → return scores.softmax(dim=-2)
+        -torch.inf).softmax(dim=-1) → -torch.inf).softmax(dim=-2)
+    The softmax runs over dimension −2, the queries. Each query divides its own attention among the keys, so
+    it is the row of scores, dimension −1, that must add up to 1. (With one query every weight becomes 1.)
+
+    a fully masked row gives NaN
+        weights.masked_fill(~mask, 0.0) → weights
+    A row of scores that is −∞ everywhere makes the softmax compute 0 / 0. Such rows are real: padding, or a
+    block of keys that lies wholly in the future. One NaN there spreads through every later layer.
+
+    a very negative number in place of −∞
+        -torch.inf → torch.finfo(scores.dtype).min
+        weights.masked_fill(~mask, 0.0) → weights
+    Masked scores are set to a very negative number. No NaN comes up, but in a row where *every* key is masked
+    all scores are equal again, and the softmax hands out the mean of keys that must not be seen.
+
+    −1e9 in place of −∞
+        -torch.inf → -1e9
+        weights.masked_fill(~mask, 0.0) → weights
+    Masked scores are set to −1e9. In a row where *every* key is masked all scores are equal again, and the
+    softmax hands out the mean of keys that must not be seen. And fp16 ends at 65504: there it raises.
+
+    the mask inverted
+        ~mask, -torch.inf → mask, -torch.inf
+        ~mask, 0.0 → mask, 0.0
+    True means *may attend*, as in torch's scaled_dot_product_attention; here the keys marked True are the
+    ones that were hidden. (nn.MultiheadAttention and key_padding_mask use the opposite sense: read twice.)
+
+    masked after the softmax
+        scores.masked_fill(~mask, -torch.inf).softmax → scores.softmax
+    The weights were set to 0 after the softmax had already given hidden keys their share. What is left adds
+    up to less than 1, so every output shrinks. Mask the scores with −∞ before the softmax.
+
+    the mask has no effect
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+            → scores.masked_fill(~mask, -torch.inf)
+              weights = scores.softmax(dim=-1)
+        weights.masked_fill(~mask, 0.0) → weights
+    The result is the one without a mask. Is it used, and is its effect kept? `masked_fill` returns a new
+    tensor and leaves its own alone: `scores = scores.masked_fill(…)`, or `masked_fill_`.
+
+    masked scores set to 0
+        -torch.inf → 0.0
+        weights.masked_fill(~mask, 0.0) → weights
+    Hidden pairs have the score 0 (or 1e-9, or the product of score and mask). That is a score like any other,
+    and exp(0) = 1 is a weight. Only −∞ becomes the weight 0.
+
+    the boolean mask added to the scores
+        scores.masked_fill(~mask, -torch.inf) → (scores + mask)
+        weights.masked_fill(~mask, 0.0) → weights
+    True counts as 1 in a sum, so keys that may be seen gain 1 and hidden ones stay. A mask to add holds 0 and
+    −∞; with a boolean one use `masked_fill(~mask, -torch.inf)`.
+
+    always causal
+        scores = q @
+            → T, S = q.shape[2], k.shape[2]
+              causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+              mask = causal if mask is None else mask & causal
+              scores = q @
+    Later keys are hidden though nobody asked for it. Which pairs may attend is what the mask says, and
+    without a mask it is all of them; one-way attention is a matter of the caller's mask.
+
+    scaled by √T
+        q.shape[-1] → q.shape[2]
+    The scores are divided by the root of dimension 2, the number of queries. A score is a sum over the D
+    numbers of a head, whatever the length of the prompt: √D, `q.shape[-1]`.
+
+    exp without subtracting the maximum
+        scores.softmax(dim=-1) @ v → (scores.exp() / scores.exp().sum(-1, keepdim=True)).nan_to_num() @ v
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+            → weights = scores.masked_fill(~mask, -torch.inf).exp()
+              weights = (weights / weights.sum(-1, keepdim=True)).nan_to_num()
+    The softmax was written out as exp(score) / Σ exp(score). exp(89) is infinite in fp32, and then ∞/∞ is
+    NaN. Subtract each row's maximum first, which changes nothing else; `softmax` does it for you.
+    """
+)
+
+
+# 01.2: the causal mask when keys outnumber queries
+
+mask.mistakes(
+    r"""
+    aligned top-left
+        keys[n_keys - n_queries :] → keys[:n_queries]
+    The first query was put at position 0. But the queries are the newest tokens, the *last* T of S positions:
+    in decode this one token would see only the first key. `torch.tril(torch.ones(T, S))` and SDPA's
+    `is_causal=True` align this way too, which is why they are right for T = S alone.
+
+    off by one: a token cannot see itself
+        >= keys → > keys
+    The comparison is strict. A token attends to itself too: its own key has been written when it asks. With
+    the strict mask the first token of a prompt has nothing to attend to at all.
+
+    off by one: a token sees the next one
+        >= keys → >= keys - 1
+    Each query sees one key of the future. Training then looks wonderful, since the answer can be copied, and
+    generation falls apart.
+
+    the upper triangle: True where a key is hidden
+        >= keys → < keys
+    True means *may attend* here, and the future was marked. `torch.triu(…, diagonal=1)` makes the mask of
+    what is hidden: turn it round with `~`.
+
+    a mask to add: 0 and −∞
+        queries[:, None] >= keys
+            → torch.zeros(n_queries, n_keys).masked_fill(queries[:, None] < keys, -torch.inf)
+    This is the other kind of mask, numbers that are added to the scores. It is right in itself, but here the
+    mask is boolean, True = *may attend*: smaller, and the same for scores of every dtype.
+
+    looking forwards: the triangle upside down
+        >= keys → <= keys
+    Each query sees its own key and the later ones. The comparison points the wrong way: a key may be seen if
+    its position is *at most* the query's.
+
+    nothing hidden
+        return torch.ones(n_queries, n_keys, dtype=torch.bool)
+    Every pair is allowed. For the one token of a decode step that is right; a prompt's tokens would see their
+    own future, and what they are to predict stands there.
+
+    the mask of all S positions, not of the last T
+        keys[n_keys - n_queries :] → keys
+    This has a row for each of the S positions. The tokens in the cache ask no more: only the T new ones have
+    queries, so of this mask the last T rows are wanted, `[-n_queries:]`.
+
+    shifted the wrong way
+        keys[n_keys - n_queries :] → torch.arange(n_queries) - (n_keys - n_queries)
+    The diagonal was moved by T − S in place of S − T. There are S − T tokens before the first query, and each
+    of them is one more column that it may see: the diagonal moves to the right.
+
+    the past hidden
+        queries[:, None] >= keys → (queries[:, None] >= keys) & (keys >= n_keys - n_queries)
+    The triangle stands in the right place, over the last T keys, but the S − T columns before it are False:
+    the new tokens see each other and nothing of what is in the cache. The past may always be seen.
+
+    decode as an exception, chunks aligned top-left
+        keys[n_keys - n_queries :] → keys[-1:] if n_queries == 1 else keys[:n_queries]
+    T = 1 got a branch of its own and the rest is aligned top-left, as if the first query stood at position 0.
+    With S − T tokens before the first query, one rule serves a prompt, a chunk and a single token.
+    """
+)
+
+
+# 01.3: split into heads, merge back
+
+heads.mistakes(
+    r"""
+    split by view alone
+        x.view(B, T, n_heads, width // n_heads).transpose(1, 2) → x.reshape(B, n_heads, T, width // n_heads)
+    The shape is right and the content is not: `view(B, H, T, D)` reads the numbers in memory order, in which
+    the columns of one token lie side by side. So a "head" here is a piece of several tokens. Cut the columns
+    first, (B, T, H, D), then transpose.
+
+    heads interleaved
+        x.view(B, T, n_heads, width // n_heads).transpose(1, 2)
+            → x.reshape(B, T, width // n_heads, n_heads).permute(0, 3, 1, 2)
+    The last dimension was cut as (D, H), so head h took every H-th column. The projections' columns come head
+    by head: cut as (H, D). A model trained the one way gives nonsense the other way.
+
+    split without moving the heads in front
+        width // n_heads).transpose(1, 2) → width // n_heads)
+    This gives (B, T, H, D). Attention multiplies the last two dimensions, so with time in front of the heads
+    the heads of one token would attend to each other. Swap dimensions 1 and 2.
+
+    merge without transposing back
+        x.transpose(1, 2).flatten(-2) → x.reshape(x.shape[0], x.shape[2], -1)
+    The shape is right and the content is not: `reshape(B, T, H·D)` straight from (B, H, T, D) fills a token's
+    row with several tokens of the same head. Transpose back to (B, T, H, D) first.
+
+    merge interleaves the heads
+        x.transpose(1, 2).flatten(-2) → x.permute(0, 2, 3, 1).flatten(-2)
+    The numbers of the heads come in turns: first of head 0, first of head 1, … The output projection expects
+    head 0 whole, then head 1 whole: keep D last when you join the two dimensions.
+    """
+)
+
+
+# 01.4: rotary position embedding
+
+rope.mistakes(
+    r"""
+    positions restarted at 0
+        positions.float() → torch.arange(x.shape[2])
+    The positions handed in are not used: the tokens are counted from 0 again. In prefill nobody notices; in
+    decode every new token believes that it is the first one, and all distances to the cached keys are wrong.
+
+    neighbouring pairs (2i, 2i+1)
+        x.float().chunk(2, dim=-1) → x.float()[..., 0::2], x.float()[..., 1::2]
+        torch.cat((a → torch.stack((a
+        dim=-1).to(x.dtype) → dim=-1).flatten(-2).to(x.dtype)
+    The paper pairs neighbours; Llama and this course pair i with i + D/2. Both are sound, since they differ
+    by an order of the columns only, but weights trained with the one are useless with the other.
+
+    turned the other way
+        a * cos - b * sin → a * cos + b * sin
+        b * cos + a * sin → b * cos - a * sin
+    The sign of the sine is the other way round: (a cos + b sin, b cos − a sin) turns backwards. Scores depend
+    on distances alone and come out the same, so only a comparison with trained weights shows it.
+
+    no minus in the rotation
+        a * cos - b * sin → a * cos + b * sin
+    Both halves got a plus: (a cos + b sin, b cos + a sin). That is no rotation: lengths change with the
+    position. Exactly one of the two sines carries a minus.
+
+    the exponent without its 2
+        -2 * → -1 *
+    The frequencies are theta^(−i/D) for i = 0 … D/2 − 1. The exponent is −2i/D, so that they reach from 1
+    nearly to 1/theta; without the 2 the slowest stops at 1/√theta, and far positions look alike.
+
+    angles in the dtype of x
+        positions.float()[:, None] * omega → positions.to(x.dtype)[:, None] * omega.to(x.dtype)
+        x.float().chunk → x.chunk
+    The angles were computed in x's dtype. bf16 knows whole numbers up to 256 only, so position 1001 becomes
+    1000 and the angle is off by a radian. Compute angles, sine and cosine in fp32, and convert the result.
+
+    angles of neighbours in half-split pairs
+        * omega → * omega.repeat_interleave(2)
+        torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+            → (x.float() * cos + torch.cat((-b, a), dim=-1) * sin)
+    The pairs are (i, i + D/2), but the angles were laid out for neighbours, (0, 0, 1, 1, …), as
+    `repeat_interleave` gives them. So the two numbers of a pair are turned by different angles. For this
+    pairing the angles come twice in a row: `torch.cat((angles, angles), dim=-1)`.
+
+    theta ignored
+        theta ** → 10_000.0 **
+    The base is 10000 whatever is handed in. Models for long contexts use a larger one (Llama 3: 500000), so
+    that the slow pairs have not come full circle at the end of it.
+
+    the first half overwritten before the second is computed
+        (a * cos - b * sin, → (a,
+        return torch.cat → a = a * cos - b * sin
+            return torch.cat
+    The second half was computed from the first half *after* it had been turned. Both need the old values:
+    take a and b apart first (as copies, or join the two results with `torch.cat`), then write.
+
+    positions counted from 1
+        positions.float() → (positions.float() + 1)
+    Every token is turned by one position too many. The first stands at position 0 and is not turned at all.
+    Scores hide it, since they depend on distances; a cache filled by other code would not fit.
+
+    the exponent without its minus
+        -2 * → 2 *
+    The frequencies are theta^(+2i/D), from 1 up to nearly theta, radians a token. They are to fall, so that
+    the slow pairs can tell far positions apart: theta^(−2i/D).
+
+    degrees
+        * omega → * omega.rad2deg()
+    The angles were turned into degrees. m·ω is an angle in radians already, and radians are what torch's sin
+    and cos take.
+
+    frequencies and angles in the dtype of x
+        torch.arange(D // 2) → torch.arange(D // 2).to(x.dtype)
+        positions.float() → positions.to(x.dtype)
+        x.float().chunk → x.chunk
+    Frequencies and angles were computed in x's dtype. bf16 keeps 8 bits: position 1001 becomes 1000, and the
+    product with a rounded frequency is off by radians. Compute all of it in fp32, and convert the result.
+    """
+)
+
+
+# 01.5: the preallocated KV cache
+
+cache.mistakes(
+    r'''
+    the pointer is not advanced
+        self.length = end →
+    The length stays where it was, so every append writes over the one before. In decode the model then sees
+    its newest token and nothing else.
+
+    the pointer is advanced by one, whatever T is
+        self.length = end → self.length += 1
+        return self.k[:, :, :end], self.v[:, :, :end]
+            → return self.k[:, :, : self.length], self.v[:, :, : self.length]
+    The length grows by 1 for T tokens. That is right in decode and wrong in prefill: all but the first of the
+    prompt's tokens are lost or written over. Advance by k.shape[2].
+
+    a new tensor at every step: torch.cat, or a copy of the buffer
+        return self.k[:, :, :end], self.v[:, :, :end]
+            → return self.k[:, :, :end].clone(), self.v[:, :, :end].clone()
+    The values are right and the cost is not: each step allocates new memory and copies the whole past, so
+    generating N tokens moves N² of them, and at the moment of copying the cache exists twice. Allocate
+    max_len slots once, write into them, and return a slice, which is a view.
+
+    the whole buffer is returned
+        return self.k[:, :, :end], self.v[:, :, :end] → return self.k, self.v
+    All max_len slots come back, the unwritten ones too. Zeros are no neutral keys: they score 0, and the
+    softmax gives them weight. Return the slots up to the length.
+
+    reset leaves the pointer where it was
+        """Forget all tokens; the memory stays."""
+        self.length = 0
+            → pass
+    The length stays: the next prompt is written behind the old one, at wrong positions, and the old slots are
+    attended to. Setting the length to 0 is all it takes.
+
+    no check for a full cache
+        end > self.max_len → False
+    Nothing compares length + T with max_len. For several tokens torch complains about shapes, somewhere far
+    from the cause; for a single one it does not even do that: a slice past the end is empty, and one token
+    written to it vanishes in silence. Raise ValueError before writing.
+
+    a full cache one token too early
+        end > self.max_len → end >= self.max_len
+    An append that fills the cache exactly is refused: the comparison is >= where it should be >. After the
+    append the length may be equal to max_len.
+
+    a refused append leaves its mark
+        raise ValueError( → self.length = end
+            raise ValueError(
+    The length (or the content) had grown already when ValueError was raised, so the cache takes itself for
+    full although the tokens never came in. Compare first, then write and advance.
+
+    only the new tokens are returned
+        return self.k[:, :, :end], self.v[:, :, :end]
+            → return self.k[:, :, end - k.shape[2] : end], self.v[:, :, end - k.shape[2] : end]
+    The tokens are written in their places, but what comes back are the ones just written. The new queries are
+    to attend to the past too: return everything up to the length, `self.k[:, :, : self.length]`.
+
+    reset clears the content and keeps the pointer
+        """Forget all tokens; the memory stays."""
+        self.length = 0
+            → self.k.zero_()
+              self.v.zero_()
+    The memory is filled with zeros but the length stays, so the next prompt is written behind slots of zeros,
+    which are attended to. Setting the length to 0 is all it takes; what is old is written over.
+
+    keys and values in one buffer
+        torch.zeros_like(self.k) → self.k
+    Both names mean the same tensor (`self.k = self.v = …`), so the values are written over the keys and both
+    come back equal. They are two projections of a token: two buffers.
+
+    one state for all caches
+        self.k = torch.zeros( → KVCache.k = torch.zeros(
+        self.v = torch.zeros_like( → KVCache.v = torch.zeros_like(
+        self.max_len = max_len
+        self.length = 0
+            → KVCache.max_len = max_len
+              KVCache.length = 0
+        self.length = end → KVCache.length = end
+        self.length = 0 → KVCache.length = 0
+    Buffers and length belong to the class, so a second cache takes the place of the first. A model has a
+    cache for each of its layers: keep the state on `self`, in `__init__`.
+    '''
+)
+
+
+# 01.6: prefill in chunks
+
+prefill.mistakes(
+    r"""
+    each chunk sees itself only
+        keys, values, _ = cache.append(rope(k_new, positions), v_new)
+            → keys, values = rope(k_new, positions), v_new
+              cache.append(keys, values)
+    The chunk attends to its own keys and not to those in the cache. What was prefilled before is written and
+    never read, so a long prompt is understood chunk by chunk. Attend to what append returns: all keys so far.
+
+    positions restarted in every chunk
+        cache.positions(q_new.shape[2]) → torch.arange(q_new.shape[2])[None]
+    RoPE counts from 0 again in each chunk, so tokens of different chunks seem to stand at the same place. The
+    first chunk is right, which hides it. Count from the cache's length on: cache.positions(n).
+
+    attending before writing
+        keys, values, _ = cache.append(rope(k_new, positions), v_new)
+            → keys, values = cache.k[:, :, : cache.length], cache.v[:, :, : cache.length]
+        core.causal_mask(q_new.shape[2], keys.shape[2]) → None
+        keys, values, mask)) → keys, values, mask))
+            cache.append(rope(k_new, positions), v_new)
+    The chunk attends to what stood in the cache before it and is written afterwards. So no token sees itself
+    or its neighbours in the chunk, and the first chunk sees nothing at all. Append first, then attend.
+
+    the mask aligned top-left
+        core.causal_mask(q_new.shape[2], keys.shape[2])
+            → torch.ones(q_new.shape[2], keys.shape[2], dtype=torch.bool).tril()
+    The chunk's queries are taken for the *first* of the S positions (so does SDPA's is_causal=True). From the
+    second chunk on they see only the start of the prompt. The queries are the last n of S: causal_mask(n, S).
+
+    no mask within the chunk
+        core.causal_mask(q_new.shape[2], keys.shape[2]) → None
+    Every query sees the whole chunk, later tokens too. With one token at a time there is no future to hide
+    and no mask is needed; with more the mask must hide the rest of the chunk.
+
+    the rest of the prompt is dropped
+        range(0, q.shape[2], chunk) → range(0, max(q.shape[2] // chunk, 1) * chunk, chunk)
+    Only whole chunks are processed: T // chunk of them. The tokens left over at the end are missing, and they
+    are the ones that the answer follows. The last chunk may be shorter.
+
+    the whole prompt at once
+        outputs = [] → chunk = q.shape[2]
+            outputs = []
+    The outputs are right, but the prompt went through in one piece, with T × S scores in memory at a time.
+    Chunks are there to bound that: chunk × S. Loop over range(0, T, chunk).
+
+    what the cache holds already is not counted
+        cache.positions(q_new.shape[2]) → torch.arange(start, start + q_new.shape[2])[None]
+    Positions are counted from the start of this prompt. It may continue what is in the cache (the next turn
+    of a chat): then its first token stands at cache.length, as cache.positions(n) says.
+
+    keys cached before RoPE
+        cache.append(rope(k_new, positions), v_new) → cache.append(k_new, v_new)
+    The queries were rotated and the keys went into the cache as they were. A score depends on the distance of
+    two tokens only if both are turned, each by its own position: rotate the chunk's keys before you append
+    them.
+
+    no RoPE
+        cache.append(rope(k_new, positions), v_new) → cache.append(k_new, v_new)
+        core.attention(rope(q_new, positions), → core.attention(q_new,
+    Neither queries nor keys were rotated, so the scores know nothing of the order of the tokens. Turn the
+    chunk's q and k with `rope(x, positions)` before the append.
+
+    queries not rotated
+        core.attention(rope(q_new, positions), → core.attention(q_new,
+    The keys were rotated and the queries were not. A score depends on the distance of two tokens only if both
+    are turned, each by its own position: rotate the chunk's q as well.
+
+    values rotated too
+        positions), v_new) → positions), rope(v_new, positions))
+    RoPE was applied to v as well. Positions have a say in the scores, q with k, and nowhere else: the values
+    are what is averaged, and go into the cache as they are.
+
+    positions asked after the append
+        core.attention(rope(q_new, positions), → core.attention(rope(q_new, cache.positions(q_new.shape[2])),
+    cache.positions(n) says where the *next* n tokens will stand. After the append these are no longer the
+    chunk's, so its queries are turned n positions too far. Ask before you append.
+
+    keys rotated twice
+        mask = core → keys = rope(keys, torch.arange(keys.shape[2])[None])
+            mask = core
+    The keys were rotated before the append, and all of them again when they came back. Every key is turned
+    once, when it enters the cache: what append returns is ready for use.
+
+    the cache emptied first
+        outputs = [] → cache.reset()
+            outputs = []
+    cache.reset() at the start throws away what the cache holds. The prompt may be the next turn of a chat:
+    its tokens go on behind the old ones and attend to them.
+
+    chunk taken for the number of chunks
+        outputs = [] → chunk = -(-q.shape[2] // chunk)
+            outputs = []
+    `x.chunk(n)` cuts x into n pieces; `chunk` is the *size* of a piece. The outputs come out right either
+    way, but the pieces grow with the prompt. `x.split(chunk, dim=2)` cuts by size.
+
+    only the last chunk returned
+        torch.cat(outputs, dim=2) → outputs[-1]
+    The outputs of the earlier chunks were written over. Collect them all and join them along the tokens:
+    `torch.cat(outputs, dim=2)`.
+    """
+)
+
+
+# 01.7: merging partial results
+
+merge.mistakes(
+    r"""
+    no running maximum
+        weight_a, weight_b = lse_a.exp(), lse_b.exp()
+        total = weight_a + weight_b
+        return (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / total[..., None], total.log()
+    exp is taken of the log-sum-exps themselves. On paper that is the formula; in fp32 exp(89) is infinite and
+    exp(−104) is 0, so large scores and empty parts give ∞/∞ or 0/0. Subtract the larger one first: only
+    differences matter.
+
+    no running maximum, beside a guard for empty parts
+        weight_a, weight_b = lse_a.exp(), lse_b.exp()
+        total = weight_a + weight_b
+        some = torch.where((lse_a == -torch.inf) & (lse_b == -torch.inf), 1.0, total)
+        return (weight_a / some)[..., None] * out_a + (weight_b / some)[..., None] * out_b, total.log()
+    exp is taken of the log-sum-exps themselves. On paper that is the formula; in fp32 exp(89) is infinite and
+    exp(−104) is 0, so large scores give ∞/∞ or 0/0. Subtract the larger one first: only differences matter.
+
+    the plain average
+        weight_a * out_a + weight_b * out_b → 0.5 * out_a + 0.5 * out_b
+    Both parts get the weight ½. They have seen different keys: the one whose scores were higher, or that saw
+    more keys, must weigh more. That is what the log-sum-exp is kept for.
+
+    weighted by lse, not by exp(lse)
+        torch.exp(lse_a - base) → (lse_a / (lse_a + lse_b))
+        torch.exp(lse_b - base) → (lse_b / (lse_a + lse_b))
+    The weights are lse_a / (lse_a + lse_b). The log-sum-exp is a logarithm, and may well be negative: the
+    parts weigh exp(lse).
+
+    −∞ − (−∞) = NaN
+        lse.masked_fill(lse == -torch.inf, 0.0) → lse
+    Where both parts are empty, the maximum is −∞ too, and −∞ minus −∞ is NaN. It happens as soon as the cache
+    is split: short rows of a batch leave whole splits empty. Subtract a finite number there.
+
+    not divided by the new sum
+        lse.masked_fill → torch.maximum(lse_a, lse_b).masked_fill
+    The outputs are rescaled to the common maximum and added, but their weights do not add up to 1. Divide by
+    the sum of the two weights: it is the softmax's denominator over all keys.
+
+    the new lse is the larger of the two
+        * out_b, lse → * out_b, torch.maximum(lse_a, lse_b)
+    The output is right, but the lse returned is the maximum, not log(exp(lse_a) + exp(lse_b)). Two parts look
+    fine; with the third the first two weigh too little.
+
+    the maximum not added back
+        * out_b, lse → * out_b, lse - torch.maximum(lse_a, lse_b).masked_fill(lse == -torch.inf, 0.0)
+    The output is right, but the lse returned is log Σ exp(lse − max): relative to a maximum that nobody knows
+    any more. Add the maximum again, or the next merge weighs this part as if its scores were about 0.
+
+    the outputs added
+        weight_a * out_a + weight_b * out_b → out_a + out_b
+    The outputs are added as they are. Each is an average over its own keys already; the average over all keys
+    lies between the two, with weights exp(lse_a − lse) and exp(lse_b − lse) that add up to 1.
+
+    the log-sum-exps added
+        torch.logaddexp(lse_a, lse_b) → lse_a + lse_b
+        lse.masked_fill(lse == -torch.inf, 0.0) → lse
+    The new lse is lse_a + lse_b. They are logarithms: their sum belongs to the *product* of the two
+    denominators, and what is wanted is their sum, `torch.logaddexp(lse_a, lse_b)`.
+
+    the weights swapped
+        weight_a * out_a + weight_b * out_b → weight_b * out_a + weight_a * out_b
+    Each part got the other one's weight, so the one with the smaller scores counts most. out_a goes with
+    exp(lse_a − lse).
+
+    (lse, out) returned
+        return weight_a * out_a + weight_b * out_b, lse → return lse, weight_a * out_a + weight_b * out_b
+    The two results are there, in the wrong order: merge returns (out, lse), as attention over the keys does,
+    so that what it returns can be merged again.
+
+    one maximum for all rows
+        largest = torch.maximum(lse_a.max(), lse_b.max())
+        weight_a, weight_b = torch.exp(lse_a - largest), torch.exp(lse_b - largest)
+        total = weight_a + weight_b
+        out = (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / total[..., None]
+        return out.nan_to_num(), (largest + total.log()).masked_fill(total.isnan(), -torch.inf)
+    The largest log-sum-exp of the whole tensor is subtracted everywhere. A row that lies 200 below it becomes
+    exp(−200) = 0 and is lost. Every row has a maximum of its own: `torch.maximum(lse_a, lse_b)`.
+    """
+)
+
+
+# 01.8: bytes of the cache of a real model
+
+size.mistakes(
+    r"""
+    query heads in place of KV heads
+        * kv_heads * → * heads *
+    num_attention_heads counts the queries, which are used and forgotten. What stays are keys and values, and
+    of those there are num_key_value_heads: for Llama 3.1 405B 8 and not 128, so this is 16 times too much.
+
+    hidden_size in place of KV heads times head_dim
+        kv_heads * head_dim → config["hidden_size"]
+    The cache is counted with query heads in place of KV heads: 2 · layers · hidden_size · bytes, or the same
+    by a head_dim of hidden_size / num_key_value_heads. hidden_size is the width of all *query* heads; what
+    stays is num_key_value_heads · head_dim, and head_dim is hidden_size / num_attention_heads.
+
+    keys only
+        per_token = 2 * → per_token =
+    A factor of 2 is missing: the cache holds a key *and* a value for each head of each token.
+
+    one layer only
+        config["num_hidden_layers"] * →
+    The layers are missing. Every layer has keys and values of its own, computed from its own input.
+
+    bits for bytes
+        .itemsize → .itemsize * 8
+    bfloat16 has 16 bits, and that is 2 bytes. All sizes are 8 times too large.
+
+    two bytes a number, whatever the dtype
+        getattr(torch, config["torch_dtype"]).itemsize → 2
+    torch_dtype is not looked at. float32 takes 4 bytes a number and the 8-bit floats take 1; storing the
+    cache in 8 bits is one of the cheapest ways to halve it.
+
+    the batch forgotten
+        max_len * len(lengths) → max_len
+    The cache is counted for a single sequence. The weights are shared by a batch and the cache is not: each
+    of the len(lengths) sequences keeps its own.
+
+    stored counts the tokens that are there
+        max_len * len(lengths) → sum(lengths)
+    Stored was counted as sum(lengths) tokens. This cache is allocated once for max_len tokens a sequence, and
+    the empty slots take memory too; sum(lengths) is what a step *reads*.
+
+    GB called GiB
+        2**30 → 10**9
+    stored_gib was divided by 10⁹. That is GB; a GiB is 2³⁰ bytes, 7% more. GPU memory is sold and measured in
+    GiB, so the two must not be mixed.
+
+    read taken for stored
+        "read": per_token * sum(lengths) → "read": stored
+    What a step reads was set to what is allocated. A decode step reads the keys and values that are there,
+    sum(lengths) tokens; the empty slots behind them are reserved and not touched.
+
+    every sequence as long as the longest
+        sum(lengths) → max(lengths) * len(lengths)
+    What a step reads was counted as the longest sequence times the batch. That is what a padded batch costs;
+    a decode step over a cache that knows its lengths reads each sequence's own tokens, sum(lengths) in all.
+
+    head_dim not looked up
+        config.get("head_dim", config["hidden_size"] // heads) → config["hidden_size"] // heads
+    The head dim was always taken as hidden_size / num_attention_heads. Some models, Gemma and Qwen3 among
+    them, choose it freely and say so in head_dim.
+    """
+)
