@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 LOG2E: Any = 1.4426950408889634  # eˣ = 2^(x · log₂e)
-NEEDS_TRITON = "this exercise needs Triton, which exists for Linux only (on Windows: inside WSL)"
+NEEDS_TRITON = (
+    "this exercise needs Triton, of which the course pins the Linux package (on Windows: inside WSL)"
+)
 
 
 class NeedsTriton(RuntimeError):

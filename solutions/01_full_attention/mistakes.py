@@ -600,8 +600,8 @@ size.mistakes(
 
     GB called GiB
         2**30 → 10**9
-    stored_gib was divided by 10⁹. That is GB; a GiB is 2³⁰ bytes, 7% more. GPU memory is sold and measured in
-    GiB, so the two must not be mixed.
+    stored_gib was divided by 10⁹. That is GB; a GiB is 2³⁰ bytes, 7% more. Data sheets of GPUs give GB, and
+    tools that show memory count in GiB or MiB: compare two sizes only in one unit.
 
     read taken for stored
         "read": per_token * sum(lengths) → "read": stored

@@ -587,7 +587,7 @@ roads.mistakes(
         decompress + T * naive_query → T * naive_query
         None if slope <= 0 else (decompress - 1) // slope → None if slope < 0 else 0
     The decompression was counted T times. Keys and values of the S tokens are built once in this call, and
-    all T queries use them: that is why a long prefill prefers the naive path.
+    all T queries use them: that is why a long prefill takes fewer operations on the naive path.
 
     only the keys decompressed
         R * H * 2 * D → R * H * D

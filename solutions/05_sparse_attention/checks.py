@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlearn.attention.sparse.pattern import Pattern, words
-from kvlearn.attention.sparse.sentences import parse
-from kvlearn.attention.sparse.words import Global, Random
+from kvlearn.attention.patterns import Global, Pattern, Random, parse, primitives
 from kvlearn.grading import (
     Answer,
     CheckContext,
@@ -265,7 +263,9 @@ def part_of(t: CheckContext, got: Any, given: SentenceSizes, which: str) -> None
     pattern = read(t, got)
     kinds = {"global": Global, "random": Random}
     mine = [
-        w for w in words(pattern) if next((k for k, c in kinds.items() if isinstance(w, c)), "near") == which
+        w
+        for w in primitives(pattern)
+        if next((k for k, c in kinds.items() if isinstance(w, c)), "near") == which
     ]
     if which in kinds and not mine:
         t.true(False, f"a word {which}(…)", f"none in {shorten(repr(got), 150)}")
@@ -321,7 +321,7 @@ def repeated(t: CheckContext, longformer_sentence: Answer, bigbird_sentence: Ans
     t.true(same, "the same pattern for the same seed", "two different ones")
     if same:
         drawn_words: list[Pattern] = [
-            w for w in words(read(t, bigbird_sentence(*given))) if isinstance(w, Random)
+            w for w in primitives(read(t, bigbird_sentence(*given))) if isinstance(w, Random)
         ]
         came = "the same" if mask_of(drawn_words, n).any() else "the same: nothing is drawn"
         t.true(not torch.equal(first, other), "another pattern for another seed", came)
@@ -888,7 +888,7 @@ cache_bytes = Exercise(
         "*are*, and none twice. Python's `set(range(…))` does the union for you.",
         "`indexed` stores an index key beside every token, and the step reads the index keys of *all* N "
         "tokens to find the min(N, top_k) tokens that it reads then. An index key is index_dim numbers of "
-        "`index_bytes` bytes, one for all heads.",
+        "`index_bytes` bytes and one scale of `scale_bytes` bytes; there is one key for all heads.",
     ),
 )
 
@@ -925,7 +925,9 @@ def token_bytes(config: Config) -> int:
 
 
 def index_bytes(config: Config, N: int) -> int:
-    return N * config["index_dim"] * config["index_bytes"] if config["kind"] == "indexed" else 0
+    if config["kind"] != "indexed":
+        return 0
+    return N * (config["index_dim"] * config["index_bytes"] + config["scale_bytes"])
 
 
 def cache_bytes_count(config: Config, N: int) -> CacheBytesSizes:
@@ -953,8 +955,8 @@ def cache_bytes_draw(t: CheckContext, kind: str) -> Config:
         config |= {"block": t.pick(16, 24, 64), **blocks}
     if kind == "indexed":
         number = config["number_bytes"]
-        bytes_ = t.pick(*({1, 2, 4} - {number}))
-        config |= {"top_k": t.pick(100, 128, 300), "index_dim": t.pick(32, 48), "index_bytes": bytes_}
+        index = {"index_bytes": t.pick(*({1, 2, 4} - {number})), "scale_bytes": t.pick(2, 4)}
+        config |= {"top_k": t.pick(100, 128, 300), "index_dim": t.pick(32, 48), **index}
     return config
 
 
@@ -1005,8 +1007,8 @@ def bigbird_stored(t: CheckContext, sparse_bytes: Answer) -> None:
 
 @cache_bytes.requirement(1, "an index")
 def indexed(t: CheckContext, sparse_bytes: Answer) -> None:
-    """stored: keys, values and an index key of every token; read: all index keys, and keys and values of the
-    top_k tokens"""
+    """stored: keys, values and an index key with its scale of every token; read: all index keys, and keys and
+    values of the top_k tokens"""
     cache_bytes_same(t, sparse_bytes, cache_bytes_draw(t, "indexed"), t.integer(400, 3000))
 
 

@@ -1138,7 +1138,7 @@ cache_bytes.mistakes(
 
     numbers for bytes
         * config["number_bytes"] →
-        * config["index_bytes"] →
+        * config["index_bytes"] + config["scale_bytes"] → + 1
     This counts numbers. Each takes `number_bytes` bytes, and one of the index `index_bytes`.
 
     two bytes a number, whatever is said
@@ -1256,7 +1256,7 @@ cache_bytes.mistakes(
     min(n_random, those that are left).
 
     the index forgotten
-        index = n_tokens * config["index_dim"] * config["index_bytes"] →
+        index = n_tokens * index_key → index = 0
     The index keys are missing from both. They are stored beside every token, and a step reads all of them to
     find out what to read.
 
@@ -1277,16 +1277,25 @@ cache_bytes.mistakes(
 
     the index in the cache's own numbers
         config["index_bytes"] → config["number_bytes"]
-    The index keys were counted with `number_bytes`. They have a type of their own, `index_bytes` (fp8, as a
-    rule: they only have to find).
+    The index keys were counted with `number_bytes`. They have a type of their own, `index_bytes`
+    (DeepSeek-V3.2 keeps them in fp8: they only have to find).
+
+    index keys without their scale
+        + config["scale_bytes"] →
+    The numbers of the index keys were counted, and their scale was not. Numbers of 8 bits need one to give
+    back their size: `scale_bytes` for every index key, stored and read.
+
+    a scale for every number of an index key
+        + config["scale_bytes"] → + config["index_dim"] * config["scale_bytes"]
+    `scale_bytes` was counted for each of the index_dim numbers. All numbers of an index key share one scale.
 
     an index key for every KV head
-        index = n_tokens * → index = n_tokens * config["kv_heads"] *
-    index_dim was multiplied by kv_heads. There is one index key a token, for all heads: they read the same
-    selection.
+        index = n_tokens * index_key → index = n_tokens * index_key * config["kv_heads"]
+    The index key was multiplied by kv_heads. There is one index key per token, for all heads: they read the
+    same selection.
 
     an index for keys and another for values
-        index = n_tokens * → index = 2 * n_tokens *
+        index = n_tokens * index_key → index = 2 * n_tokens * index_key
     The index was counted twice, like keys and values. It is one key a token; what it finds is the token.
 
     top_k tokens where there are fewer

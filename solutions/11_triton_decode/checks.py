@@ -393,7 +393,7 @@ packing = Exercise(
     ),
 )
 
-ROWS = 16  # of the packed tile: what tl.dot wants at least
+ROWS = 16  # of the packed tile, as many as an instruction of the tensor cores multiplies
 
 
 def packing_draw(t: CheckContext, n_kv_heads: int, group: int, head_dim: int = 16) -> QKV:

@@ -186,7 +186,7 @@ def test_the_ready_made_attention_is_recognised_and_earns_nothing(borrowed: Any)
 
 
 def test_a_class_of_kvlearns_is_recognised_though_it_is_called_differently() -> None:
-    assert "kvlearn.attention.cache.KVCache" in check("01.5", KVCache).message
+    assert "kvlearn.attention.base.KVCache" in check("01.5", KVCache).message
 
 
 def test_only_the_requirement_that_borrows_loses_its_points() -> None:

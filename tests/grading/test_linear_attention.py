@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from answers import earned, full_marks, names, right, unit_module
 from torch import Tensor
 
-from kvlearn.attention.linear import decay as core
-from kvlearn.attention.linear.linear import LinearAttention, elu_features
+from kvlearn.attention import linear as core
+from kvlearn.attention.linear import LinearAttention, elu_features
 from kvlearn.grading import check, find_exercise, judge
 
 CHECKS = unit_module("06_linear_attention", "checks")

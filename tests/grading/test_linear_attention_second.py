@@ -12,9 +12,9 @@ from answers import earned, names, right, unit_module
 from torch import Tensor
 
 from kvlearn.attention import GatedDeltaNet, Mamba, Rwkv7
-from kvlearn.attention.linear.delta_rule import delta_rule
-from kvlearn.attention.linear.scan import selective_scan
-from kvlearn.attention.linear.wkv import wkv as course_wkv
+from kvlearn.attention.delta import delta_rule
+from kvlearn.attention.mamba import selective_scan
+from kvlearn.attention.rwkv import wkv as course_wkv
 from kvlearn.grading import Score, check, find_exercise, judge
 
 CHECKS = unit_module("06_linear_attention", "checks")

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from answers import earned, full_marks, names, right, unit_module
 from torch import Tensor
 
-from kvlearn.attention.sparse.fixed import SparseAttention
-from kvlearn.attention.sparse.moba import MixtureOfBlockAttention
-from kvlearn.attention.sparse.plan import live_tokens, n_slots
-from kvlearn.attention.sparse.sentences import (
+from kvlearn.attention import MixtureOfBlockAttention, SparseAttention
+from kvlearn.attention.core import split_heads
+from kvlearn.attention.patterns import (
     bigbird,
+    live_tokens,
     longformer,
+    n_slots,
     parse,
     sparse_transformer,
     sparse_transformer_fixed,
@@ -132,7 +133,7 @@ def bytes_by_positions(config: dict[str, Any], n: int) -> dict[str, Any]:
         must = {c for c in range(own) if c < config["n_global"] or own - c <= config["n_window"]}
         whole = min(len(must) + config["n_random"], own)
         return {"stored": n * size, "read": (whole * block + (n - own * block)) * size, "more": None}
-    index = n * config["index_dim"] * config["index_bytes"]
+    index = n * (config["index_dim"] * config["index_bytes"] + config["scale_bytes"])
     return {"stored": n * size + index, "read": min(config["top_k"], n) * size + index}
 
 
@@ -182,7 +183,7 @@ def test_our_sentences_mean_the_courses_longformer_and_bigbird() -> None:
 @pytest.mark.parametrize(
     "sentence", ["local(4)", "local(2) | strided(5)", "local(3) | global(at=(6,))", "fixed(4, 1)"]
 )
-def test_what_is_kept_is_what_the_courses_plan_keeps(sentence: str) -> None:
+def test_what_is_kept_is_what_the_courses_slot_allocation_keeps(sentence: str) -> None:
     pattern = parse(sentence)
     kept = CHECKS.kept(pattern.mask(19))
     assert kept.sum(1).tolist() == live_tokens(pattern, 19).tolist()
@@ -192,8 +193,8 @@ def test_what_is_kept_is_what_the_courses_plan_keeps(sentence: str) -> None:
 def test_what_is_selected_is_what_moba_selects() -> None:
     layer = MixtureOfBlockAttention(24, 3, block=4, n_blocks=3, rope=None)
     x = torch.randn(2, 22, 24)
-    q, kv, _ = layer.project(x, None)
-    assert torch.equal(CHECKS.select_reference(q, kv.k, 4, 3), layer.chosen(x))
+    q, k = split_heads(layer.q_proj(x), 3), split_heads(layer.k_proj(x), 3)
+    assert torch.equal(CHECKS.select_reference(q, k, 4, 3), layer.selected_blocks(x))
 
 
 def test_the_bytes_are_those_of_the_courses_mechanism() -> None:
@@ -268,10 +269,10 @@ def test_the_example_of_bytes_is_true() -> None:
         {"kind": "full"},
         {"kind": "longformer", "window": 16, "n_global": 4},
         {"kind": "bigbird", "block": 8, "n_window": 1, "n_global": 1, "n_random": 2},
-        {"kind": "indexed", "top_k": 10, "index_dim": 6, "index_bytes": 1},
+        {"kind": "indexed", "top_k": 10, "index_dim": 6, "index_bytes": 1, "scale_bytes": 4},
     ]
     counted = [tuple(count({**sizes, **design}, 100).values()) for design in designs]
-    assert counted == [(3200, 3200), (640, 640), (3200, 1152), (3800, 920)]
+    assert counted == [(3200, 3200), (640, 640), (3200, 1152), (4200, 1320)]
 
 
 # What does not count
@@ -284,12 +285,12 @@ def test_the_courses_own_patterns_earn_nothing() -> None:
         lambda b, w, g, r, s: str(bigbird(b, r, n_window=w, n_global=g, seed=s)),
     )
     assert float(score) == 0
-    assert "calls kvlearn.attention.sparse.sentences.longformer" in score.message
+    assert "calls kvlearn.attention.patterns.longformer" in score.message
     score = check(
         "05.1", lambda n, s: sparse_transformer(s).mask(n), lambda n, b, s: parse(f"fixed({b}, {s})").mask(n)
     )
     assert float(score) == 0
-    assert "kvlearn.attention.sparse" in score.message
+    assert "kvlearn.attention.patterns.sparse_transformer" in score.message
 
 
 def test_pytorchs_attention_earns_nothing_in_the_block_softmax() -> None:
