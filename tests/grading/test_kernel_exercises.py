@@ -36,7 +36,9 @@ def changed(exercise: str, was: str, now: str) -> str:
 
 def checked(exercise: str, code: str) -> Score:
     found = find_exercise(exercise)
-    return check(exercise, *run(compiled(code, f"<answer {hash(code)}>"), found.set_up, {}, found.answers))
+    learners = {"__name__": "__main__"}
+    answers = run(compiled(code, f"<answer {hash(code)}>"), found.set_up, learners, found.answers)
+    return check(exercise, *answers)
 
 
 def test_a_stray_pointer_is_an_error_that_names_tensor_and_line() -> None:
