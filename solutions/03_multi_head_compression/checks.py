@@ -1,6 +1,5 @@
 """Unit 03: requirements and hints of the exercises on multi-head compression."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -159,7 +158,6 @@ decoupled = Exercise(
     ),
 )
 
-Turn = Callable[..., Tensor]
 DecoupledInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
