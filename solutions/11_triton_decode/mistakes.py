@@ -1,4 +1,4 @@
-"""Unit 11: known mistakes of the exercises on the Triton decode kernel; those of kernels as PyTorch emulations."""
+"""Unit 11: known mistakes of the exercises on the Triton decode kernel; kernels as PyTorch emulations."""
 
 from collections.abc import Callable
 
