@@ -192,7 +192,6 @@ class MultiHeadCompression(Mechanism):
     @classmethod
     def tiny_at_limit(cls) -> "tuple[MultiHeadCompression, FullAttention]":
         """Nothing is lost at full rank with exact rotation: the latent is the heads themselves."""
-        torch.manual_seed(0)
         full = FullAttention.tiny()
         width = full.n_heads * full.head_dim
         limit = cls(full.d_model, full.n_heads, head_dim=full.head_dim, rank=2 * width, rope_dim=0)
