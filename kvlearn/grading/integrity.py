@@ -1,7 +1,7 @@
 """Has an answer changed what checks rely on? Asked in the kernel, from outside, around every check.
 
-It finds what changes by accident or by a simple trick (``torch.allclose = lambda *a, **k: True``). Whoever
-changes something and puts it back before anybody looks is not found: answer and check share a process.
+It finds what changes by accident or by a simple trick (``torch.allclose = lambda *a, **k: True``). A
+change that is undone before the kernel is asked is not found: answer and check share a process.
 
 What checks do not call may change (``torch.set_default_dtype``, ``rich.pretty.install()``): the answer keeps
 its points, and the exercises after it get kernels of their own.

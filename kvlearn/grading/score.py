@@ -45,7 +45,7 @@ class Mistake:
 class Score(float):
     """The points an answer earned, between 0 and ``max_score``, with the reasons.
 
-    It is a plain number to whoever adds it up (nbgrader reads the plain text of a cell's result, and takes
+    It is a plain number for code that adds it up (nbgrader reads the plain text of a cell's result, and takes
     NaN, a negative number or none at all for full marks: hence the clamp). In a notebook it shows a table.
     """
 
