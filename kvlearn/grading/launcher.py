@@ -15,7 +15,7 @@ def confine(memory: int) -> None:
     """Make the system refuse more than ``memory`` bytes of private data to this process and its children.
 
     Python then raises MemoryError and lives. Other systems than Linux do not count mapped memory here: there
-    only the watching of resident memory limits it. RLIMIT_AS would count what torch reserves and never touches.
+    only watching resident memory limits it. RLIMIT_AS would count what torch reserves and never touches.
     """
     if sys.platform == "linux":
         import resource
