@@ -44,7 +44,7 @@ class Outcome:
 
 
 def check(exercise: str, *answers: Any) -> Score:
-    """Grade an answer: ``check("01.3", split_heads, merge_heads)``.
+    """Grade an answer: ``check("01.3", split_qkv, merge_heads)``.
 
     Draws fresh inputs each time. Returns the points as a number that shows a table in a notebook. It never
     raises on account of an answer and prints nothing; what the answer prints meanwhile is swallowed.
