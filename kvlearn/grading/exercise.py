@@ -67,8 +67,8 @@ class Exercise:
     """One exercise: ``answers`` names what the check is handed, in order.
 
     ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``; a method
-    of tensors as ``Tensor.softmax``); calling one earns nothing for the requirement at hand. kvlearn's own modules are always forbidden unless
-    ``may_use_kvlearn``.
+    of tensors as ``Tensor.softmax``); calling one earns nothing for the requirement at hand. kvlearn's own
+    modules are always forbidden unless ``may_use_kvlearn``.
     """
 
     id: str
