@@ -301,20 +301,3 @@ def test_smaller_appends_than_a_chunk_cost_points() -> None:
     assert row(score, "equal chunks").earned == 0
     assert "appends of [" in row(score, "equal chunks").came
     assert row(score, "one token at a time").earned == 1
-
-
-# The names and points of mistakes
-
-CHANGED = [
-    pytest.param(find_exercise(id), misconception, id=f"{id} {misconception.name}")
-    for id in ("01.1", "01.2", "01.3", "01.4", "01.6", "01.7", "01.8")
-    for misconception in find_exercise(id).misconceptions
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("exercise", "misconception"), CHANGED)
-def test_a_mistake_has_one_score_and_one_name_whatever_is_drawn(exercise: Any, misconception: Any) -> None:
-    scores = [judge(exercise, misconception.answers, seed * 1007) for seed in range(8)]
-    assert {tuple(earned(score)) for score in scores} == {tuple(earned(scores[0]))}
-    assert {tuple(names(score)) for score in scores} == {(misconception.name,)}
