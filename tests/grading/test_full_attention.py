@@ -127,6 +127,15 @@ def test_an_answer_in_half_precision_is_told_so() -> None:
     assert float(score) == score.max_score - 1
 
 
+def test_the_largest_difference_is_told_beside_an_infinite_lse() -> None:
+    def one_more(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Part:
+        out, lse = attend(q, k, v, mask)
+        return out, lse + 1
+
+    came = row(check("01.1", one_more), "a query without keys").came
+    assert "the largest difference is 1 at [" in came
+
+
 # 01.2
 
 
