@@ -662,8 +662,8 @@ budget.mistakes(
     only bfloat16 taken for a dtype of 16 bits
         getattr(torch, config["torch_dtype"]).itemsize
             → {"float32": 4, "bfloat16": 2}.get(config["torch_dtype"], 1)
-    float32 and bfloat16 were looked up, and everything else was counted with 1 byte. float16 takes 2 bytes, as
-    its name says; only the 8-bit floats take 1. `getattr(torch, name).itemsize` knows them all.
+    float32 and bfloat16 were looked up, and everything else was counted with 1 byte. float16 takes 2 bytes,
+    as its name says; only the 8-bit floats take 1. `getattr(torch, name).itemsize` knows them all.
 
     head_dim not looked up
         config.get("head_dim", config["hidden_size"] // heads) → config["hidden_size"] // heads
@@ -752,12 +752,13 @@ step.mistakes(
             → keys, values, _ = cache.append(rope(owner.k(x_owner), positions), owner.v(x_owner))
             out_reader = core
         reader.q(x_reader), positions), keys, values, mask) → reader.q(x_reader), positions), keys, values)
-    The owner's keys were appended once more for the reader, and as the mask no longer fitted, it was left out:
-    every token stands in the cache twice, and the reader sees later tokens too. The first append has returned
-    what the reader needs, and the owner's mask fits it.
+    The owner's keys were appended once more for the reader, and as the mask no longer fitted, it was left
+    out: every token stands in the cache twice, and the reader sees later tokens too. The first append has
+    returned what the reader needs, and the owner's mask fits it.
 
     the reader appends its own keys, and has no mask
-        out_reader = core → keys, values, _ = cache.append(rope(reader.k(x_reader), positions), reader.v(x_reader))
+        out_reader = core
+            → keys, values, _ = cache.append(rope(reader.k(x_reader), positions), reader.v(x_reader))
             out_reader = core
         reader.q(x_reader), positions), keys, values, mask) → reader.q(x_reader), positions), keys, values)
     The reader wrote keys and values of its own into the owner's cache, and as the mask no longer fitted, it
@@ -818,8 +819,8 @@ step.mistakes(
 
     no mask for the owner
         owner.q(x_owner), positions), keys, values, mask) → owner.q(x_owner), positions), keys, values)
-    The owner sees the whole prompt from each of its tokens, later ones too. With one token there is nothing to
-    hide, so decode is right; a prompt needs the mask, the same for both layers.
+    The owner sees the whole prompt from each of its tokens, later ones too. With one token there is nothing
+    to hide, so decode is right; a prompt needs the mask, the same for both layers.
 
     no mask at all
         core.causal_mask(T, keys.shape[2]) → None
