@@ -11,7 +11,7 @@ For exercises that forbid to build something large, ``new_tensors`` notes which 
 
 Views cost nothing and are left out: a tensor counts if it lies in memory that no argument of its operation
 holds. Copies of an answer's inputs are among the tensors, so draw inputs that are small beside what is
-forbidden.
+forbidden. ``undefined_writes`` notes indexed writes whose outcome torch does not define.
 """
 
 import contextlib
@@ -323,6 +323,72 @@ def new_tensors() -> Iterator[list[Made]]:
     """Every tensor that is made inside, in order."""
     with _TensorWatch() as watch:
         yield watch.made
+
+
+class _WriteWatch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No, as for _TensorWatch."""
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        write = func.overloadpacket.__name__.removesuffix("_")
+        if write in ORDERS and not kwargs:
+            with contextlib.suppress(
+                Exception
+            ):  # what does not fit raises below, where it is the answer's own
+                ways = ORDERS[write](*args)
+                if ways is not None and differ(*ways):
+                    self.found.append(write)
+        return func(*args, **(kwargs or {}))
+
+
+def _put(into: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False) -> Any:
+    """The outcome of index_put with its writes in their order, and in the opposite one."""
+    at = [i for i, index in enumerate(indices) if index is not None]
+    if accumulate or not at or any(indices[i].dtype in (torch.bool, torch.uint8) for i in at):
+        return None
+    named = torch.broadcast_tensors(*(indices[i] for i in at))
+    # The dimensions of the indices stand where the first of them is, or in front if others lie between.
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    rest = [n for i, n in enumerate(into.shape) if i not in at]
+    values = values.expand(*rest[:first], *named[0].shape, *rest[first:])
+    reverse = list(indices)
+    for i, index in zip(at, named, strict=True):
+        reverse[i] = index.flip(tuple(range(index.ndim)))
+    backwards = values.flip(tuple(range(first, first + named[0].ndim)))
+    put = torch.ops.aten.index_put  # takes None where a dimension has no index
+    return put(into, list(indices), values), put(into, reverse, backwards)
+
+
+def _copy(into: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    """As _put, for index_copy."""
+    backwards = torch.index_copy(into, dim, index.flip(0), source.flip(dim))
+    return torch.index_copy(into, dim, index, source), backwards
+
+
+def _scatter(into: Tensor, dim: int, index: Tensor, source: Any) -> Any:
+    """As _put, for scatter."""
+    if not isinstance(source, Tensor) or not source.ndim:
+        return None
+    source = source[tuple(slice(n) for n in index.shape)]
+    backwards = torch.scatter(into, dim, index.flip(dim), source.flip(dim))
+    return torch.scatter(into, dim, index, source), backwards
+
+
+ORDERS: dict[str, Callable[..., Any]] = {"index_put": _put, "index_copy": _copy, "scatter": _scatter}
+
+
+@contextmanager
+def undefined_writes() -> Iterator[list[str]]:
+    """The indexed writes made inside that write different numbers to one place: torch does not say which of
+    them stays. (On a CPU it is the last one for small tensors, so the values do not give it away.)"""
+    with _WriteWatch() as watch:
+        yield watch.found
 
 
 def largest_new_tensor(made: Sequence[Made]) -> Made:

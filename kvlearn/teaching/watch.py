@@ -4,7 +4,8 @@ an error in a kernel is the error itself, with its line, not its text in another
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,24 @@ _given: list[tuple[str, int, int]] = []
 done: set[tuple[str, str]] = set()
 LAUNCHED = ("launched", "")
 watching: list[bool] = []  # not empty: launches and calls are noted in `done`
+
+# Shapes of tensors and by how many numbers kernels find them further on (``far``); of the running kernel's
+# tensors the first address, the address behind the last, and how many bytes further on it is found.
+_far: dict[tuple[int, ...], int] = {}
+_found: list[tuple[int, int, int]] = []
+_nowhere = np.full(4, np.nan, np.float32)  # what is read where nothing is
+
+
+@contextmanager
+def far(shape: tuple[int, ...], numbers: int) -> Iterator[None]:
+    """While it lasts, kernels find a tensor of this shape ``numbers`` numbers behind where it lies, and NaN
+    where there is nothing: as if it were the end of a larger tensor, of which no other part exists. So a
+    pointer into a tensor of more than 2³¹ numbers can be checked without such a tensor."""
+    _far[shape] = numbers
+    try:
+        yield
+    finally:
+        del _far[shape]
 
 
 @functools.cache
@@ -57,8 +76,10 @@ def _watched_launch(launch: Callable[..., Any]) -> Callable[..., Any]:
         # The check's profiler would see every step of the interpreter, which costs four times the kernel.
         done.add(LAUNCHED)
         profiler = sys.getprofile()
-        before = list(_given)
-        _given[:] = _spans({**dict(zip(self.arg_names, args, strict=False)), **kwargs})
+        before, found = list(_given), list(_found)
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        _given[:] = _spans(arguments)
+        _found[:] = _places(arguments) if _far and _given else []
         sys.setprofile(None)
         try:
             with np.errstate(all="ignore"):  # a GPU does not warn of ∞ − ∞ either
@@ -67,7 +88,7 @@ def _watched_launch(launch: Callable[..., Any]) -> Callable[..., Any]:
             raise root_of(error) from None
         finally:
             sys.setprofile(profiler)
-            _given[:] = before
+            _given[:], _found[:] = before, found
 
     return watched
 
@@ -111,9 +132,31 @@ def _spans(arguments: dict[str, Any]) -> list[tuple[str, int, int]]:
     return spans
 
 
+def _places(arguments: dict[str, Any]) -> list[tuple[int, int, int]]:
+    places = []
+    for tensor in arguments.values():
+        if hasattr(tensor, "data_ptr"):
+            start, size = tensor.data_ptr(), tensor.element_size()
+            moved = size * _far.get(tuple(tensor.shape), 0)
+            places.append((start, start + size * tensor.numel(), moved))
+    return places
+
+
+def _brought_near(pointers: Any) -> Any:
+    """Pointers to where the numbers lie, for those that point to where they are to be found."""
+    addresses = pointers.data
+    near = np.full_like(addresses, _nowhere.ctypes.data)
+    for start, end, moved in _found:
+        inside = (addresses >= start + moved) & (addresses < end + moved)
+        near = np.where(inside, addresses - np.uint64(moved), near)
+    return type(pointers)(near, pointers.dtype)
+
+
 def _within_bounds(access: Callable[..., Any], verb: str, at: int, mask_at: int) -> Callable[..., Any]:
     @functools.wraps(access)
     def bounded(*args: Any, **kwargs: Any) -> Any:
+        if _found and verb == "tl.load reads":
+            return access(*args[:at], _brought_near(args[at]), *args[at + 1 :], **kwargs)
         if _given:
             _check(verb, args[at], args[mask_at])
         return access(*args, **kwargs)

@@ -236,9 +236,12 @@ def size_same(t: CheckContext, bytes_per_token: Answer, config: Config, *names: 
 
 @size.requirement(1, "a KV head for every query head: Llama 2 7B")
 def multi_head(t: CheckContext, bytes_per_token: Answer) -> None:
-    """keys and values of all heads and layers; stored and read are equal"""
+    """keys and values of all heads and layers; stored and read are equal; a multi_query that is false changes
+    nothing"""
     heads, head_dim = t.pick(12, 20, 40), t.pick(64, 80, 96)
     drawn = model(t.integer(20, 60), heads * head_dim, heads)
+    if t.round == 2:
+        drawn["multi_query"] = False
     size_same(t, bytes_per_token, LLAMA_2 if t.round == 0 else drawn, "stored", "read")
 
 
@@ -340,7 +343,7 @@ def ratio(t: CheckContext) -> tuple[int, int]:
 def pool_form(t: CheckContext, pool_heads: Answer) -> None:
     """a weight for G heads, (G·D, M), in the dtype of the one that was given"""
     H, G = ratio(t)
-    weight = pool_draw(t, H, t.pick(torch.float32, torch.bfloat16))
+    weight = pool_draw(t, H, (torch.float32, torch.bfloat16, torch.float16)[t.round])
     t.form(pool_heads(weight, H, G), (len(weight) // H * G, weight.shape[1]), weight.dtype)
 
 
@@ -714,7 +717,12 @@ def extremes(t: CheckContext, kv_heads_for_budget: Answer) -> None:
 @budget.requirement(1, "head_dim and torch_dtype")
 def looked_up(t: CheckContext, kv_heads_for_budget: Answer) -> None:
     """head_dim where it is given, and 1, 2 or 4 bytes a number by torch_dtype"""
-    for dtype, head_dim in (("float32", None), ("float8_e4m3fn", None), ("bfloat16", t.pick(256, 320))):
+    for dtype, head_dim in (
+        ("float32", None),
+        ("float16", None),
+        ("float8_e4m3fn", None),
+        ("bfloat16", t.pick(256, 320)),
+    ):
         heads = t.pick(*DIVISIBLE[1:])
         more = {"torch_dtype": dtype} | ({"head_dim": head_dim} if head_dim else {})
         low = t.pick(*divisors(heads)[1:-1])

@@ -149,6 +149,11 @@ size.mistakes(
     Falcon 7B's config has no num_key_value_heads; it says multi_query instead, and that is one KV head for
     all 71 query heads. Taken for an ordinary model it seems to need 71 times the cache.
 
+    multi_query taken for true wherever it is written
+        config.get("multi_query") → ("multi_query" in config)
+    The config was asked whether it *has* a multi_query, not what it says. Where it says false, the model has
+    as many KV heads as query heads, and one head is a fraction of its cache.
+
     head_dim not looked up
         config.get("head_dim", config["hidden_size"] // heads) → config["hidden_size"] // heads
     The head dim was always taken as hidden_size / num_attention_heads. A config may choose it freely and say
@@ -333,6 +338,11 @@ pool.mistakes(
         (n_kv_heads, n_heads // n_kv_heads, -1) → (n_heads // n_kv_heads, n_kv_heads, -1)
     n_kv_heads heads were put into each pool, which leaves H/G pools. n_kv_heads is how many pools there are
     in the end; each takes H / n_kv_heads heads.
+
+    the result in fp32
+        weight.unflatten → weight.float().unflatten
+    The values are right, but the result is in fp32 whatever the weight's dtype is. Averaging in fp32 is
+    sound; give the result back in the dtype of the weight, or the converted model holds two dtypes.
 
     the trained weight overwritten
         return pools.mean(dim=1).flatten(0, 1) → pooled = pools.mean(dim=1).flatten(0, 1)
@@ -559,6 +569,11 @@ layers.mistakes(
     The nearest earlier layer of the type was taken, whether it stores or not. Behind the first one that
     shares, that is a layer without keys of its own. Look among the first L − n_shared layers only.
 
+    each layer that shares reads the one just before
+        last[kind] for kind in layer_types[n_own:]) → i - 1 for i in range(n_own, len(layer_types)))
+    Layer i reads layer i − 1, whatever its type, and that layer may have no keys of its own. All layers that
+    share read among the first L − n_shared layers: the last one of their own type.
+
     the first layers share
         def gemma_owners(layer_types, n_shared):
             return [len(layer_types) - 1 - owner for owner in gemma(layer_types[::-1], n_shared)[::-1]]
@@ -644,6 +659,12 @@ budget.mistakes(
     torch_dtype was not looked at. float32 takes 4 bytes a number and the 8-bit floats take 1: the same budget
     then has room for half or twice as many heads.
 
+    only bfloat16 taken for a dtype of 16 bits
+        getattr(torch, config["torch_dtype"]).itemsize
+            → {"float32": 4, "bfloat16": 2}.get(config["torch_dtype"], 1)
+    float32 and bfloat16 were looked up, and everything else was counted with 1 byte. float16 takes 2 bytes,
+    as its name says; only the 8-bit floats take 1. `getattr(torch, name).itemsize` knows them all.
+
     head_dim not looked up
         config.get("head_dim", config["hidden_size"] // heads) → config["hidden_size"] // heads
     The head dim was always taken as hidden_size / num_attention_heads. Where the config has head_dim, that
@@ -726,6 +747,31 @@ step.mistakes(
     for T, and all that follow stand at wrong positions. The first append has returned what the reader needs:
     keep it.
 
+    the owner's keys appended twice, and no mask for the reader
+        out_reader = core
+            → keys, values, _ = cache.append(rope(owner.k(x_owner), positions), owner.v(x_owner))
+            out_reader = core
+        reader.q(x_reader), positions), keys, values, mask) → reader.q(x_reader), positions), keys, values)
+    The owner's keys were appended once more for the reader, and as the mask no longer fitted, it was left
+    out: every token stands in the cache twice, and the reader sees later tokens too. The first append has
+    returned what the reader needs, and the owner's mask fits it.
+
+    the reader appends its own keys, and has no mask
+        out_reader = core
+            → keys, values, _ = cache.append(rope(reader.k(x_reader), positions), reader.v(x_reader))
+            out_reader = core
+        reader.q(x_reader), positions), keys, values, mask) → reader.q(x_reader), positions), keys, values)
+    The reader wrote keys and values of its own into the owner's cache, and as the mask no longer fitted, it
+    was left out. The reader stores nothing: it attends to what the owner's append returned, with the owner's
+    mask.
+
+    both append before either attends
+        out_owner = → keys, values, _ = cache.append(rope(reader.k(x_reader), positions), reader.v(x_reader))
+            mask = core.causal_mask(T, keys.shape[2])
+            out_owner =
+    Keys and values of both layers went into the cache before any query met them, so each layer attends to the
+    other's keys as well. One append a step, the owner's, and both layers attend to what it returns.
+
     the reader attends to its own keys
         out_reader = core → keys, values = rope(reader.k(x_reader), positions), reader.v(x_reader)
             mask = core.causal_mask(T, T)
@@ -770,6 +816,11 @@ step.mistakes(
         reader.q(x_reader), positions), keys, values, mask) → reader.q(x_reader), positions), keys, values)
     The reader sees the whole prompt from each of its tokens, later ones too. With one token there is nothing
     to hide, so decode is right; a prompt needs the owner's mask.
+
+    no mask for the owner
+        owner.q(x_owner), positions), keys, values, mask) → owner.q(x_owner), positions), keys, values)
+    The owner sees the whole prompt from each of its tokens, later ones too. With one token there is nothing
+    to hide, so decode is right; a prompt needs the mask, the same for both layers.
 
     no mask at all
         core.causal_mask(T, keys.shape[2]) → None

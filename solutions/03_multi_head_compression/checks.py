@@ -659,18 +659,26 @@ def absorbed_flops(t: CheckContext, roads: Answer) -> None:
 
 @roads.requirement(2, "the largest T at which absorbed wins", rounds=4)
 def largest_t(t: CheckContext, roads: Answer) -> None:
-    """the last whole number of queries at which absorbed has fewer FLOPs, whatever T was handed in"""
+    """the last whole number of queries at which absorbed has fewer FLOPs, whatever T was handed in; where the
+    cache is so short that it lies beyond S, it is that number all the same"""
     shape = model(t)
     largest_is(t, roads, shape, largest(*shape[:-1]))
+    # With R < D the lines cross behind S while S · (D − R) < D · R, and never cross beyond that.
+    D = (64, 96, 128, 160)[t.round]
+    R = D * 3 // 4
+    short = (t.integer(3, 8), D, R, 16, D * R // (D - R) * t.integer(2, 8) // 10, t.integer(1, 9))
+    largest_is(t, roads, short, largest(*short[:-1]))
 
 
 @roads.requirement(1, "where absorbed always wins, or never")
 def always_or_never(t: CheckContext, roads: Answer) -> None:
-    """None where it wins at every T, as with R < D and a long cache; 0 where it loses already at T = 1"""
+    """None where it wins at every T, as with R < D and a long cache, and where each further query costs the
+    same on both paths; 0 where it loses already at T = 1"""
     H, T = t.pick(3, 5, 8), t.integer(1, 9)
     D = t.pick(64, 96, 128)
     always = (H, D, D // 2, 16, t.integer(1000, 5000), T)
     largest_is(t, roads, always, None)
+    largest_is(t, roads, (H, D, D // 2, 16, D, T), None)  # one more query costs the same on both paths
     never = (H, D, 4 * D, 16, 1, T)
     largest_is(t, roads, never, 0)
 

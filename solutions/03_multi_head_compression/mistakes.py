@@ -401,6 +401,12 @@ step.mistakes(
     Slot number `length` was attended to as well. Counted from 0 the tokens are in the slots 0 … length − 1,
     the new one among them: `cache[:, :length]`.
 
+    the last rows of the cache
+        cache[:, :length, :R], cache[:, :length, R:] → cache[:, -length:, :R], cache[:, -length:, R:]
+    The last `length` rows were read. The cache has room for max_len tokens and is filled from the front, so
+    the tokens are its *first* `length` rows, `cache[:, :length]`. In a full cache it is the same, which hides
+    it.
+
     empty slots masked after the softmax
         cache[:, :length, :R], cache[:, :length, R:] → cache[..., :R], cache[..., R:]
         weights @ c → weights[..., :length] @ c[:, :length]
@@ -687,6 +693,24 @@ roads.mistakes(
             → S if slope <= 0 else min((decompress - 1) // slope, S)
     The largest T was cut off at S. It is true that T > S cannot occur, but the question was where the two
     lines cross: None says that they never do.
+
+    a crossing beyond S cut off at S
+        (decompress - 1) // slope → min((decompress - 1) // slope, S)
+    Where the lines cross at more than S queries, S came back. The question is where they cross, for this H,
+    D, R, Dr and S; that so many new tokens cannot stand in this cache is no matter.
+
+    R < D taken for "always"
+        None if slope <= 0 → None if R < D
+    None was returned wherever the latent is smaller than a head. Attention is then cheaper in the latent
+    space, but each query also pays 4·H·D·R for the ways in and out: in a short cache that is more than it
+    saves, and the lines cross. Compare what one more query costs on both paths.
+
+    parallel lines taken to cross
+        None if slope <= 0 else (decompress - 1) // slope
+            → None if slope < 0 else (decompress - 1) // max(slope, 1)
+    Where one more query costs the same on both paths a crossing was computed, with the division by 0 avoided.
+    Absorbed starts at 0 and naive at 4·S·R·H·D, so parallel lines never meet, and absorbed wins at every T:
+    None if slope ≤ 0.
 
     whether absorbed wins at this T
         None if slope <= 0 else (decompress - 1) // slope → T if T * slope < decompress else 0

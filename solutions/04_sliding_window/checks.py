@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlearn.grading import Answer, CheckContext, Difference, Exercise, Stop, compare, describe
+from kvlearn.grading import (
+    Answer,
+    CheckContext,
+    Difference,
+    Exercise,
+    Stop,
+    compare,
+    describe,
+    undefined_writes,
+)
 
 Rings = tuple[Tensor, Tensor]
 
@@ -70,6 +79,13 @@ def same_rings(t: CheckContext, got: Rings, want: Rings, filled: Tensor) -> None
         if t.shape(ring, tuple(right.shape), name):
             blank = ~filled[:, None, :, None]
             t.close(ring.masked_fill(blank, 0), right.masked_fill(blank, 0), name)
+
+
+def defined(t: CheckContext, found: list[str]) -> None:
+    """No indexed write gave one slot to several tokens: which of them stays there is not defined."""
+    if found:
+        came = f"{found[0]} writes several tokens to one slot at once, and which of them stays is not defined"
+        t.note("a slot written twice", Difference("", "one token for each slot in an indexed write", came))
 
 
 # 04.1: the mask of a window behind a cache, compared with a loop over pairs of positions
@@ -237,7 +253,8 @@ def across(t: CheckContext, write_ring: Answer, held_positions: Answer) -> None:
 
 @ring.requirement(1, "write_ring: a chunk longer than W")
 def long(t: CheckContext, write_ring: Answer, held_positions: Answer) -> None:
-    """the last W tokens, each in its own slot, as if they had come one at a time"""
+    """the last W tokens, each in its own slot, as if they had come one at a time; an indexed write names no
+    slot twice"""
     window = t.integer(4, 6)
     start = window * t.integer(0, 3) + t.integer(1, window - 1)
     rest = t.integer(1, window - 1)
@@ -245,7 +262,9 @@ def long(t: CheckContext, write_ring: Answer, held_positions: Answer) -> None:
     # The slot of the first token that stays is no slot of the chunk's first one, nor slot 0.
     if (start + T) % window == 0:
         start += 1 if (start + 1) % window else 2
-    same_ring(t, write_ring, window, start, T)
+    with undefined_writes() as found:
+        same_ring(t, write_ring, window, start, T)
+    defined(t, found)
 
 
 @ring.requirement(1, "held_positions: before the ring is full")
@@ -304,7 +323,9 @@ class Sequence:
         self.t.close(out, want, "out:", tolerance=1e-3)
 
     def compare_rings(self, window_prefill: Answer) -> None:
-        _, *rings = self.run(window_prefill)
+        with undefined_writes() as found:
+            _, *rings = self.run(window_prefill)
+        defined(self.t, found)
         filled = torch.tensor(held(self.n, self.window))[None] >= 0
         want = [ring_of(self.t, x, self.window) for x in (self.k, self.v)]
         same_rings(self.t, (rings[0], rings[1]), (want[0], want[1]), filled)
@@ -344,7 +365,8 @@ def long_chunk(t: CheckContext, window_prefill: Answer) -> None:
 
 @prefill.requirement(1, "the ring afterwards")
 def prefill_ring(t: CheckContext, window_prefill: Answer) -> None:
-    """the last W tokens of all, keys and values, each in slot p % W; after short and long chunks"""
+    """the last W tokens of all, keys and values, each in slot p % W; after short and long chunks; an indexed
+    write names no slot twice"""
     window = t.integer(5, 7)
     start = window * t.integer(1, 3) + t.integer(2, window - 2)
     rest = t.pick(*(n for n in range(1, window) if (start + n) % window))
@@ -573,11 +595,13 @@ def needed(t: CheckContext, reach: Answer, layers_needed: Answer) -> None:
 
 @field.requirement(1, "the limits")
 def field_limits(t: CheckContext, reach: Answer, layers_needed: Answer) -> None:
-    """no layer, or W = 1 in all: the token itself alone; distance 0 needs no layer, and with W = 1 any other
-    is never reached: None"""
+    """no layer, or W = 1 in all: the token itself alone; sinks are seen through a layer, so without one they
+    are not reached; distance 0 needs no layer, and with W = 1 any other is never reached: None"""
     position = t.integer(3, 30)
     for windows in ([], [1] * t.integer(2, 4)):
         same_reach(t, reach(position, windows), [position])
+    same_reach(t, reach(position, [], 2), [position])
+    same_reach(t, reach(position, [1], 2), [0, 1, position])
     for window in (t.integer(2, 9), 1):
         t.number(layers_needed(0, window), 0, f"over 0 by windows of {window}:")
     got = layers_needed(position, 1)
@@ -776,8 +800,11 @@ def saving(t: CheckContext, window_bytes: Answer) -> None:
 
 @cache_bytes.requirement(1, "a window that was dropped: Mistral 7B v0.2")
 def dropped(t: CheckContext, window_bytes: Answer) -> None:
-    """sliding_window None: all layers are full, stored and read grow with the context"""
+    """sliding_window None: all layers are full, whatever layer_types says; stored and read grow with the
+    context"""
     config = {**MISTRAL, "sliding_window": None, "num_hidden_layers": t.integer(20, 60)}
+    if t.round == 1:
+        config = {**GEMMA_3, "sliding_window": None}
     cache_bytes_same(t, window_bytes, config, 32_768, t.integer(5000, 30_000), "stored", "read")
 
 

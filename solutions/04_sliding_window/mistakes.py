@@ -230,6 +230,13 @@ ring.mistakes(
     The chunk was cut in two at the edge, one slice up to it and one from slot 0 on. A chunk longer than the
     ring goes round more than once, and of its tokens the last W stay: drop the others first, then cut.
 
+    all tokens of a long chunk written at once
+        torch.arange(end - n, end) % window → torch.arange(start, end) % window
+        new[:, :, -n:] → new
+    The values came out right, by luck: `ring[:, :, slots] = new` names slots more than once in a chunk longer
+    than W, and torch does not define which of several tokens stays; on a GPU it is any of them. Only the last
+    W tokens can stay: drop the others before you write.
+
     empty slots said to hold their own number
         return (newest - back).clamp(min=-1) → slots = torch.arange(window)
             return torch.where(slots < n_tokens, newest - back, slots)
@@ -433,6 +440,14 @@ prefill.mistakes(
         return out, ring_k, ring_v → return out, ring_v, ring_k
     Both rings are right, and came back in the wrong order. Asked for is `(out, ring_k, ring_v)`, the keys
     before the values.
+
+    all tokens of a long chunk written at once
+        new[-window:] % window → new % window
+        k[:, :, -window:] → k
+        v[:, :, -window:] → v
+    The rings came out right, by luck: `ring_k[:, :, slots] = k` names slots more than once in a chunk longer
+    than W, and torch does not define which of several tokens stays; on a GPU it is any of them. Write the
+    chunk's last min(T, W) tokens alone.
     """,
 )
 
@@ -684,6 +699,11 @@ field.mistakes(
         [*sinks, *range → [*range
     n_sinks was not looked at. The first n_sinks tokens are read from every position, however far it is.
 
+    sinks seen without a layer
+        if not windows: → if not windows and not n_sinks:
+    The sinks were listed for a stack of no layers. It is a layer that sees the first n_sinks positions; with
+    none, the output at a position is its input: the list holds that position alone.
+
     sinks fill the gap
         first = max → first = 0 if n_sinks else max
     With sinks everything was said to be reached. The sinks themselves are; but a sink has seen only what lies
@@ -887,6 +907,12 @@ cache_bytes.mistakes(
         // config["num_attention_heads"] → // config["num_key_value_heads"]
     Without head_dim, hidden_size was divided by num_key_value_heads. The width is cut into one piece for each
     *query* head, num_attention_heads; a KV head is as wide as one of those, there are only fewer.
+
+    no window taken for a window of 0
+        n_local = 0 if window is None else types.count → n_local = types.count
+        (n_local * min(n, window) if n_local else 0) → n_local * min(n, window or 0)
+    Where sliding_window is None the layers were counted with a window of no tokens, so they store and read
+    nothing. None means that no layer has a window: they all keep everything.
     """,
 )
 
@@ -908,6 +934,30 @@ step.mistakes(
             return out
     The ring was read as it stood before this step: the new token does not see itself, and sees one that has
     just left its window. The very first token sees nothing. Write first, then attend.
+
+    attended before it was written, with the mask of afterwards
+        ring_k[rows, :, lengths % window] = k →
+        ring_v[rows, :, lengths % window] = v →
+        return torch.einsum("bhs,bhsd->bhd", weights, ring_v)
+            → out = torch.einsum("bhs,bhsd->bhd", weights, ring_v)
+            ring_k[rows, :, lengths % window] = k
+            ring_v[rows, :, lengths % window] = v
+            return out
+    The ring was read before the new token stood in it, and its slot was taken to be filled: what was read
+    there is the token that has just left the window, or a leftover. Write first, then attend.
+
+    attended before it was written, and 0 / 0 for the first token
+        ring_k[rows, :, lengths % window] = k →
+        ring_v[rows, :, lengths % window] = v →
+        slots > lengths → slots >= lengths
+        return torch.einsum("bhs,bhsd->bhd", weights, ring_v)
+            → out = torch.einsum("bhs,bhsd->bhd", weights, ring_v)
+            ring_k[rows, :, lengths % window] = k
+            ring_v[rows, :, lengths % window] = v
+            return out
+    The ring was read as it stood before this step: the new token does not see itself, and sees one that has
+    just left its window; for the very first token every slot is hidden, and the output is NaN. Write first,
+    then attend: then at least one slot is filled.
 
     W old tokens and the new one: W + 1
         rows, slots =

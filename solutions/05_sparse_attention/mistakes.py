@@ -519,6 +519,11 @@ union.mistakes(
     The scores were not divided by √D, so the softmax is sharper than it should be: the best key takes nearly
     all. 1/√D belongs to attention over few keys as to attention over all.
 
+    scaled by 1/D
+        q.shape[-1] ** -0.5 → q.shape[-1] ** -1
+    The scores were divided by D, so the softmax is much too flat. A score is a sum of D products, and its
+    spread grows with √D: the scale is 1/√D.
+
     scaled by the block
         q.shape[-1] ** -0.5 → block**-0.5
     The scores were divided by √block. The scale is 1/√D, D the numbers of a key: it has nothing to do with
@@ -734,6 +739,19 @@ select.mistakes(
     The own block competes by its mean, like the others. So a query may lose its nearest neighbours, and the
     mean holds keys of tokens that come after it: a look into the future. The own block is picked always and
     scored never.
+
+    the own block picked always, and competing too
+        index >= own → index > own
+    The own block was set to True at the end, and its mean competed for the n_blocks − 1 places as well. Where
+    it wins one, a block too few is picked; and its mean holds keys of tokens that come after the query. The
+    own block is picked always and scored never.
+
+    the own block picked always, and competing for n_blocks places
+        index >= own → index > own
+        : n_blocks - 1] → :n_blocks]
+    The best n_blocks were picked with the own one among them, and the own one on top: where it is not among
+    the best, a block too many is read. And whether it is depends on keys that come after the query: set the
+    own block aside, and take the best n_blocks − 1 of those before.
 
     later blocks compete too
         k[:, :, : whole * block].unflatten(2, (whole, block)).mean(3)
@@ -1004,6 +1022,11 @@ step.mistakes(
         .transpose(-2, -1) * q.shape[-1] ** -0.5 → .transpose(-2, -1)
     The scores of attention were not divided by √D. (For the choice it does not matter: the order stays the
     same.)
+
+    scaled by 1/D
+        q.shape[-1] ** -0.5 → q.shape[-1] ** -1
+    The scores were divided by D, so the softmax is much too flat. A score is a sum of D products, and its
+    spread grows with √D: the scale is 1/√D.
 
     the own block begins one token too late
         own = S // block → own = max(S - 1, 0) // block

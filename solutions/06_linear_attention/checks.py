@@ -96,7 +96,8 @@ features = Exercise(
         "The normaliser of token t is the sum of *its* weights, after hiding: "
         "`weights.sum(dim=-1, keepdim=True)`. What comes later is not in it.",
         "Far below 0 elu(x) + 1 is exactly 0. Then all weights of a token may be 0, and 0 / 0 is NaN: "
-        "divide by `total.clamp_min(1e-6)`, and the output is 0 there.",
+        "divide by `total.masked_fill(total == 0, 1)`, and the output is 0 there. A small number that is "
+        "added to every total would change the averages whose weights are small.",
     ),
 )
 
@@ -107,11 +108,16 @@ UNDERFLOW = -2000.0  # φ of it is 0, in fp64 as well
 @features.requirement(1, "an average of values")
 def average(t: CheckContext, linear_attention: Answer) -> None:
     """values that are all alike come back as they are, since the weights of a token sum to 1, small ones as
-    well; one token alone gives its own value"""
+    well; one token alone gives its own value; queries and keys that are all −8, −12 or −15 weigh every token
+    alike"""
     q, k, v = draw(t, 1 if t.round == 1 else t.integer(4, 7))
     v = v[:, :, :1].expand_as(v).clone()
     low = 2 + torch.rand(*q.shape, generator=t.generator) if t.round else 0  # sums of weights far below 1
     t.close(linear_attention(q - low, k - low, v), v)
+    # Weights from 1e-7 down to 1e-13: all alike, so the outputs are means, and rounding decides nothing.
+    depth, values = (-8.0, -12.0, -15.0)[t.round], t.randn(*v.shape)
+    means = values.cumsum(2) / torch.arange(1, v.shape[2] + 1)[:, None]
+    t.close(linear_attention(torch.full_like(q, depth), torch.full_like(k, depth), values), means)
 
 
 @features.requirement(2, "the weights")
@@ -217,7 +223,7 @@ def recurrent_first(t: CheckContext, linear_step: Answer) -> None:
     that is small"""
     state = meet(t, 0, square=t.round == 0)
     if t.round == 2:  # features far below 1
-        state = state._replace(q=-state.q.abs() - 2, k=-state.k.abs() - 2)
+        state = state._replace(q=-state.q.abs() - 9, k=-state.k.abs() - 9)
     t.close(recurrent_run(t, linear_step, state)[0], state.v, "out:")
 
 
@@ -351,10 +357,11 @@ def chunked_state(t: CheckContext, chunked_attention: Answer) -> None:
         )
 
 
-@chunked.requirement(1, "no square of the text", rounds=1)
+@chunked.requirement(1, "no square of the text, and no loop over tokens", rounds=1)
 def no_square(t: CheckContext, chunked_attention: Answer) -> None:
     """a longer text, T = 32 chunks of 8 and a bit: the same outputs, and no T·T numbers are made, neither at
-    once nor piece by piece (all tensors on the way together have fewer than T·T/4)"""
+    once nor piece by piece (all tensors on the way together have fewer than T·T/4); with chunks of 32 fewer
+    than T tensors are made, since a chunk is worked out at once and not token by token"""
     chunk = 8
     T = 32 * chunk + t.integer(1, 3)
     qkv = tuple(t.randn(1, 1, T, n) / 2 for n in (2, 2, 1))
@@ -370,6 +377,19 @@ def no_square(t: CheckContext, chunked_attention: Answer) -> None:
         side = max(largest.shape)  # of the largest product, which tells how the text was cut
         kind = "blocks" if side == -(-T // chunk) else "strips" if side > T / 2 else "another size"
         t.note(kind, Difference("", f"fewer than {T * T // 4:,} numbers in all tensors together", came))
+    else:
+        whole_chunks(t, chunked_attention, 32)
+
+
+def whole_chunks(t: CheckContext, chunked_attention: Answer, chunk: int) -> None:
+    """Some operations for each chunk are fewer than one for each token."""
+    T = 4 * chunk + t.integer(1, 3)
+    qkv = tuple(t.randn(1, 1, T, n) / 4 for n in (2, 2, 1))
+    with new_tensors() as made:
+        chunked_run(t, chunked_attention, qkv, chunk)
+    if len(made) >= T:
+        came = f"{len(made):,} tensors for T = {T} in chunks of {chunk}"
+        t.note("token by token", Difference("", f"fewer than {T} tensors made", came))
 
 
 # 06.4: a state that fades, compared with the recurrence as it is written

@@ -16,7 +16,7 @@ def softmax_of(scores: Tensor) -> Tensor:
 features.mistakes(
     r"""
     no normaliser
-        weights @ v / total.clamp_min(1e-6) → weights @ v
+        weights @ v / total.masked_fill(total == 0, 1.0) → weights @ v
     The weights were not divided by their sum. They are all positive, so the outputs grow with every token.
     Divide by what the weights of the token sum to. (Later designs leave the normaliser out on purpose, and
     put a norm behind the layer.)
@@ -30,19 +30,16 @@ features.mistakes(
 
     a normaliser without the feature map
         weights.sum( → (q @ k.transpose(-2, -1)).tril().sum(
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     The outputs are divided by the sum of q·k, without φ. Such a sum may be 0 or negative, and it is not what
     the weights sum to. The same φ(q)·φ(k) stand above and below.
 
     elu without + 1
         (F.elu(q) + 1) @ (F.elu(k) + 1) → F.elu(q) @ F.elu(k)
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     φ was elu alone. Its values go down to −1, so weights may be negative, their sum may come close to 0, and
     the quotient blows up. The + 1 is what makes every feature positive.
 
     + 1 on the product, not on the features
         (F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-2, -1) → F.elu(q) @ F.elu(k).transpose(-2, -1) + 1
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     1 was added to elu(q)·elu(k). Then the features are negative still, and so may the weights be: each
     feature gets its + 1 *before* the product.
 
@@ -59,7 +56,6 @@ features.mistakes(
 
     softmax as the feature map
         (F.elu(q) + 1) @ (F.elu(k) + 1) → q.softmax(-1) @ k.softmax(-1)
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     φ was a softmax over the features of each query and key. Such maps exist, but here φ works on each number
     for itself: elu(x) + 1.
 
@@ -81,7 +77,7 @@ features.mistakes(
     changes them, for φ(q / √K) is not φ(q) / √K. Nothing is scaled here.
 
     divided by the number of tokens
-        total.clamp_min(1e-6) → torch.arange(1, q.shape[2] + 1)[:, None]
+        total.masked_fill(total == 0, 1.0) → torch.arange(1, q.shape[2] + 1)[:, None]
     The sums were divided by how many tokens a token sees. That keeps them from growing with the length, but
     the weights do not sum to 1: divide by the weights' own sum.
 
@@ -96,10 +92,9 @@ features.mistakes(
     t.
 
     hidden with minus infinity
-        total =
+        total = weights
             → weights = weights.masked_fill(torch.ones_like(weights, dtype=torch.bool).triu(1), -torch.inf)
-            total =
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
+            total = weights
     Weights of the future were set to −∞. That is the way where a softmax follows, which makes 0 of it. Here
     the numbers are weights already: a hidden token's is 0.
 
@@ -110,17 +105,14 @@ features.mistakes(
 
     the feature map on the keys alone
         (F.elu(q) + 1) @ → q @
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     The queries went in without φ, so weights may be negative. Both sides have the feature map.
 
     the feature map on the queries alone
         (F.elu(k) + 1).transpose → k.transpose
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     The keys went in without φ, so weights may be negative. Both sides have the feature map.
 
     no feature map
         (F.elu(q) + 1) @ (F.elu(k) + 1) → q @ k
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     The weights were q·k itself, which may be negative; their sum may be 0, and the quotient blows up. φ makes
     every feature positive first.
 
@@ -131,14 +123,24 @@ features.mistakes(
 
     a normaliser for each key
         sum(dim=-1 → sum(dim=-2
-        weights @ v / total.clamp_min(1e-6) → weights / total.clamp_min(1e-6) @ v
+        weights @ v / total.masked_fill(total == 0, 1.0) → weights / total.masked_fill(total == 0, 1.0) @ v
     The weights were divided by their sum over the *queries*, down the columns. Each query's weights sum to 1:
     `sum(dim=-1)`, along the keys.
 
     0 / 0 where no key has any weight
-        total.clamp_min(1e-6) → total
+        total.masked_fill(total == 0, 1.0) → total
     Far below 0, elu(x) + 1 is exactly 0. A token whose weights are all 0 divides 0 by 0, which is NaN, and
-    one NaN spoils every layer above it. Divide by at least some tiny number: the output is 0 then.
+    one NaN spoils every layer above it. Put 1 in place of a sum of 0: the output is 0 then.
+
+    a small number added to the normaliser
+        total.masked_fill(total == 0, 1.0) → (total + 1e-6)
+    1e-6 was added to every sum, to avoid 0 / 0. With K = 8 and all numbers at −8 the weights are 9e-7, and
+    outputs come out at half their size. Only a sum of exactly 0 needs help: put 1 in its place.
+
+    the normaliser kept above a small number
+        total.masked_fill(total == 0, 1.0) → total.clamp_min(1e-6)
+    Sums below 1e-6 were raised to it, to avoid 0 / 0. They are sums of small weights, and their quotient is
+    an average like any other: it comes out too small. Only a sum of exactly 0 needs help: put 1 in its place.
 
     the mask upside down
         .tril() → .triu()
@@ -148,7 +150,6 @@ features.mistakes(
     the future hidden in the normaliser alone
         .tril() →
         weights.sum( → weights.tril().sum(
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     The values of all tokens were summed, and divided by the weights of the past: weights sum to more than 1.
     Hide the future in the weights, and use these above and below.
 
@@ -159,7 +160,6 @@ features.mistakes(
 
     elu of x + 1
         (F.elu(q) + 1) @ (F.elu(k) + 1) → F.elu(q + 1) @ F.elu(k + 1)
-        total.clamp_min(1e-6) → torch.where(total == 0, 1, total)
     φ was elu(x + 1): 1 was added before, and not to the result. That still goes down to −1. φ(x) = elu(x) +
     1.
 
@@ -176,7 +176,7 @@ features.mistakes(
     to the caller: `F.elu(q) + 1` makes a new tensor.
 
     the value itself where no key has any weight
-        weights @ v / total.clamp_min(1e-6) → torch.where(total > 0, weights @ v / total, v)
+        weights @ v / total.masked_fill(total == 0, 1.0) → torch.where(total > 0, weights @ v / total, v)
     Where all weights are 0 the output was the token's own value. A sum of no weights is nothing: 0 was asked
     for.
     """,
@@ -301,6 +301,17 @@ recurrent.mistakes(
         (phi_q * normaliser).sum → normaliser.sum
     The output was divided by the sum of z. The weights of *this* query sum to z·φ(q): each feature counts as
     much as the query has of it.
+
+    a small number added to the normaliser
+        above / below → above / (below + 1e-6)
+    1e-6 was added to the sum of the weights. Queries and keys far below 0 have features of that size and
+    less, and then the output is too small: the weights of a token sum to 1 only if they are divided by their
+    own sum.
+
+    the normaliser kept above a small number
+        above / below → above / below.clamp_min(1e-6)
+    A sum of weights below 1e-6 was raised to it. Queries and keys far below 0 have such sums, and the output
+    is too small: divide by the sum as it is.
 
     the new token counted twice
         return above → above = above + (phi_q * phi_k).sum(dim=-1, keepdim=True) * v
@@ -459,6 +470,13 @@ chunked.mistakes(
         return (q @ k.mT).tril() @ v, k.mT @ v
     The numbers are right, but all pairs of tokens were made at once, T·T of them, and `chunk` has no part in
     it: at 100,000 tokens that is 40 GB a head. The square is for the inside of a chunk; a state goes across.
+
+    one token after the other
+        state = q.new_zeros → chunk = 1
+            state = q.new_zeros
+    The numbers are right, but the state was written and read once for each token, and `chunk` has no part in
+    it: that is the recurrence of 06.2, which leaves a GPU idle. Inside a chunk all pairs are worked out at
+    once, in one masked product; only the state goes from chunk to chunk.
 
     the square in strips
         outs = []
@@ -648,6 +666,20 @@ decay.mistakes(
             fade = (product[..., :, None] / product[..., None, :]).tril()
     a_{s+1} ⋯ a_t was made as (a_0 ⋯ a_t) / (a_0 ⋯ a_s). That is right on paper; but after some tokens both
     products have underflowed, and 0 / 0 or 0 · ∞ is NaN. Subtract the sums of logarithms first, then exp.
+
+    quotients of products, NaN taken for 0
+        fade = between.masked_fill(future, -torch.inf).exp() → product = log_decay.exp().cumprod(dim=-1)
+            fade = (product[..., :, None] / product[..., None, :]).nan_to_num().tril()
+    a_{s+1} ⋯ a_t was made as (a_0 ⋯ a_t) / (a_0 ⋯ a_s), and 0 / 0 was set to 0. After some strong decays both
+    products are 0, so every token seems to have faded altogether, the token itself too, whose factor is 1.
+    Subtract the sums of logarithms first, then exp.
+
+    quotients of products, a small number added below
+        fade = between.masked_fill(future, -torch.inf).exp() → product = log_decay.exp().cumprod(dim=-1)
+            fade = (product[..., :, None] / (product[..., None, :] + 1e-12)).tril()
+    a_{s+1} ⋯ a_t was made as (a_0 ⋯ a_t) / (a_0 ⋯ a_s + ε). It is finite, and wrong: where the product below
+    is smaller than ε the quotient is nearly 0, for the token itself too, whose factor is 1. Subtract the sums
+    of logarithms first, then exp.
 
     queries and keys faded apart
         c = log_decay.cumsum(-1)

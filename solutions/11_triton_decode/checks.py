@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvlearn.grading import Answer, CallWrapper, CheckContext, Exercise, Raised, Stop, describe, plain_number
-from kvlearn.teaching.watch import LAUNCHED, done, watching
+from kvlearn.teaching.watch import LAUNCHED, done, far, watching
 
 LOG2E = 1.4426950408889634  # eˣ = 2^(x · log₂e)
 BLOCK = 16  # keys in a tile
@@ -555,7 +555,8 @@ pages = Exercise(
         "The table translates: `page = tl.load(TABLE + b * max_pages + n // PAGE, mask=live, other=0)`, one "
         "entry for each key of the tile. A tile may span several pages, and pages may span several tiles.",
         "The pool has the shape (blocks, G, PAGE, D). One page further is G · PAGE · D numbers, one KV head "
-        "further PAGE · D, one slot further D: `((page * G + g) * PAGE + n % PAGE) * D`.",
+        "further PAGE · D, one slot further D: `((page * G + g) * PAGE + n % PAGE) * D`. Each of these "
+        "products may pass 2³¹, so `.to(tl.int64)` belongs to `page`, before the first of them.",
         "Mask the *table's* load with `n < length` too: entries behind the last page may hold anything, and"
         " a pointer made from one of them points anywhere.",
     ),
@@ -592,8 +593,20 @@ def pages_draw(
     return 2 * t.randn(B, G, D), k, v, table, torch.tensor(lengths, dtype=torch.int32)
 
 
+def far_blocks(G: int, page: int, D: int) -> tuple[int, int, int]:
+    """Block numbers with which block · G · page · D passes 2³¹ at its last product, its second or its first;
+    wrapped to 32 bits none of them is a place in the pool."""
+    return 3 * 2**30 // (G * page * D), 3 * 2**30 // (G * page), 3 * 2**30 // G
+
+
+def first_block(table: Tensor, pool: Tensor) -> int:
+    """The number of the pool's first block: 0, but for a pool that is the end of a larger one."""
+    return max((n for n in far_blocks(*pool.shape[1:]) if n <= int(table[0, 0])), default=0)
+
+
 def in_a_row(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     rows = []
+    table = table - first_block(table, k)
     for b, length in enumerate(lengths.tolist()):
         pages = table[b, : -(-length // k.shape[2])].tolist()
         for g in range(k.shape[1]):
@@ -612,7 +625,7 @@ def in_order(t: CheckContext, paged_attention: Answer) -> None:
     pages_same(t, paged_attention, pages_draw(t, [2 * BLOCK], BLOCK, shuffled=False))
 
 
-@pages.requirement(2, "pages in any order, two sequences", rounds=2)
+@pages.requirement(1, "pages in any order, two sequences", rounds=2)
 def any_order(t: CheckContext, paged_attention: Answer) -> None:
     """the same where a sequence's pages are scattered over the pool, each row with a table of its own; inputs
     unchanged"""
@@ -644,6 +657,19 @@ def stray_entries(t: CheckContext, paged_attention: Answer) -> None:
     pages_same(
         t, paged_attention, pages_draw(t, [t.integer(2, 6), t.integer(18, 20)], 4, stray=stray, width=width)
     )
+
+
+@pages.requirement(1, "a pool of more than 2³¹ numbers", rounds=3)
+def large_pool(t: CheckContext, paged_attention: Answer) -> None:
+    """the same where the pages stand behind 3·2³⁰ numbers, slots or pairs of page and head: none of the
+    products passes 2³¹ in 32 bits"""
+    q, k, v, table, lengths = pages_draw(t, [t.integer(18, 24), 7], BLOCK)
+    _, G, page, D = k.shape
+    first = far_blocks(G, page, D)[t.round] if watching else 0  # elsewhere it takes a pool of that size
+    needed = torch.arange(table.shape[1]) < -(-lengths[:, None] // page)
+    table = torch.where(needed, table + first, 0).to(torch.int32)
+    with far(tuple(k.shape), first * G * page * D):
+        pages_same(t, paged_attention, (q, k, v, table, lengths))
 
 
 # 11.7: how many splits, compared with trying every number of them with a bare count of what runs when
@@ -712,8 +738,13 @@ def case(
 
 @choose.requirement(1, "one long sequence", rounds=4)
 def one_long(t: CheckContext, choose_splits: Answer) -> None:
-    """fills a machine with 20 to 60 multiprocessors for one sequence and 1, 2 or 3 KV heads"""
+    """fills a machine with 20 to 60 multiprocessors for one sequence and 1, 2 or 3 KV heads, and one with 140
+    to 180 for a single head: any number of splits up to the number of tiles is possible"""
     choose_same(t, choose_splits, case(t, 1, t.integer(50, 150), t.pick(1, 2, 3)), t.integer(20, 60), 1)
+    if t.round == 0:  # one wave with two tiles in each program is best
+        multiprocessors = t.integer(140, 180)
+        tiles = 2 * multiprocessors - t.integer(0, 20)
+        choose_same(t, choose_splits, case(t, 1, tiles, 1), multiprocessors, 1)
 
 
 @choose.requirement(1, "a batch that fills the machine", rounds=4)

@@ -13,6 +13,7 @@ from .checks import (
     READ_TICKET,
     ROWS,
     choose,
+    first_block,
     floor,
     online,
     packing,
@@ -43,6 +44,16 @@ floor.mistakes(
             live = sum(lengths)
     Every sequence was counted with the room that it has, `capacity`. That is what is stored; a step reads the
     keys that are there.
+
+    the capacity in place of the lengths, but for a window
+        live = sum(lengths) → live = capacity * len(lengths)
+    Without a window, all `capacity` slots of each sequence were counted. That is what the cache takes in
+    memory; a step reads the keys that there are, sum(lengths).
+
+    the bytes of the whole capacity
+        live * a_key, live → capacity * len(lengths) * a_key, live
+    The keys that are attended to were counted right, and the bytes for all `capacity` slots of each sequence.
+    A kernel reads no slot without a key (and with a window no key behind it): bytes = live · bytes of a key.
 
     every sequence as long as the longest
         live = sum(lengths) → lengths = [max(lengths)] * len(lengths)
@@ -947,9 +958,14 @@ def through(
     """Attention to the keys where ``walk`` finds them, up to ``ends`` (the lengths) in each row."""
     _, G, page, D = k.shape
     keys, values, rows = k.reshape(-1, D), v.reshape(-1, D), []
+    before = first_block(table, k) * G * page
+    if before:  # the pool is the end of a larger one, of which nothing else is there
+        keys, values = (torch.cat((x, torch.full_like(x[:1], torch.nan))) for x in (keys, values))
     for b, end in enumerate((lengths if ends is None else ends).tolist()):
         for g in range(G):
-            at = walk(table, b, g, torch.arange(end, device=q.device), page, G)
+            at = walk(table, b, g, torch.arange(end, device=q.device), page, G) - before
+            if before:
+                at = torch.where((at < 0) | (at >= len(keys)), len(keys) - 1, at)
             if int(at.max()) >= len(keys) or int(at.min()) < 0:
                 raise IndexError("a read behind the pool")
             scores = keys[at] @ q[b, g] * D**-0.5
@@ -958,8 +974,44 @@ def through(
     return torch.stack(rows).view_as(q)
 
 
+def narrow(x: Tensor) -> Tensor:
+    """What 32 bits keep of it."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
 pages.mistakes(
     r"""
+    a block number of 32 bits
+        def paged_attention(q, k_pages, v_pages, table, lengths):
+            D = q.shape[-1]
+
+            def walk(*place):
+                return narrow(pages_right(*place) * D) // D
+
+            return through(q, k_pages, v_pages, table, lengths, walk)
+    The place in the pool was counted in 32 bits, as the table's entries come, or made wider when it was
+    multiplied already. Behind 2³¹ numbers, 8 GiB in fp32, it wraps round and points before the pool:
+    `.to(tl.int64)` belongs to the block number, before the first product.
+
+    widened before the last product alone
+        def paged_attention(q, k_pages, v_pages, table, lengths):
+            def walk(*place):
+                return narrow(pages_right(*place))
+
+            return through(q, k_pages, v_pages, table, lengths, walk)
+    The slot's number, (page · G + g) · PAGE + n % PAGE, was made in 32 bits and widened only to be multiplied
+    by D. That serves pools of D times as many numbers, and then wraps round as well: widen the block number
+    itself.
+
+    widened after the first product
+        def paged_attention(q, k_pages, v_pages, table, lengths):
+            def walk(table, b, g, n, page, G):
+                return (narrow(entry(table, b, n // page) * G) + g) * page + n % page
+
+            return through(q, k_pages, v_pages, table, lengths, walk)
+    page · G was made in 32 bits, and what follows in 64. A product is as wide as its factors, so it had
+    wrapped round before it was widened: `.to(tl.int64)` belongs to the block number itself.
+
     page and slot swapped
         def paged_attention(q, k_pages, v_pages, table, lengths):
             return through(
@@ -1083,6 +1135,7 @@ pages.mistakes(
     """,
     BLOCK=BLOCK,
     entry=entry,
+    narrow=narrow,
     pages_right=pages_right,
     through=through,
 )
@@ -1170,6 +1223,12 @@ choose.mistakes(
         max(lengths) → sum(lengths)
     The tiles were counted from the sum of the lengths. Rows are worked on side by side, by programs of their
     own; a wave lasts as long as the longest row's share: max(lengths).
+
+    no more than 128 splits tried
+        range(1, tiles + 1) → range(1, min(tiles, 128) + 1)
+    The numbers of splits were compared up to 128. A machine with more multiprocessors than that can run more
+    programs at once, and one long sequence on one KV head is done first with more splits: compare all numbers
+    up to that of the tiles.
 
     the largest number not tried
         range(1, tiles + 1) → range(1, max(tiles, 2))

@@ -1,6 +1,7 @@
 """Unit 11: what a learner is told whose kernel goes wrong, and where there is no Triton at all."""
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from answers import unit_module
+from answers import full_marks, names, unit_module
 
 from kvlearn.grading import Score, check, find_exercise
 from kvlearn.grading.catalogue import nbgrader_of, solutions_root
@@ -130,6 +131,102 @@ def test_an_answer_that_launches_no_kernel_earns_nothing_and_is_told_so(
     # Where kernels are not watched, compiled ones on a GPU for example, nobody can tell, and it would pass.
     monkeypatch.setattr(CHECKS, "watching", [])
     assert check(exercise, learners).status == "passed"
+
+
+WIDENED = "mask=live, other=0).to(tl.int64)"
+FIRST = "((page * G + g) * PAGE + n % PAGE) * D"
+
+
+def place(first: str, load: str = "mask=live, other=0)") -> str:
+    """Our answer to 11.6 with another count of a key's place in the pool."""
+    return changed("11.6", WIDENED, load).replace(FIRST, first)
+
+
+@pytest.mark.parametrize(
+    ("code", "mistake"),
+    [
+        (place(FIRST), "a block number of 32 bits"),
+        (place(f"({FIRST}).to(tl.int64)"), "a block number of 32 bits"),
+        (
+            place("((page * G + g) * PAGE + n % PAGE).to(tl.int64) * D"),
+            "widened before the last product alone",
+        ),
+        (place("((page * G).to(tl.int64) + g) * PAGE * D + n % PAGE * D"), "widened after the first product"),
+    ],
+)
+def test_a_product_of_32_bits_is_found_wherever_it_stands(code: str, mistake: str) -> None:
+    score = checked("11.6", code)
+    assert [row.earned for row in score.rows] == [1, 1, 1, 1, 1, 0]
+    assert names(score) == [mistake]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        place("page * (G * PAGE * D) + g * PAGE * D + (n % PAGE) * D", WIDENED),
+        place("(tl.cast(page, tl.int64) * (G * PAGE) + g * PAGE + n % PAGE) * D"),
+        place("page * tl.full([1], G * PAGE * D, tl.int64) + (g * PAGE + n - n // PAGE * PAGE) * D"),
+    ],
+)
+def test_a_block_number_may_be_widened_in_any_way(code: str) -> None:
+    found = find_exercise("11.6")
+    learners = {"__name__": "__main__"}
+    assert full_marks(
+        "11.6", *run(compiled(code, f"<answer {hash(code)}>"), found.set_up, learners, found.answers)
+    )
+
+
+def test_a_tensor_is_found_further_on_and_nowhere_else() -> None:
+    from kvlearn.teaching.interpreter import tl, triton
+    from kvlearn.teaching.watch import far
+
+    @triton.jit
+    def read(X, AT, OUT):  # type: ignore[no-untyped-def]
+        n = tl.arange(0, 4)
+        tl.store(OUT + n, tl.load(X + tl.load(AT + n)))
+
+    x, out = torch.arange(6.0).view(2, 3), torch.zeros(4)
+    with far((2, 3), 3 * 2**30):
+        read[(1,)](x, torch.tensor([0, 1, 5, 6]) + 3 * 2**30, out)
+    assert out[:3].tolist() == [0, 1, 5]
+    assert out[3].isnan()
+    with far((2, 3), 3 * 2**30):
+        read[(1,)](x, torch.tensor([0, 1, 2, -1]), out)
+    assert out.isnan().all()
+    read[(1,)](x, torch.tensor([5, 4, 3, 2]), out)
+    assert out.tolist() == [5, 4, 3, 2]
+
+
+def test_the_number_of_splits_may_be_found_in_any_way() -> None:
+    def by_halving_the_tiles(lengths, n_heads, n_kv_heads, block, multiprocessors, resident):  # type: ignore[no-untyped-def]
+        """The fewest splits for each number of tiles in one program."""
+        tiles = (max(lengths) + block - 1) // block
+        best = (10**9, 0)
+        for longest in range(1, tiles + 1):
+            splits = math.ceil(tiles / longest)
+            programs = len(lengths) * n_kv_heads * splits
+            waves = math.ceil(programs / (multiprocessors * resident))
+            best = min(best, (waves * (math.ceil(tiles / splits) + 1), splits))
+        return best[1]
+
+    def by_tensor(lengths, n_heads, n_kv_heads, block, multiprocessors, resident):  # type: ignore[no-untyped-def]
+        tiles = math.ceil(max(lengths) / block)
+        splits = torch.arange(1, tiles + 1)
+        waves = -(-len(lengths) * n_kv_heads * splits // (multiprocessors * resident))
+        time = waves * (1 - (-tiles // splits))
+        return splits[time == time.min()][0]
+
+    def by_loop(lengths, n_heads, n_kv_heads, block, multiprocessors, resident):  # type: ignore[no-untyped-def]
+        tiles, fewest, least = -(-max(lengths) // block), 1, math.inf
+        for splits in range(1, tiles + 1):
+            waves, rest = divmod(len(lengths) * n_kv_heads * splits, multiprocessors * resident)
+            time = (waves + (rest > 0)) * (-(-tiles // splits) + 1)
+            if time < least:
+                fewest, least = splits, time
+        return fewest
+
+    for choose_splits in (by_halving_the_tiles, by_tensor, by_loop):
+        assert full_marks("11.7", choose_splits)
 
 
 def test_the_function_that_is_the_answer_itself_earns_nothing() -> None:

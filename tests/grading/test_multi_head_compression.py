@@ -1,6 +1,8 @@
 """Unit 03: right answers in other styles, what a decode step may build, and the parts that are given."""
 
+import bisect
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -68,6 +70,26 @@ def roads_by_trying(H: int, D: int, R: int, Dr: int, S: int, T: int) -> dict[str
     return {"naive": naive(T), "absorbed": absorbed(T), "largest_T": largest}
 
 
+def roads_by_the_crossing(H: int, D: int, R: int, Dr: int, S: int, T: int) -> dict[str, Any]:
+    heads = 2 * H * S
+    once, more = heads * 2 * R * D, 4 * H * D * R + 2 * heads * (R - D)
+    largest = math.ceil(Fraction(once, more)) - 1 if more > 0 else None
+    naive = once + T * heads * (D + Dr + D)
+    return {"naive": naive, "absorbed": naive - once + T * more, "largest_T": largest}
+
+
+def roads_by_bisection(H: int, D: int, R: int, Dr: int, S: int, T: int) -> dict[str, Any]:
+    def naive(T: int) -> int:
+        return sum((4 * S * R * D, 2 * T * S * (D + Dr), 2 * T * S * D)) * H
+
+    def absorbed(T: int) -> int:
+        return sum((2 * T * D * R, 2 * T * S * (R + Dr), 2 * T * S * R, 2 * T * R * D)) * H
+
+    first = bisect.bisect_left(range(1, 10**9), 0, key=lambda T: absorbed(T) - naive(T))
+    largest = None if first == 10**9 - 1 else first
+    return {"largest_T": largest, "absorbed": absorbed(T), "naive": naive(T)}
+
+
 @pytest.mark.parametrize(
     ("exercise", "answers"),
     [
@@ -79,6 +101,8 @@ def roads_by_trying(H: int, D: int, R: int, Dr: int, S: int, T: int) -> dict[str
         ("03.5", (init_by_eigh,)),
         ("03.5", (init_in_another_basis,)),
         ("03.6", (roads_by_trying,)),
+        ("03.6", (roads_by_the_crossing,)),
+        ("03.6", (roads_by_bisection,)),
     ],
 )
 def test_a_right_answer_in_another_style_earns_full_marks(exercise: str, answers: tuple[Any, ...]) -> None:

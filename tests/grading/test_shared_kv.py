@@ -153,8 +153,72 @@ def test_heads_are_pooled_by_any_means() -> None:
         mean = torch.kron(torch.eye(n_kv_heads), torch.full((1, R), 1 / R))
         return torch.kron(mean, torch.eye(len(weight) // n_heads)).to(weight.dtype) @ weight
 
+    def head_after_head(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+        R, rest = divmod(n_heads, n_kv_heads)
+        if rest or not R:
+            raise ValueError(f"{n_heads} heads for {n_kv_heads} pools")
+        heads = weight.chunk(n_heads)
+        pools = [sum(heads[g * R + 1 : (g + 1) * R], heads[g * R]) / R for g in range(n_kv_heads)]
+        return torch.cat(pools)
+
     assert full_marks("02.3", by_einops)
     assert full_marks("02.3", by_matrix)
+    assert full_marks("02.3", head_after_head)
+
+
+def test_bytes_are_counted_layer_by_layer_or_by_type() -> None:
+    def layer_by_layer(config: dict[str, Any]) -> dict[str, int]:
+        stored = read = 0
+        n_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        for i in range(n_layers):
+            if config.get("kv_lora_rank"):
+                size = 2 * (config["kv_lora_rank"] + config["qk_rope_head_dim"])
+            else:
+                kv_heads = config.get("num_key_value_heads") or (1 if config.get("multi_query") else heads)
+                dim = config.get("head_dim") or config["hidden_size"] // heads
+                if config.get("layer_types", n_layers * ["all"])[i] == "full_attention":
+                    dim = config.get("global_head_dim", dim)
+                size = 4 * kv_heads * dim
+            read += size
+            stored += size * (i + config.get("num_kv_shared_layers", 0) < n_layers)
+        return {"read": read, "stored": stored}
+
+    def by_type(config: dict[str, Any]) -> dict[str, float]:
+        (bytes_per_token,) = right(find_exercise("02.2"))
+        if not config.get("multi_query", True):
+            config = {**config, "num_key_value_heads": config["num_attention_heads"]}
+        return {name: float(size) for name, size in bytes_per_token(config).items()}
+
+    assert full_marks("02.2", layer_by_layer)
+    assert full_marks("02.2", by_type)
+
+
+def test_a_budget_may_be_met_from_above_or_below() -> None:
+    def bytes_of_one(config: dict[str, Any], batch: int, max_len: int) -> int:
+        bits = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8}[config["torch_dtype"]]
+        dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        return 2 * config["num_hidden_layers"] * dim * batch * max_len * bits // 8
+
+    def from_above(config: dict[str, Any], budget_gib: float, batch: int, max_len: int) -> int | None:
+        heads: int = config["num_attention_heads"]
+        one = bytes_of_one(config, batch, max_len)
+        for size in range(1, heads + 1):  # of a pool
+            if heads % size == 0 and heads // size * one <= budget_gib * 2**30:
+                return heads // size
+        return None
+
+    def from_below(config: dict[str, Any], budget_gib: float, batch: int, max_len: int) -> int | None:
+        best = None
+        for g in range(1, config["num_attention_heads"] + 1):
+            if config["num_attention_heads"] % g:
+                continue
+            if bytes_of_one(config, batch, max_len) * g / 1024**3 > budget_gib:
+                break
+            best = g
+        return best
+
+    assert full_marks("02.6", from_above)
+    assert full_marks("02.6", from_below)
 
 
 def test_an_answer_that_returns_nothing_is_not_called_a_known_mistake() -> None:

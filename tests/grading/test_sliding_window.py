@@ -13,7 +13,7 @@ from answers import earned, full_marks, right, unit_module
 from torch import Tensor
 
 from kvlearn.attention import core
-from kvlearn.grading import Score, check, find_exercise, judge
+from kvlearn.grading import Score, check, find_exercise, judge, undefined_writes
 from kvlearn.measure.cache_size import cache_bytes, read_bytes
 from kvlearn.measure.models import MODELS
 
@@ -60,9 +60,64 @@ def by_roll(ring: Tensor, new: Tensor, start: int) -> Tensor:
     return in_order.roll((start + T) % W, 2)
 
 
-@pytest.mark.parametrize("write_ring", [one_at_a_time, by_roll])
+def by_index_copy(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    new, end = new[:, :, -ring.shape[2] :], start + new.shape[2]
+    return ring.index_copy(2, torch.arange(end - new.shape[2], end) % ring.shape[2], new)
+
+
+def by_gather(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    """Each slot asks for the newest token of its own, if the chunk has one."""
+    W, T = ring.shape[2], new.shape[2]
+    newest = T - 1 - (start + T - 1 - torch.arange(W)) % W
+    return torch.where((newest >= 0)[:, None], new[:, :, newest.clamp(min=0)], ring)
+
+
+def by_scatter_of_the_newest(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    """A slot is named as often as it is written, but always with its newest token: defined, if wasteful."""
+    W, T = ring.shape[2], new.shape[2]
+    i = torch.arange(T)
+    newest = T - 1 - (T - 1 - i) % W
+    index = ((start + i) % W)[:, None].expand_as(new)
+    return ring.scatter(2, index, new[:, :, newest])
+
+
+def by_numpy(ring: Tensor, new: Tensor, start: int) -> Tensor:
+    """numpy does define it: the last one stays."""
+    array = ring.numpy().copy()
+    array[:, :, np.arange(start, start + new.shape[2]) % ring.shape[2]] = new.numpy()
+    return torch.from_numpy(array)
+
+
+RINGS = [one_at_a_time, by_roll, by_index_copy, by_gather, by_scatter_of_the_newest, by_numpy]
+
+
+@pytest.mark.parametrize("write_ring", RINGS)
 def test_a_ring_may_be_written_in_any_way(write_ring: Callable[..., Tensor]) -> None:
     assert full_marks("04.2", write_ring, ours("04.2")[1])
+
+
+WRITES: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
+    "index_put": (lambda ring, new: ring.__setitem__((slice(None), [0, 1, 0]), new), True),
+    "index_put, a number": (lambda ring, new: ring.__setitem__((slice(None), [0, 1, 0]), 7.0), False),
+    "index_put, pairs": (lambda ring, new: ring.__setitem__(([0, 0], [1, 1]), new[:, 0]), True),
+    "index_put, other pairs": (lambda ring, new: ring.__setitem__(([0, 1], [1, 1]), new[:, 0]), False),
+    "index_put, a mask": (lambda ring, new: ring.__setitem__(torch.eye(2, 4).bool(), new[:, 0]), False),
+    "index_copy": (lambda ring, new: ring.index_copy(1, torch.tensor([2, 3, 2]), new), True),
+    "index_copy, in place": (lambda ring, new: ring.index_copy_(1, torch.tensor([2, 3, 1]), new), False),
+    "scatter": (lambda ring, new: ring.scatter(1, torch.zeros_like(new).long(), new), True),
+    "added up": (
+        lambda ring, new: ring.index_put_((torch.tensor([0, 0]),), new[:, :1], accumulate=True),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_whose_order_decides_is_noticed(write: str) -> None:
+    act, undefined = WRITES[write]
+    with undefined_writes() as found:
+        act(torch.randn(2, 4, 5), torch.randn(2, 3, 5))
+    assert found == ([write.split(",")[0]] if undefined else [])
 
 
 def test_positions_of_any_type_count() -> None:
@@ -104,7 +159,20 @@ def in_storage_order(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Te
     return [scores.softmax(-1) @ values, write_ring(ring_k, k, start), write_ring(ring_v, v, start)]
 
 
-@pytest.mark.parametrize("window_prefill", [token_by_token, in_storage_order])
+def with_the_whole_past(q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int) -> Any:
+    """As if all tokens were there; those that have left the window are never seen."""
+    W, n = ring_k.shape[2], start + q.shape[2]
+    keys, values = (ring[:, :, torch.arange(start) % W] for ring in (ring_k, ring_v))
+    keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+    scores = torch.einsum("bhtd,bhsd->bhts", q, keys) / math.sqrt(q.shape[3])
+    see = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - W)[start:]
+    out = torch.where(see, scores, -torch.inf).softmax(-1) @ values
+    for p in range(max(0, n - W), n):
+        ring_k[:, :, p % W], ring_v[:, :, p % W] = keys[:, :, p], values[:, :, p]
+    return out, ring_k, ring_v
+
+
+@pytest.mark.parametrize("window_prefill", [token_by_token, in_storage_order, with_the_whole_past])
 def test_a_prefill_of_any_style_is_right(window_prefill: Callable[..., Any]) -> None:
     assert full_marks("04.3", window_prefill)
 
@@ -212,6 +280,22 @@ def test_a_reach_of_any_style_is_right() -> None:
     )
     assert full_marks("04.5", lambda *a: torch.tensor(CHECKS.reachable(*a)), CHECKS.least_layers)
 
+    def from_the_top(position: int, windows: list[int | None], n_sinks: int = 0) -> list[int]:
+        """Without the lower layers every position is its own; then each layer adds what it sees."""
+        if not windows:
+            return [position]
+        *below, top = windows
+        seen = range(max(0, position + 1 - top) if top else 0, position + 1)
+        first = min(from_the_top(seen[0], below)) if seen[0] else 0
+        return sorted({*range(first, position + 1), *range(min(n_sinks, position + 1))})
+
+    def one_layer_more(distance: int, window: int) -> int | None:
+        if window == 1 or not distance:
+            return None if distance else 0
+        return next(n for n in range(1, distance + 1) if n * (window - 1) >= distance)
+
+    assert full_marks("04.5", from_the_top, one_layer_more)
+
 
 def test_none_for_distance_0_is_found_out_on_every_draw() -> None:
     reach, layers_needed = ours("04.5")
@@ -267,6 +351,34 @@ def test_numbers_of_any_type_count() -> None:
     score = check("04.6", lambda *a: {k: v for k, v in window_bytes(*a).items() if k != "read"})
     assert earned(score) == [1, 1, 0, 0, 1, 1, 0]
     assert "a dict with the key 'read'" in row(score, "local and global layers, read").expected
+
+
+def test_bytes_may_be_counted_layer_by_layer_or_token_by_token() -> None:
+    def layer_by_layer(config: dict[str, Any], max_len: int, length: int, batch: int) -> dict[str, float]:
+        dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        one = 4 * batch * config["num_key_value_heads"] * dim
+        W, stored, read, full = config["sliding_window"], 0, 0, 0
+        for i in range(config["num_hidden_layers"]):
+            local = (
+                W is not None and config.get("layer_types", {i: "sliding_attention"})[i] != "full_attention"
+            )
+            stored += one * (min(max_len, W) if local else max_len)
+            read += one * (min(length, W) if local else length)
+            full += one * max_len
+        return {"stored": stored, "read": read, "stored_gib": stored / 1024**3, "saving": 1 - stored / full}
+
+    def by_the_share(config: dict[str, Any], max_len: int, length: int, batch: int) -> dict[str, float]:
+        L, W = config["num_hidden_layers"], config["sliding_window"] or math.inf
+        types = config.get("layer_types", L * ["sliding_attention"])
+        local = sum(kind == "sliding_attention" for kind in types) / L
+        dim = config.get("head_dim", config["hidden_size"] / config["num_attention_heads"])
+        one = 2 * batch * L * 2 * dim * config["num_key_value_heads"]
+        stored, read = (round(one * ((1 - local) * n + local * min(n, W))) for n in (max_len, length))
+        saving = 1 - stored / (one * max_len)
+        return {"saving": saving, "stored_gib": stored * 2**-30, "read": read, "stored": stored}
+
+    assert full_marks("04.6", layer_by_layer)
+    assert full_marks("04.6", by_the_share)
 
 
 def row_by_row(

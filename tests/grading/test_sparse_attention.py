@@ -1,5 +1,6 @@
 """Unit 05 takes right answers of every style, agrees with the course's mechanisms, and says what is wrong."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,38 @@ def select_by_topk(q: Tensor, k: Tensor, block: int, n_blocks: int) -> Tensor:
     return picked
 
 
+def select_with_the_own_one_in_front(q: Tensor, k: Tensor, block: int, n_blocks: int) -> Tensor:
+    """The own block at +∞ takes one of n_blocks places; a place at −∞ is none."""
+    T = q.shape[2]
+    n = -(-T // block)
+    filled = torch.cat((k, k.new_zeros(*k.shape[:2], n * block - T, k.shape[3])), 2)
+    scores = torch.einsum("bhtd,bhnd->bhtn", q, filled.unflatten(2, (n, block)).mean(3))
+    own, c = (torch.arange(T) // block)[:, None], torch.arange(n)
+    scores = torch.where(c < own, scores, torch.where(c == own, torch.inf, -torch.inf))
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    place = order.argsort(-1)
+    return (place < n_blocks) & (scores > -torch.inf)
+
+
+def select_query_by_query(q: Tensor, k: Tensor, block: int, n_blocks: int) -> Tensor:
+    picked = torch.zeros(*q.shape[:3], (q.shape[2] + block - 1) // block, dtype=torch.bool)
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        own = i // block
+        scores = [float(q[b, h, i] @ k[b, h, c * block : (c + 1) * block].mean(0)) for c in range(own)]
+        for c in [own, *sorted(range(own), key=lambda c: -scores[c])[: n_blocks - 1]]:
+            picked[b, h, i, c] = True
+    return picked
+
+
+def union_by_logsumexp(q: Tensor, k: Tensor, v: Tensor, blocks: list[list[int]], block: int) -> Tensor:
+    rows = []
+    for i, query in enumerate(q.split(1, dim=2)):
+        seen = [s for c in blocks[i // block] for s in range(c * block, min((c + 1) * block, i + 1))]
+        scores = torch.einsum("bhtd,bhsd->bhts", query, k[:, :, seen]) / q.shape[3] ** 0.5
+        rows.append((scores - scores.logsumexp(-1, keepdim=True)).exp() @ v[:, :, seen])
+    return torch.cat(rows, 2)
+
+
 def step_head_by_head(q, k, v, keys, values, means, block, n_blocks):  # type: ignore[no-untyped-def]
     keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
     S = keys.shape[2]
@@ -141,8 +174,11 @@ OTHER_STYLES = [
     ("05.1", (strided_by_loops, fixed_by_columns)),
     ("05.3", (union_by_running_sums,)),
     ("05.3", (union_query_by_query,)),
+    ("05.3", (union_by_logsumexp,)),
     ("05.4", (kept_by_last_reader, slots_by_free_list)),
     ("05.5", (select_by_topk,)),
+    ("05.5", (select_with_the_own_one_in_front,)),
+    ("05.5", (select_query_by_query,)),
     ("05.6", (step_head_by_head,)),
     ("05.7", (bytes_by_positions,)),
 ]
