@@ -9,7 +9,7 @@ from kvlearn.grading.calls import CallWrapper, Made, Raised, largest_new_tensor,
 from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
 from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
 from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.run_checks import check, judge
+from kvlearn.grading.run_checks import check, judge, solved
 from kvlearn.grading.score import Row, Score
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "same",
     "shorten",
     "solution",
+    "solved",
     "units",
 ]
