@@ -133,6 +133,8 @@ def watched(record: CallRecord) -> Iterator[None]:
 
     def note(frame: FrameType, event: str, what: Any) -> None:
         if event == "c_call":
+            if isinstance(getattr(what, "__self__", None), Tensor):  # x.softmax counts as Tensor.softmax
+                what = getattr(Tensor, what.__name__, what)
             record.borrowed = record.borrowed or record.forbidden.get(what, "")
         elif event == "call" and not record.may_use_kvlearn and is_borrowed(frame.f_code):
             module = os.path.relpath(frame.f_code.co_filename, os.path.dirname(HOME)).removesuffix(".py")

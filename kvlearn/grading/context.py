@@ -193,7 +193,7 @@ def compare_values(got: Tensor, want: Tensor, what: str, tolerance: float | None
     n_nan = int((got.isnan() & ~want.isnan()).sum())
     if n_nan:
         return Difference(what, expected, f"{came}; {n_nan} of {wrong.numel()} elements are NaN")
-    gap = (got.double() - want.double()).abs().nan_to_num(torch.inf) * wrong
+    gap = (got.double() - want.double()).abs().nan_to_num(torch.inf).masked_fill(~wrong, 0.0)
     worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     largest = f"the largest difference is {float(gap[worst]):.3g}" + (f" at {list(worst)}" if worst else "")
     return Difference(what, expected, f"{came}; {largest}; {share}")

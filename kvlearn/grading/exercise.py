@@ -1,6 +1,6 @@
 """What an exercise is made of. A unit's ``checks.py`` declares it and its requirements:
 
-    merge = Exercise("01.7", "merge", "Merge two partial results", answers=("merge",), hints=(...))
+    merge = Exercise("99.7", "merge", "Merge two partial results", answers=("merge",), hints=(...))
 
     @merge.requirement(2, "two ordinary parts")
     def ordinary(t: CheckContext, merge: Answer) -> None:
@@ -66,9 +66,9 @@ class Misconception:
 class Exercise:
     """One exercise: ``answers`` names what the check is handed, in order.
 
-    ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``); calling
-    one earns nothing for the requirement at hand. kvlearn's own modules are always forbidden unless
-    ``may_use_kvlearn``.
+    ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``; a method
+    of tensors as ``Tensor.softmax``); calling one earns nothing for the requirement at hand. kvlearn's own
+    modules are always forbidden unless ``may_use_kvlearn``.
 
     ``wiring`` (a ``kvlearn.workbench.Wiring``) belongs to "Your model" alone: this exercise reads the answers
     to others in its notebook.

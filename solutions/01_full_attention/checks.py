@@ -1,5 +1,6 @@
 """Unit 01: requirements and hints of the exercises on full attention."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,36 +21,73 @@ from kvlearn.grading import (
     Stop,
     compare,
     describe,
+    new_tensors,
     plain_number,
 )
 
-# 01.1: scaled dot-product attention with a mask, compared with PyTorch's own
+# What 01.1 and 01.7 return: a result that merges with others
+
+Part = tuple[Tensor, Tensor]
+
+
+def part(t: CheckContext, got: object) -> Part:
+    """The pair (out, lse), if the answer gave one."""
+    out, lse = t.pair(got, "a pair (out, lse)")
+    if out.ndim == 3 and lse.ndim == 4:
+        expected = "(out, lse) of shapes (B, H, T, D) and (B, H, T)"
+        t.note(out, Difference("", expected, f"{tuple(out.shape)} and {tuple(lse.shape)}: swapped?"))
+        raise Stop
+    return out, lse
+
+
+def same_part(t: CheckContext, got: object, want: Part, tolerance: float | None = None) -> None:
+    out, lse = part(t, got)
+    t.close(out, want[0], "out:", tolerance)
+    t.close(lse, want[1], "lse:", tolerance)
+
+
+# 01.1: attention with a mask, and its log-sum-exp, compared with PyTorch's own in higher precision
+
+SOFTMAX = (torch.softmax, Tensor.softmax, torch.special.softmax)
+LOG_SOFTMAX = (torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)
+LOGSUMEXP = (torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp)
 
 attend = Exercise(
     id="01.1",
     slug="attend",
-    title="Scaled dot-product attention with a mask",
+    title="Attention with a mask and its log-sum-exp",
     answers=("attend",),
-    forbidden={F.scaled_dot_product_attention: "torch's scaled_dot_product_attention"},
+    forbidden={
+        F.scaled_dot_product_attention: "torch's scaled_dot_product_attention",
+        **dict.fromkeys(SOFTMAX, "torch's softmax"),
+        **dict.fromkeys(LOG_SOFTMAX, "torch's log_softmax"),
+        **dict.fromkeys(LOGSUMEXP, "torch's logsumexp"),
+    },
     hints=(
-        "Three lines: scores, weights, output. `q @ k.transpose(-2, -1)` gives every query's score with "
-        "every key: shape (B, H, T, S).",
-        "The scale is 1 / √D, where D is the size of *one head*: `q.shape[-1]`. The softmax runs over "
-        "the keys, the last dimension of the scores.",
-        "The mask goes in *before* the softmax: `scores.masked_fill(~mask, -torch.inf)`. exp(−∞) is 0, "
-        "so the weights that are left still add up to 1.",
-        "A row of scores that is −∞ everywhere gives 0 / 0 = NaN. After the softmax, set the weights of "
-        "masked pairs to 0: `weights.masked_fill(~mask, 0.0)`. Only the NaN rows change.",
+        "What is exp(1000) in fp32, and what is exp(1000 − 1000)? Which number may you subtract from all "
+        "scores of a query without changing its weights, and what must be added to the lse for it?",
+        "In words: convert q, k and v to fp32; scores; −∞ where the mask is False; the largest score of "
+        "each query; weights = exp(score − largest); total = the sum of the weights. Both results come "
+        "from these: out needs weights and total, lse needs total and largest.",
+        "`scores.masked_fill(~mask, -torch.inf)` before the exponential: exp(−∞) is 0, so a hidden key is "
+        "neither in the output nor in the total. `scores.amax(dim=-1, keepdim=True)` is the largest score.",
+        "A query without keys has the largest score −∞, and −∞ − (−∞) is NaN. Replace it: "
+        "`largest.masked_fill(largest == -torch.inf, 0.0)`. Then its weights and its total are 0, "
+        "log(0) = −∞ is the lse asked for, and only 0 / 0 in the output is left to avoid.",
+        "out = weights @ v / total, with total 1 where it is 0, in the dtype of q at the end; lse = "
+        "largest + log(total), without the last dimension.",
     ),
 )
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """SDPA in fp32; a query that may attend to nothing gets 0."""
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Part:
+    """SDPA in fp32, and the log-sum-exp in double precision; without keys 0 and −∞."""
     out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    scores = q.double() @ k.double().transpose(-2, -1) / q.shape[-1] ** 0.5
     if mask is not None:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return out.to(q.dtype)
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return out.to(q.dtype), scores.logsumexp(-1).float()
 
 
 def attend_draw(t: CheckContext, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,46 +99,61 @@ def attend_draw(t: CheckContext, dtype: torch.dtype = torch.float32) -> tuple[Te
     )
 
 
-@attend.requirement(1, "the shape")
-def shape(t: CheckContext, attend: Answer) -> None:
-    """one output for each query, (B, H, T, D), also when there are more keys than queries"""
+@attend.requirement(1, "the shapes")
+def shapes(t: CheckContext, attend: Answer) -> None:
+    """out (B, H, T, D) and lse (B, H, T), also when there are more keys than queries"""
     q, k, v = attend_draw(t)
-    t.shape(attend(q, k, v), tuple(q.shape))
+    out, lse = part(t, attend(q, k, v))
+    t.shape(out, tuple(q.shape), "out:")
+    t.shape(lse, tuple(q.shape[:3]), "lse:")
 
 
-@attend.requirement(1, "the values, without a mask")
+@attend.requirement(1, "out, without a mask")
 def attend_values(t: CheckContext, attend: Answer) -> None:
     """softmax(q kᵀ / √D) v in fp32"""
     q, k, v = attend_draw(t)
-    t.close(attend(q, k, v), attend_reference(q, k, v))
+    t.close(part(t, attend(q, k, v))[0], attend_reference(q, k, v)[0], "out:")
 
 
-@attend.requirement(1, "the values, with a mask")
+@attend.requirement(1, "out, with a mask")
 def masked(t: CheckContext, attend: Answer) -> None:
     """the same over the keys where the mask is True; masks of shape (T, S) and (B, 1, T, S)"""
     q, k, v = attend_draw(t)
     B, _, T, _ = q.shape
     for shape in ((T, k.shape[2]), (B, 1, T, k.shape[2])):
         mask = t.mask(*shape)
-        t.close(attend(q, k, v, mask), attend_reference(q, k, v, mask))
+        t.close(part(t, attend(q, k, v, mask))[0], attend_reference(q, k, v, mask)[0], "out:")
 
 
-@attend.requirement(1, "a row with every key masked")
+@attend.requirement(1, "lse, without and with a mask")
+def attend_lse(t: CheckContext, attend: Answer) -> None:
+    """log Σ exp(score) over the keys that the query may attend to"""
+    q, k, v = attend_draw(t)
+    for mask in (None, t.mask(q.shape[2], k.shape[2])):
+        t.close(part(t, attend(q, k, v, mask))[1], attend_reference(q, k, v, mask)[1], "lse:")
+
+
+@attend.requirement(1, "a query without keys")
 def empty_rows(t: CheckContext, attend: Answer) -> None:
-    """0 for a query that may attend to nothing, and the other rows as before"""
+    """out 0 and lse −∞ for a query that may attend to nothing, and the other queries as before"""
     q, k, v = attend_draw(t)
     mask = t.mask(q.shape[0], 1, q.shape[2], k.shape[2])
     mask[t.integer(0, q.shape[0] - 1), :, t.integer(0, q.shape[2] - 1)] = False
-    t.close(attend(q, k, v, mask), attend_reference(q, k, v, mask))
+    same_part(t, attend(q, k, v, mask), attend_reference(q, k, v, mask))
 
 
-@attend.requirement(1, "half precision")
+@attend.requirement(1, "half precision in, sums in fp32")
 def attend_half(t: CheckContext, attend: Answer) -> None:
-    """bf16 and fp16 in, the same dtype out, right within its precision"""
+    """for bf16 and fp16 out in the same dtype, right within its precision, and lse in fp32, right to 0.001"""
     for dtype in (torch.bfloat16, torch.float16):
         q, k, v = attend_draw(t, dtype)
+        q = q * 4
         mask = t.mask(q.shape[2], k.shape[2])
-        t.close(attend(q, k, v, mask), attend_reference(q, k, v, mask))
+        out, lse = part(t, attend(q, k, v, mask))
+        want = attend_reference(q, k, v, mask)
+        t.close(out, want[0], "out:")
+        if t.true(lse.dtype == torch.float32, "lse in float32", f"lse in {lse.dtype}"):
+            t.close(lse, want[1], "lse:", tolerance=1e-3)
 
 
 @attend.requirement(1, "large scores, and inputs left alone")
@@ -109,98 +162,136 @@ def attend_large(t: CheckContext, attend: Answer) -> None:
     q, k, v = attend_draw(t)
     q = q * 300
     mask = t.mask(q.shape[2], k.shape[2])
-    t.close(attend(q, k, v, mask), attend_reference(q, k, v, mask), tolerance=1e-3)
+    same_part(t, attend(q, k, v, mask), attend_reference(q, k, v, mask), tolerance=1e-3)
     t.unchanged()
 
 
-# 01.2: the causal mask of queries that are the last of the keys, compared with a loop over positions
+# 01.2: the causal mask of rows that are padded on the left, compared with a loop over positions
 
 mask = Exercise(
     id="01.2",
     slug="mask",
-    title="The causal mask when keys outnumber queries",
+    title="A causal mask for rows padded on the left",
     answers=("causal_mask",),
     hints=(
-        "Write down the position of every query first. With S keys the last query stands at position S "
-        "− 1; where does the first of T queries stand?",
-        "Query t stands at position S − T + t and may see every key whose position is at most that.",
-        "Compare a column of query positions with a row of key positions: `a[:, None] >= b[None, :]` "
-        "gives (T, S).",
+        "Number the S positions of one row from 0. At which of them do the T queries stand, at which the "
+        "padding, and which keys are left for the query at position p?",
+        "Two conditions, and a key must meet both: one says that it is not later than the query, the other "
+        "that it is not padding. Which of the two differs from row to row of the batch?",
+        "Query t stands at position S − T + t. In the row with n padding tokens the first key that anybody "
+        "may see stands at position n. A query that is padding needs no case of its own: which keys meet "
+        "both conditions for it?",
+        "Let broadcasting make the four dimensions: key positions (S,), query positions (T, 1), and "
+        "`torch.as_tensor(padding)[:, None, None, None]` (B, 1, 1, 1).",
     ),
 )
 
 
-def mask_reference(n_queries: int, n_keys: int) -> Tensor:
+def mask_reference(n_queries: int, n_keys: int, padding: list[int]) -> Tensor:
     """One pair at a time."""
     start = n_keys - n_queries
-    rows = [[key <= start + query for key in range(n_keys)] for query in range(n_queries)]
+    rows = [
+        [[[n <= key <= start + query for key in range(n_keys)] for query in range(n_queries)]]
+        for n in padding
+    ]
     return torch.tensor(rows)
 
 
-def hides_the_future(t: CheckContext, got: object, T: int, S: int) -> None:
-    """The right pairs are marked, be the mask of ones and zeros, of 0 and −∞, or with dimensions of size 1 in
-    front: those cost the point for the form and no other."""
-    mask = got
-    if isinstance(mask, Tensor) and not mask.is_complex() and mask.numel() == T * S:
-        mask = mask.squeeze(tuple(range(mask.ndim - 2))) if mask.ndim > 2 else mask
+def hides_the_rest(
+    t: CheckContext, causal_mask: Answer, n_queries: int, n_keys: int, padding: list[int]
+) -> None:
+    """The right pairs are marked, be the mask of ones and zeros, of 0 and −∞, or with dimensions of size 1
+    missing or added: those cost the point for the form and no other."""
+    B, T, S = len(padding), n_queries, n_keys
+    got = mask = causal_mask(T, S, rows_padded(t, padding))
+    if isinstance(mask, Tensor) and not mask.is_complex():
+        if mask.numel() == B * T * S:
+            mask = mask.reshape(B, 1, T, S)
+        elif mask.numel() == T * S:  # one mask for all rows
+            mask = mask.reshape(T, S).expand(B, 1, T, S)
         additive = mask.dtype.is_floating_point and not (mask > 0).any()
         mask = mask == 0 if additive else mask.bool()
-    t.note(got, compare(mask, mask_reference(T, S)))
+    t.note(got, compare(mask, mask_reference(T, S, padding)))
 
 
-@mask.requirement(1, "a boolean mask, (T, S)")
+def rows_padded(t: CheckContext, padding: list[int]) -> list[int] | Tensor:
+    """As a tensor in the second round."""
+    return torch.tensor(padding) if t.round == 1 else padding
+
+
+def chunk_sizes(t: CheckContext) -> tuple[int, int]:
+    """1 < T < S, with room for padding before the queries."""
+    T = t.integer(3, 6)
+    return T, T + t.integer(3, 9)
+
+
+@mask.requirement(1, "a boolean mask, (B, 1, T, S)")
 def form(t: CheckContext, causal_mask: Answer) -> None:
-    """dtype bool and two dimensions, a row for each query and a column for each key"""
-    T = t.integer(3, 6)
-    S = T + t.integer(3, 9)
-    t.form(causal_mask(T, S), (T, S), torch.bool)
+    """dtype bool and four dimensions: the rows of the batch, 1 for all heads, the queries, the keys"""
+    T, S = chunk_sizes(t)
+    padding = t.random.sample(range(S - T + 1), t.pick(2, 3))
+    t.form(causal_mask(T, S, rows_padded(t, padding)), (len(padding), 1, T, S), torch.bool)
 
 
-@mask.requirement(1, "a whole prompt, T = S")
-def square(t: CheckContext, causal_mask: Answer) -> None:
-    """True on the diagonal and below it"""
+@mask.requirement(1, "no padding")
+def no_padding(t: CheckContext, causal_mask: Answer) -> None:
+    """True up to each query's own position: the T queries are the last of the S positions, for a whole
+    prompt (T = S), a chunk (1 < T < S) and one token (T = 1, and the very first one, S = 1)"""
+    padding = [0] * t.pick(2, 3)
     n = t.integer(4, 9)
-    hides_the_future(t, causal_mask(n, n), n, n)
+    for T, S in ((n, n), chunk_sizes(t), (1, n), (1, 1)):
+        hides_the_rest(t, causal_mask, T, S, padding)
 
 
-@mask.requirement(1, "a chunk behind a cache, 1 < T < S")
+@mask.requirement(1, "a chunk behind a padded prompt, 1 < T < S")
 def chunk(t: CheckContext, causal_mask: Answer) -> None:
-    """True up to each query's own position: the T queries are the last of the S positions"""
-    T = t.integer(3, 6)
-    S = T + t.integer(3, 9)
-    hides_the_future(t, causal_mask(T, S), T, S)
+    """the same, and False for the padding keys of each row"""
+    T, S = chunk_sizes(t)
+    hides_the_rest(t, causal_mask, T, S, t.random.sample(range(S - T + 1), 3))
 
 
 @mask.requirement(1, "one token in decode, T = 1")
 def decode(t: CheckContext, causal_mask: Answer) -> None:
-    """True everywhere: the newest token sees all S; also the very first one, S = 1"""
-    S = t.integer(4, 12)
-    hides_the_future(t, causal_mask(1, S), 1, S)
-    hides_the_future(t, causal_mask(1, 1), 1, 1)
+    """the newest token sees its row's S keys but for the padding"""
+    S = t.integer(5, 12)
+    hides_the_rest(t, causal_mask, 1, S, t.random.sample(range(S), 3))
 
 
-# 01.3: cut the model's width into heads and put it together again, compared with a loop over heads
+@mask.requirement(1, "a whole padded prompt, T = S")
+def padded_prompt(t: CheckContext, causal_mask: Answer) -> None:
+    """a query that is itself padding sees nothing; one row is padding from end to end"""
+    n = t.integer(5, 9)
+    hides_the_rest(t, causal_mask, n, n, [*t.random.sample(range(1, n), 2), n])
+
+
+# 01.3: split a fused projection into heads and merge heads, compared with a loop over heads
 
 heads = Exercise(
     id="01.3",
     slug="heads",
-    title="Split into heads, merge back",
-    answers=("split_heads", "merge_heads"),
+    title="Split a fused projection, merge the heads",
+    answers=("split_qkv", "merge_heads"),
     hints=(
-        "A head is a run of D neighbouring columns: head h holds the columns h·D to (h+1)·D − 1.",
-        "Two steps: cut the last dimension in two, (B, T, H·D) → (B, T, H, D), then swap time and heads.",
-        "`view` and `reshape` keep the order of the numbers; only `transpose`, `permute` or `movedim` "
-        "change it, and (B, T, H, D) → (B, H, T, D) needs that.",
-        "Merging undoes the steps in reverse: transpose first, then join the last two dimensions. A "
-        "transposed tensor is not contiguous, so use `reshape` or `flatten`, not `view`.",
+        "Write down which columns of x belong to q of head 0, k of head 0, v of head 0, q of head 1. How "
+        "many columns does one head have, and in which order would you name the three sizes that the last "
+        "dimension is cut into?",
+        "In words: cut the last dimension in three without moving a number; move the dimensions into the "
+        "order asked for without copying; take q, k and v apart along the one that has size 3.",
+        "`view` keeps the order of the numbers, and so does `reshape` where it copies nothing; `transpose`, "
+        "`permute` and `movedim` change the order of dimensions and copy nothing either; `unbind` and "
+        "indexing give views. `contiguous`, `stack`, `cat` and `clone` copy.",
+        "(B, T, 3·H·D) → (B, T, H, 3, D): of these, dimension 3 is unbound, and then T and H change places.",
+        "Merging undoes the steps in reverse: heads behind the tokens, then the last two dimensions as one. "
+        "A transposed tensor is not contiguous, so use `reshape` or `flatten`, not `view`.",
     ),
 )
 
 
-def split(x: Tensor, n_heads: int) -> Tensor:
-    """One head at a time: its columns."""
-    D = x.shape[-1] // n_heads
-    return torch.stack([x[:, :, h * D : (h + 1) * D] for h in range(n_heads)], dim=1)
+def split_reference(x: Tensor, n_heads: int) -> list[Tensor]:
+    """q, k and v, one head at a time: its columns."""
+    D = x.shape[-1] // (3 * n_heads)
+    runs = x.split(D, dim=-1)
+    return [torch.stack(runs[which::3], dim=1) for which in range(3)]
 
 
 def heads_merge(x: Tensor) -> Tensor:
@@ -208,38 +299,63 @@ def heads_merge(x: Tensor) -> Tensor:
     return torch.cat([x[:, h] for h in range(x.shape[1])], dim=-1)
 
 
-@heads.requirement(1, "split: the shape")
-def split_shape(t: CheckContext, split_heads: Answer, merge_heads: Answer) -> None:
-    """(B, T, H·D) becomes (B, H, T, D)"""
+def split_draw(t: CheckContext, *, one_token: bool = True) -> tuple[Tensor, int, tuple[int, ...]]:
+    """A fused projection, in bf16 in the third round, the number of heads, and the shape of q.
+
+    T = 1 in the second round, unless ``one_token`` is false.
+    """
     B, H, T, _, D = t.sizes()
-    t.shape(split_heads(t.randn(B, T, H * D), H), (B, H, T, D))
+    T = T if one_token else t.integer(3, 6)
+    dtype = torch.bfloat16 if t.round == 2 else torch.float32
+    return t.randn(B, T, 3 * H * D, dtype=dtype), H, (B, H, T, D)
 
 
-@heads.requirement(1, "split: the values")
-def split_values(t: CheckContext, split_heads: Answer, merge_heads: Answer) -> None:
-    """head h holds columns h·D to (h+1)·D − 1 of every token"""
-    B, H, T, _, D = t.sizes()
-    x = t.randn(B, T, H * D)
-    t.close(split_heads(x, H), split(x, H), tolerance=0.0)
+def three(t: CheckContext, got: object) -> list[Tensor]:
+    """q, k and v, in a tuple, a list or one tensor."""
+    parts = list(got) if isinstance(got, tuple | list) or (isinstance(got, Tensor) and got.ndim == 5) else []
+    if len(parts) == 3 and all(isinstance(one, Tensor) for one in parts):
+        return parts
+    t.note(got, Difference("", "three tensors (q, k, v)", describe(got)))
+    raise Stop
+
+
+@heads.requirement(1, "split: the shapes")
+def split_shapes(t: CheckContext, split_qkv: Answer, merge_heads: Answer) -> None:
+    """(B, T, 3·H·D) becomes three of (B, H, T, D)"""
+    x, n_heads, shape = split_draw(t)
+    for name, got in zip("qkv", three(t, split_qkv(x, n_heads)), strict=True):
+        t.shape(got, shape, f"{name}:")
+
+
+@heads.requirement(2, "split: the values")
+def split_values(t: CheckContext, split_qkv: Answer, merge_heads: Answer) -> None:
+    """of the columns h·3D to (h+1)·3D − 1 of every token, head h's q, k and v have D each; any dtype"""
+    x, n_heads, _ = split_draw(t)
+    parts = three(t, split_qkv(x, n_heads))
+    for name, got, want in zip("qkv", parts, split_reference(x, n_heads), strict=True):
+        t.close(got, want, f"{name}:", tolerance=0.0)
+
+
+@heads.requirement(1, "split: views, no copy")
+def split_views(t: CheckContext, split_qkv: Answer, merge_heads: Answer) -> None:
+    """q, k and v lie in the memory of x: no new tensor is made"""
+    x, n_heads, shape = split_draw(t, one_token=False)  # of one token some copies are views
+    with new_tensors() as made:
+        got = split_qkv(x, n_heads)
+    for one in three(t, got):
+        t.shape(one, shape)
+    # The wrapper around the answer copies x and compares the copy: those have x's shape.
+    copies = [one for one in made if one.shape != tuple(x.shape) and one.numel >= math.prod(shape)]
+    came = f"a copy of shape {copies[0].shape}, made by {copies[0].op}" if copies else ""
+    t.note(bool(copies), Difference("", "views of x, no copy", came) if copies else None)
 
 
 @heads.requirement(1, "merge: shape and values")
-def merge_values(t: CheckContext, split_heads: Answer, merge_heads: Answer) -> None:
-    """(B, H, T, D) becomes (B, T, H·D), the heads of a token side by side"""
+def merge_values(t: CheckContext, split_qkv: Answer, merge_heads: Answer) -> None:
+    """(B, H, T, D) becomes (B, T, H·D), the heads of a token side by side; any dtype"""
     B, H, T, _, D = t.sizes()
-    x = t.randn(B, H, T, D)
+    x = t.randn(B, H, T, D, dtype=torch.bfloat16 if t.round == 2 else torch.float32)
     t.close(merge_heads(x), heads_merge(x), tolerance=0.0)
-
-
-@heads.requirement(1, "there and back, any dtype")
-def round_trip(t: CheckContext, split_heads: Answer, merge_heads: Answer) -> None:
-    """merging what was split gives back the very same tensor, in bf16 too, with right heads in between"""
-    B, H, T, _, D = t.sizes()
-    x = t.randn(B, T, H * D, dtype=torch.bfloat16)
-    heads = split_heads(x, H)
-    t.close(heads, split(x, H), tolerance=0.0)
-    t.close(merge_heads(heads), x, tolerance=0.0)
-    t.unchanged()
 
 
 # 01.4: rotary position embedding, compared with complex multiplication in double precision
@@ -250,14 +366,15 @@ rope = Exercise(
     title="Rotary position embedding",
     answers=("rotate",),
     hints=(
-        "Take one pair alone: (a, b) turned by the angle φ is (a·cos φ − b·sin φ, b·cos φ + a·sin φ). "
-        "Here a is x[..., i] and b is x[..., i + D/2].",
-        "The angles of all positions and pairs are an outer product: `positions[:, None] * omega[None, "
-        ":]`, shape (T, D/2), with omega = theta ** (−2i/D) for i = 0 … D/2 − 1. It broadcasts over "
-        "batch and heads.",
-        "Compute in fp32: `positions.float()` and `x.float()`, and turn back to x's dtype at the very "
-        "end. bf16 has 8 bits of precision, and a position of 1000 needs 10 before any fraction of an "
-        "angle.",
+        "Which two numbers of x form pair i? How far does a token at position 0 turn, and how does the angle "
+        "of one pair grow from each position to the next?",
+        "In words: one frequency for each pair; angles = position times frequency, a table of T rows and D/2 "
+        "columns, in fp32; cos and sin of it; the two halves of x; each pair turned; both halves joined, in "
+        "the dtype of x.",
+        "The angles are an outer product: `positions.float()[:, None] * omega`, shape (T, D/2), with omega = "
+        "theta ** (−2i/D) for i = 0 … D/2 − 1. It broadcasts over batch and heads.",
+        "bf16 has 8 bits of precision, and a position of 1000 needs 10 before any fraction of an angle: "
+        "convert to fp32 before the first product, and back to the dtype of x at the very end.",
         "`a, b = x.float().chunk(2, dim=-1)`, then `torch.cat((a * cos − b * sin, b * cos + a * sin), "
         "dim=-1)`.",
     ),
@@ -306,10 +423,11 @@ def anywhere(t: CheckContext, rotate: Answer) -> None:
     t.close(rotate(x, positions), rope_reference(x, positions), tolerance=2e-3)
 
 
-@rope.requirement(1, "bf16 and another theta")
+@rope.requirement(1, "half precision and another theta")
 def rope_half(t: CheckContext, rotate: Answer) -> None:
-    """bf16 out for bf16 in, right at positions of some thousands, with theta = 500000"""
-    x = rope_draw(t, torch.bfloat16)
+    """bf16 and fp16 in, the same dtype out, angles in fp32: right at positions of some thousands, with
+    theta = 500000"""
+    x = rope_draw(t, torch.float16 if t.round == 2 else torch.bfloat16)
     positions = torch.arange(x.shape[2]) + t.integer(1000, 4000)
     t.close(rotate(x, positions, 500_000.0), rope_reference(x, positions, 500_000.0))
 
@@ -503,14 +621,16 @@ prefill = Exercise(
     answers=("chunked_prefill",),
     may_use_kvlearn=True,
     hints=(
-        "One loop over `range(0, T, chunk)`; q[:, :, start : start + chunk] is the chunk, and the last "
-        "one may be shorter all by itself. Collect the outputs and `torch.cat` them along dimension 2.",
+        "The second chunk of the example: which positions do its tokens have, which keys do they meet, and "
+        "what must have happened to these keys before?",
+        "For each chunk: its q, k and v; its positions; rotate; append; mask; attend; keep the output. At "
+        "the end join the outputs along the tokens. Two of these steps must not change places: which?",
         "Ask the cache for the positions *before* you write: `positions = cache.positions(n)`, n the "
         "size of this chunk, gives a (1, n). Rotate the chunk's q and k with them.",
         "Write first, then attend: a token attends to itself and to its neighbours in the chunk, so its "
         "own key must be in the cache. `keys, values, _ = cache.append(k, v)` gives everything so far.",
-        "The chunk's n queries are the last of S = keys.shape[2] positions: `attention(q, keys, values, "
-        "causal_mask(n, S))`.",
+        "The chunk's n queries are the last of S = keys.shape[2] positions: `core.attention(q, keys, values, "
+        "core.causal_mask(n, S))`.",
     ),
 )
 
@@ -545,15 +665,14 @@ def same_as_one_pass(t: CheckContext, chunked_prefill: Answer, T: int, chunk: in
     (q, k, v), rope = prefill_draw(t, T)
     cache = WatchedCache(q, T)
     t.close(chunked_prefill(q, k, v, cache, rope, chunk), one_pass(q, k, v, rope), tolerance=1e-3)
-    in_chunks(t, cache, chunk)
+    in_chunks(t, cache, chunk, T)
 
 
-def in_chunks(t: CheckContext, cache: WatchedCache, chunk: int) -> None:
-    """No append brought more than a chunk."""
-    largest = max(cache.appended, default=0)
-    came = f"an append of {largest} tokens" if largest else "nothing was appended to the cache"
-    tokens = f"{chunk} tokens" if chunk > 1 else "1 token"
-    t.true(0 < largest <= chunk, f"appends of at most {tokens}", came)
+def in_chunks(t: CheckContext, cache: WatchedCache, chunk: int, *prompts: int) -> None:
+    """Each append brought one chunk."""
+    want = [min(chunk, T - start) for T in prompts for start in range(0, T, chunk)]
+    came = f"appends of {cache.appended} tokens" if cache.appended else "nothing was appended to the cache"
+    t.true(cache.appended == want, f"appends of {want} tokens", came)
 
 
 @prefill.requirement(1, "the whole prompt as one chunk", rounds=2)
@@ -567,14 +686,15 @@ def one_chunk(t: CheckContext, chunked_prefill: Answer) -> None:
 def equal_chunks(t: CheckContext, chunked_prefill: Answer) -> None:
     """the same outputs as in one pass, when the chunks divide the prompt; one chunk in each append"""
     chunk = t.integer(3, 5)
-    same_as_one_pass(t, chunked_prefill, chunk * t.integer(2, 4), chunk)
+    same_as_one_pass(t, chunked_prefill, chunk * t.pick(2, chunk + 1), chunk)  # never chunk chunks
 
 
 @prefill.requirement(1, "a shorter last chunk", rounds=2)
 def ragged(t: CheckContext, chunked_prefill: Answer) -> None:
     """the same when a rest is left over"""
     chunk = t.integer(3, 5)
-    same_as_one_pass(t, chunked_prefill, chunk * t.integer(2, 3) + t.integer(1, chunk - 1), chunk)
+    whole = 3 if chunk == 3 else 2  # never chunk chunks, the rest included
+    same_as_one_pass(t, chunked_prefill, chunk * whole + t.integer(1, chunk - 1), chunk)
 
 
 @prefill.requirement(1, "one token at a time", rounds=2)
@@ -596,113 +716,135 @@ def continuing(t: CheckContext, chunked_prefill: Answer) -> None:
     ]
     for got, want in zip(parts, one_pass(q, k, v, rope).split((first, second), dim=2), strict=True):
         t.close(got, want, tolerance=1e-3)
-    in_chunks(t, cache, chunk)
+    in_chunks(t, cache, chunk, first, second)
     t.unchanged()
 
 
-# 01.7: merging partial attention by log-sum-exp, compared with attention over all keys at once
-
-Part = tuple[Tensor, Tensor]
+# 01.7: one prompt for many answers, merged by log-sum-exp, compared with attention over all keys at once
 
 merge = Exercise(
     id="01.7",
     slug="merge",
-    title="Merge two partial results (online softmax)",
-    answers=("merge",),
+    title="One shared prompt, many answers",
+    answers=("attend_shared",),
     hints=(
-        "out_a was divided by exp(lse_a), the sum of its exponentials. To combine, undo that: each part "
-        "weighs exp(lse), and the common divisor is exp(lse_a) + exp(lse_b).",
-        "So lse = log(exp(lse_a) + exp(lse_b)), which is `torch.logaddexp(lse_a, lse_b)`, and out = "
-        "exp(lse_a − lse)·out_a + exp(lse_b − lse)·out_b. Weights are (B, H, T): add a dimension with "
-        "`[..., None]`.",
-        "exp(100) overflows in fp32. Take only differences into exp: lse_a − lse is never positive, so "
-        "its exponential is at most 1.",
-        "With both parts empty, lse − lse is −∞ − (−∞) = NaN. Replace −∞ by any finite number in what "
-        "you subtract: `lse.masked_fill(lse == -torch.inf, 0.0)`. exp(−∞ − 0) is 0, as it should be.",
+        "A query meets two sets of keys: those of the prompt, and those of its own row. Each gives a mean of "
+        "values. How much should each mean count, if one set has 1 key and the other has 3, all with the "
+        "score 0? And if the single key has the score log 3?",
+        "In words: all rows' queries as N = B·T queries of one sequence; the prompt's (out, lse) for them; "
+        "back to rows; (out, lse) over the written keys of each row; merge the two results.",
+        "prompt wants the heads first: (B, H, T, D) → (H, B, T, D) → (H, B·T, D). Dimensions change places "
+        "by `transpose` only; undo both steps in reverse, for out and for lse.",
+        "A mean was divided by exp(lse), the sum of its exponentials. So it counts exp(lse), and both "
+        "together divide by exp(lse_a) + exp(lse_b), whose logarithm `torch.logaddexp` gives without "
+        "overflow.",
+        "Take only differences into exp: lse_a − lse is never positive, so its exponential is at most 1. "
+        "With both sets empty it is −∞ − (−∞) = NaN: subtract any finite number there instead, "
+        "`lse.masked_fill(lse == -torch.inf, 0.0)`.",
     ),
 )
 
 
-def merge_attend(q: Tensor, k: Tensor, v: Tensor) -> Part:
-    """Attention over these keys in double precision, and the log-sum-exp of its scores."""
+class SharedPrompt:
+    """Attention over a prompt's keys and values, (H, P, D), which are stored once.
+
+    Queries (H, N, D) in; out (H, N, D) and lse (H, N) come back. ValueError for another shape.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+        self.n_calls = 0
+
+    def __call__(self, queries: Tensor) -> Part:
+        H, _, D = self.k.shape
+        shape = tuple(queries.shape)
+        if len(shape) != 3 or (shape[0], shape[2]) != (H, D):
+            raise ValueError(f"queries: expected shape (H, N, D) with H = {H} and D = {D}, got {shape}")
+        self.n_calls += 1
+        return exact(queries, self.k, self.v)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Part:
+    """Attention in double precision, and the log-sum-exp of its scores; without keys 0 and −∞."""
     scores = q.double() @ k.double().transpose(-2, -1) * q.shape[-1] ** -0.5
     return (scores.softmax(-1) @ v.double()).float(), scores.logsumexp(-1).float()
 
 
-def merge_draw(t: CheckContext, *n_keys: int) -> tuple[list[Part], Part]:
-    """Partial results over these numbers of keys, and the result over all of them together."""
+def shared_draw(
+    t: CheckContext,
+    *,
+    prompt: bool = True,
+    full: bool = False,
+    empty_row: bool = False,
+    shift: float = 0.0,
+    turns: bool = False,
+) -> tuple[tuple[Tensor, SharedPrompt, Tensor, Tensor, Tensor], Part]:
+    """What attend_shared is called with, and what it is to give.
+
+    ``full`` rows have no empty slot, and ``empty_row`` gives one row the length 0. ``shift`` is added to all
+    scores, in every second head with the other sign if ``turns``.
+    """
     B, H, T, _, D = t.sizes()
-    q, k, v = t.randn(B, H, T, D), t.randn(B, H, sum(n_keys), D), t.randn(B, H, sum(n_keys), D)
-    parts = [merge_attend(q, *kv) for kv in zip(k.split(n_keys, dim=2), v.split(n_keys, dim=2), strict=True)]
-    return parts, merge_attend(q, k, v)
+    P, S = (t.integer(4, 9) if prompt else 0), t.integer(5, 9)
+    lengths = [S] * B if full else t.random.sample(range(1, S + 1), B)
+    if empty_row:
+        lengths[t.integer(0, B - 1)] = 0
+    q = t.randn(B, H, T, D)
+    prompt_k, prompt_v = t.randn(H, P, D), t.randn(H, P, D)
+    k, v = t.randn(B, H, S, D), t.randn(B, H, S, D)
+    if shift:
+        signs = torch.tensor([(-1.0) ** (h * turns) for h in range(H)])
+        q[..., 0] = D**0.5
+        prompt_k[..., 0] = shift * signs[:, None]
+        k[..., 0] = shift * signs[:, None]
+    rows = [
+        exact(q[b], torch.cat((prompt_k, k[b, :, :n]), dim=1), torch.cat((prompt_v, v[b, :, :n]), dim=1))
+        for b, n in enumerate(lengths)
+    ]
+    want = torch.stack([out for out, _ in rows]), torch.stack([lse for _, lse in rows])
+    return (q, SharedPrompt(prompt_k, prompt_v), k, v, torch.tensor(lengths)), want
 
 
-def part(t: CheckContext, got: object) -> Part:
-    """What merge returned, if it has a place for both."""
-    out, lse = t.pair(got, "a pair (out, lse)")
-    if out.ndim == 3 and lse.ndim == 4:
-        expected = "(out, lse) of shapes (B, H, T, D) and (B, H, T)"
-        t.note(out, Difference("", expected, f"{tuple(out.shape)} and {tuple(lse.shape)}: swapped?"))
-        raise Stop
-    return out, lse
+@merge.requirement(2, "a prompt and own keys")
+def shared_values(t: CheckContext, attend_shared: Answer) -> None:
+    """out (B, H, T, D) and lse (B, H, T) as if each row's keys stood behind the prompt's; q, k, v and lengths
+    unchanged"""
+    given, want = shared_draw(t)
+    same_part(t, attend_shared(*given), want)
+    t.unchanged()
 
 
-def merge_same_as(t: CheckContext, got: object, want: Part, tolerance: float | None = None) -> Part:
-    out, lse = part(t, got)
-    t.close(out, want[0], "out:", tolerance)
-    t.close(lse, want[1], "lse:", tolerance)
-    return out, lse
-
-
-def empty(part: Part) -> Part:
-    """What attention over no keys gives, in the shape of ``part``."""
-    return torch.zeros_like(part[0]), torch.full_like(part[1], -torch.inf)
-
-
-@merge.requirement(2, "two ordinary parts")
-def ordinary(t: CheckContext, merge: Answer) -> None:
-    """out (B, H, T, D) and lse (B, H, T) as if all keys had been seen together"""
-    (a, b), whole = merge_draw(t, t.integer(2, 9), t.integer(2, 9))
-    merge_same_as(t, merge(*a, *b), whole)
+@merge.requirement(1, "the prompt read once")
+def read_once(t: CheckContext, attend_shared: Answer) -> None:
+    """one call of prompt, for the queries of all rows; every slot of k and v is written here"""
+    given, want = shared_draw(t, full=True)
+    same_part(t, attend_shared(*given), want)
+    n_calls = given[1].n_calls
+    t.true(n_calls == 1, "one call of prompt", f"{n_calls} calls")
 
 
 @merge.requirement(1, "large scores")
-def merge_large(t: CheckContext, merge: Answer) -> None:
-    """finite and right with log-sum-exps of +200 (exp overflows) and of −200 (every exp is 0), and with
-    both in different rows"""
-    (a, b), whole = merge_draw(t, t.integer(2, 9), t.integer(2, 9))
-    signs = torch.where(t.mask(*whole[1].shape, share=0.5), 1.0, -1.0)
-    for shift in (200.0 * torch.ones(()), -200.0 * torch.ones(()), 200.0 * signs):
-        got = merge(a[0], a[1] + shift, b[0], b[1] + shift)
-        merge_same_as(t, got, (whole[0], whole[1] + shift), tolerance=1e-3)
+def merge_large(t: CheckContext, attend_shared: Answer) -> None:
+    """finite and right with scores about +200 (exp overflows) and −200 (every exp is 0), and with both in
+    different heads"""
+    for shift, turns in ((200.0, False), (-200.0, False), (200.0, True)):
+        given, want = shared_draw(t, shift=shift, turns=turns)
+        same_part(t, attend_shared(*given), want, tolerance=1e-3)
 
 
-@merge.requirement(1, "one part empty")
-def one_empty(t: CheckContext, merge: Answer) -> None:
-    """an empty part (out 0, lse −∞) contributes nothing, whichever side it stands on"""
-    (a,), _ = merge_draw(t, t.integer(2, 9))
-    merge_same_as(t, merge(*a, *empty(a)), a)
-    merge_same_as(t, merge(*empty(a), *a), a)
+@merge.requirement(1, "no own keys, or no prompt")
+def one_empty(t: CheckContext, attend_shared: Answer) -> None:
+    """a row of length 0 gives the prompt's result, a prompt without tokens each row's own"""
+    for given, want in (shared_draw(t, empty_row=True), shared_draw(t, prompt=False)):
+        same_part(t, attend_shared(*given), want)
 
 
-@merge.requirement(1, "both parts empty")
-def both_empty(t: CheckContext, merge: Answer) -> None:
-    """out 0 and lse −∞, not NaN, for the rows in which both are empty; the other rows as ever"""
-    (a, b), (out, lse) = merge_draw(t, t.integer(2, 9), t.integer(2, 9))
-    rows = t.mask(*lse.shape) if lse.shape[2] > 1 else torch.ones(lse.shape, dtype=torch.bool)
-    for part_out, part_lse in (a, b, (out, lse)):
-        part_out[rows], part_lse[rows] = 0.0, -torch.inf
-    merge_same_as(t, merge(*a, *b), (out, lse))
-
-
-@merge.requirement(1, "three parts in any order")
-def three(t: CheckContext, merge: Answer) -> None:
-    """merging goes on with what merging gave, in whichever order; the inputs stay unchanged"""
-    parts, whole = merge_draw(t, t.integer(1, 6), t.integer(2, 9), t.integer(1, 6))
-    t.random.shuffle(parts)
-    first = part(t, merge(*parts[0], *parts[1]))
-    merge_same_as(t, merge(*parts[2], *first), whole)
-    t.unchanged()
+@merge.requirement(1, "neither")
+def both_empty(t: CheckContext, attend_shared: Answer) -> None:
+    """out 0 and lse −∞, not NaN, for a row of length 0 when the prompt has no tokens; the other rows as
+    ever"""
+    given, want = shared_draw(t, prompt=False, empty_row=True)
+    same_part(t, attend_shared(*given), want)
 
 
 # 01.8: bytes of the cache of a real model, compared with the models' published shapes and a bare count
@@ -713,14 +855,17 @@ size = Exercise(
     title="The cache of a real model, in bytes",
     answers=("cache_size",),
     hints=(
-        "Count what one token leaves behind: in every layer, for every *KV* head, one key and one value "
-        "of head_dim numbers, each of so many bytes.",
-        "bytes_per_token = 2 · layers · KV heads · head_dim · bytes a number. bfloat16 and float16 take "
-        "2 bytes, float32 takes 4, the float8 formats take 1: `getattr(torch, name).itemsize` knows.",
-        "Stored is what the cache allocates: max_len tokens for each of len(lengths) sequences. Read is "
-        "what one decode step touches: the tokens that are there, sum(lengths).",
-        '1 GiB is 2**30 bytes; 1 GB is 10**9. `config.get("num_key_value_heads", '
-        'config["num_attention_heads"])` serves models old and new.',
+        "A token has passed through the whole model: in how many places did it leave something, what was "
+        "left in each, and how many bytes does one number take?",
+        "For one token, by loops: for each layer, for each *KV* head, a key and a value, each of head_dim "
+        "numbers. Which of these sizes may be missing from the config, and what then?",
+        "Stored: how many slots does the batch reserve? Read: how many of them hold a token? Both are that "
+        "number times bytes_per_token.",
+        "bfloat16 and float16 take 2 bytes, float32 takes 4, the float8 formats take 1: `getattr(torch, "
+        'name).itemsize` knows. `config.get("num_key_value_heads", config["num_attention_heads"])` serves '
+        "models old and new. 1 GiB is 2**30 bytes; 1 GB is 10**9.",
+        "bytes_per_token = 2 · layers · KV heads · head_dim · bytes per number; stored counts max_len tokens "
+        "for each of len(lengths) sequences, read counts sum(lengths).",
     ),
 )
 

@@ -4,7 +4,7 @@ import copy
 
 from .checks import attend, cache, heads, mask, merge, model, prefill, rope, size
 
-# 01.1: scaled dot-product attention with a mask
+# 01.1: attention with a mask, and its log-sum-exp
 
 attend.mistakes(
     r"""
@@ -23,169 +23,269 @@ attend.mistakes(
     The scores are divided by D. Variances add up, so the sum of D products has variance D and spread √D: the
     square root belongs to the formula.
 
-    softmax over the queries
-        return scores.softmax(dim=-1) → return scores.softmax(dim=-2)
-        -torch.inf).softmax(dim=-1) → -torch.inf).softmax(dim=-2)
-    The softmax runs over dimension −2, the queries. Each query divides its own attention among the keys, so
-    it is the row of scores, dimension −1, that must add up to 1. (With one query every weight becomes 1.)
-
-    a fully masked row gives NaN
-        weights.masked_fill(~mask, 0.0) → weights
-    A row of scores that is −∞ everywhere makes the softmax compute 0 / 0. Such rows are real: padding, or a
-    block of keys that lies wholly in the future. One NaN there spreads through every later layer.
-
-    a very negative number in place of −∞
-        -torch.inf → torch.finfo(scores.dtype).min
-        weights.masked_fill(~mask, 0.0) → weights
-    Masked scores are set to a very negative number. No NaN comes up, but in a row where *every* key is masked
-    all scores are equal again, and the softmax hands out the mean of keys that must not be seen.
-
-    −1e9 in place of −∞
-        -torch.inf → -1e9
-        weights.masked_fill(~mask, 0.0) → weights
-    Masked scores are set to −1e9. In a row where *every* key is masked all scores are equal again, and the
-    softmax hands out the mean of keys that must not be seen. And fp16 ends at 65504: there it raises.
-
-    the mask inverted
-        ~mask, -torch.inf → mask, -torch.inf
-        ~mask, 0.0 → mask, 0.0
-    True means *may attend*, as in torch's scaled_dot_product_attention; here the keys marked True are the
-    ones that were hidden. (nn.MultiheadAttention and key_padding_mask use the opposite sense: read twice.)
-
-    masked after the softmax
-        scores.masked_fill(~mask, -torch.inf).softmax → scores.softmax
-    The weights were set to 0 after the softmax had already given hidden keys their share. What is left adds
-    up to less than 1, so every output shrinks. Mask the scores with −∞ before the softmax.
-
-    the mask has no effect
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-            → scores.masked_fill(~mask, -torch.inf)
-              weights = scores.softmax(dim=-1)
-        weights.masked_fill(~mask, 0.0) → weights
-    The result is the one without a mask. Is it used, and is its effect kept? `masked_fill` returns a new
-    tensor and leaves its own alone: `scores = scores.masked_fill(…)`, or `masked_fill_`.
-
-    masked scores set to 0
-        -torch.inf → 0.0
-        weights.masked_fill(~mask, 0.0) → weights
-    Hidden pairs have the score 0 (or 1e-9, or the product of score and mask). That is a score like any other,
-    and exp(0) = 1 is a weight. Only −∞ becomes the weight 0.
-
-    the boolean mask added to the scores
-        scores.masked_fill(~mask, -torch.inf) → (scores + mask)
-        weights.masked_fill(~mask, 0.0) → weights
-    True counts as 1 in a sum, so keys that may be seen gain 1 and hidden ones stay. A mask to add holds 0 and
-    −∞; with a boolean one use `masked_fill(~mask, -torch.inf)`.
-
-    always causal
-        scores = q @
-            → T, S = q.shape[2], k.shape[2]
-              causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-              mask = causal if mask is None else mask & causal
-              scores = q @
-    Later keys are hidden though nobody asked for it. Which pairs may attend is what the mask says, and
-    without a mask it is all of them; one-way attention is a matter of the caller's mask.
-
     scaled by √T
         q.shape[-1] → q.shape[2]
     The scores are divided by the root of dimension 2, the number of queries. A score is a sum over the D
     numbers of a head, whatever the length of the prompt: √D, `q.shape[-1]`.
 
+    softmax over the queries
+        scores.amax(dim=-1, keepdim=True) → scores.amax(dim=-2, keepdim=True)
+        weights.sum(dim=-1, keepdim=True) → weights.sum(dim=-2, keepdim=True)
+        weights @ v.float() / total.masked_fill(total == 0, 1.0)
+            → (weights / total.masked_fill(total == 0, 1.0)) @ v.float()
+        .squeeze(-1) → .squeeze(-2)
+    Maximum and sum run over dimension −2, the queries. Each query divides its own attention among the keys,
+    so it is the row of scores, dimension −1, whose weights must add up to 1. (With one query every weight
+    becomes 1.)
+
+    a query without keys gives NaN
+        largest = largest.masked_fill(largest == -torch.inf, 0.0) →
+    A row of scores that is −∞ everywhere has the maximum −∞, and −∞ − (−∞) is NaN. Such rows are real:
+    padding, or a block of keys that lies wholly in the future. One NaN spreads through every later layer.
+
+    0 / 0 for a query without keys
+        total.masked_fill(total == 0, 1.0) → total
+    The weights of a query without keys are all 0 and so is their sum: 0 / 0 is NaN. Divide by 1 there; the
+    output is then 0, as asked.
+
+    a very negative number in place of −∞
+        ~mask, -torch.inf → ~mask, torch.finfo(scores.dtype).min
+    Masked scores are set to a very negative number. No NaN comes up, but in a row where *every* key is masked
+    all scores are equal again, and the softmax hands out the mean of keys that must not be seen.
+
+    −1e9 in place of −∞
+        ~mask, -torch.inf → ~mask, -1e9
+    Masked scores are set to −1e9. In a row where *every* key is masked all scores are equal again, and the
+    softmax hands out the mean of keys that must not be seen.
+
+    the mask inverted
+        ~mask, -torch.inf → mask, -torch.inf
+    True means *may attend*, as in torch's scaled_dot_product_attention; here the keys marked True are the
+    ones that were hidden. (nn.MultiheadAttention and key_padding_mask use the opposite sense: read twice.)
+
+    masked after the softmax
+        scores = scores.masked_fill(~mask, -torch.inf) → pass
+        out = weights
+            → weights = weights if mask is None else weights.masked_fill(~mask, 0.0)
+              out = weights
+    The weights were set to 0 after their sum had been taken with the hidden keys in it. What is left adds up
+    to less than 1, so every output shrinks. Mask the scores with −∞ before the exponential.
+
+    the mask has no effect
+        scores = scores.masked_fill( → scores.masked_fill(
+    The result is the one without a mask. Is it used, and is its effect kept? `masked_fill` returns a new
+    tensor and leaves its own alone: `scores = scores.masked_fill(…)`, or `masked_fill_`.
+
+    masked scores set to 0
+        ~mask, -torch.inf → ~mask, 0.0
+    Hidden pairs have the score 0 (or 1e-9, or the product of score and mask). That is a score like any other,
+    and exp(0) = 1 is a weight. Only −∞ becomes the weight 0.
+
+    the boolean mask added to the scores
+        scores.masked_fill(~mask, -torch.inf) → scores + mask
+    True counts as 1 in a sum, so keys that may be seen gain 1 and hidden ones stay. A mask to add holds 0 and
+    −∞; with a boolean one use `masked_fill(~mask, -torch.inf)`.
+
+    always causal
+        scores = q.float()
+            → T, S = q.shape[2], k.shape[2]
+              causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+              mask = causal if mask is None else mask & causal
+              scores = q.float()
+    Later keys are hidden though nobody asked for it. Which pairs may attend is what the mask says, and
+    without a mask it is all of them; one-way attention is a matter of the caller's mask.
+
     exp without subtracting the maximum
-        scores.softmax(dim=-1) @ v → (scores.exp() / scores.exp().sum(-1, keepdim=True)).nan_to_num() @ v
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-            → weights = scores.masked_fill(~mask, -torch.inf).exp()
-              weights = (weights / weights.sum(-1, keepdim=True)).nan_to_num()
+        scores.amax(dim=-1, keepdim=True) → torch.zeros_like(scores[..., :1])
     The softmax was written out as exp(score) / Σ exp(score). exp(89) is infinite in fp32, and then ∞/∞ is
-    NaN. Subtract each row's maximum first, which changes nothing else; `softmax` does it for you.
+    NaN and the lse ∞; exp(−104) is 0. Subtract each query's largest score first, and add it to the log.
+
+    exp without subtracting the maximum, repaired with nan_to_num
+        scores.amax(dim=-1, keepdim=True) → torch.zeros_like(scores[..., :1])
+        weights @ v.float() / total.masked_fill(total == 0, 1.0) → (weights / total).nan_to_num() @ v.float()
+    exp(89) is infinite in fp32, and nan_to_num turns the ∞/∞ that follows into 0: the NaN is gone and the
+    largest score has lost its weight. Subtract each query's largest score before the exponential.
+
+    one maximum for all queries
+        scores.amax(dim=-1, keepdim=True) → scores.amax()
+    The largest score of the whole tensor is subtracted everywhere. A query whose scores lie 200 below it has
+    exp(−200) = 0 for all its weights and is lost. Every query has a maximum of its own: dimension −1.
+
+    the maximum not added back to the lse
+        largest + total.log() → total.log()
+    The output is right, but the lse is log Σ exp(score − max), relative to a maximum that nobody knows any
+    more. Add the maximum again, or a merge weighs this result as if its largest score were 0.
+
+    the sum in place of its logarithm
+        largest + total.log() → largest.exp() * total
+    The second result is Σ exp(score) itself. It overflows as soon as one score exceeds 88; its logarithm is
+    as large as the largest score: log(total) + max.
+
+    half-precision scores
+        q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+            → (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).float()
+    The scores were computed in the dtype of q and converted afterwards. bf16 keeps 8 bits, so a score of 10
+    is off by up to 0.03, and so is the lse. Convert q and k first.
+
+    the lse in the dtype of q
+        total.log()).squeeze(-1) → total.log()).squeeze(-1).to(q.dtype)
+    The lse came back in half precision (or all was computed in it). A merge takes exp of differences of such
+    numbers: in bf16 an lse of 10 is off by 0.03, and every merged weight by 3%. Keep it in fp32.
     """
 )
 
 
-# 01.2: the causal mask when keys outnumber queries
+# 01.2: the causal mask of rows that are padded on the left
 
 mask.mistakes(
     r"""
     aligned top-left
-        keys[n_keys - n_queries :] → keys[:n_queries]
+        keys[n_keys - n_queries :, None] → keys[:n_queries, None]
     The first query was put at position 0. But the queries are the newest tokens, the *last* T of S positions:
     in decode this one token would see only the first key. `torch.tril(torch.ones(T, S))` and SDPA's
     `is_causal=True` align this way too, which is why they are right for T = S alone.
 
     off by one: a token cannot see itself
-        >= keys → > keys
+        keys <= queries → keys < queries
     The comparison is strict. A token attends to itself too: its own key has been written when it asks. With
     the strict mask the first token of a prompt has nothing to attend to at all.
 
     off by one: a token sees the next one
-        >= keys → >= keys - 1
+        keys <= queries → keys <= queries + 1
     Each query sees one key of the future. Training then looks wonderful, since the answer can be copied, and
     generation falls apart.
 
-    the upper triangle: True where a key is hidden
-        >= keys → < keys
-    True means *may attend* here, and the future was marked. `torch.triu(…, diagonal=1)` makes the mask of
-    what is hidden: turn it round with `~`.
+    True where a key is hidden
+        (keys <= queries) & (keys >= padding) → (keys > queries) | (keys < padding)
+    True means *may attend* here, and what is hidden was marked: the future and the padding. Turn the mask
+    round with `~`.
 
     a mask to add: 0 and −∞
-        queries[:, None] >= keys
-            → torch.zeros(n_queries, n_keys).masked_fill(queries[:, None] < keys, -torch.inf)
+        return (keys <= queries) & (keys >= padding)
+            → hidden = (keys > queries) | (keys < padding)
+              return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
     This is the other kind of mask, numbers that are added to the scores. It is right in itself, but here the
     mask is boolean, True = *may attend*: smaller, and the same for scores of every dtype.
 
     looking forwards: the triangle upside down
-        >= keys → <= keys
+        keys <= queries → keys >= queries
     Each query sees its own key and the later ones. The comparison points the wrong way: a key may be seen if
     its position is *at most* the query's.
 
-    nothing hidden
-        return torch.ones(n_queries, n_keys, dtype=torch.bool)
-    Every pair is allowed. For the one token of a decode step that is right; a prompt's tokens would see their
-    own future, and what they are to predict stands there.
+    only the padding hidden
+        (keys <= queries) & (keys >= padding) → (keys >= padding).expand(-1, -1, n_queries, -1)
+    The padding is hidden and the future is not. For the one token of a decode step that is right; a prompt's
+    tokens would see their own future, and what they are to predict stands there.
 
     the mask of all S positions, not of the last T
-        keys[n_keys - n_queries :] → keys
+        keys[n_keys - n_queries :, None] → keys[:, None]
     This has a row for each of the S positions. The tokens in the cache ask no more: only the T new ones have
-    queries, so of this mask the last T rows are wanted, `[-n_queries:]`.
+    queries, so of this mask the last T rows are wanted, `[..., -n_queries:, :]`.
 
     shifted the wrong way
-        keys[n_keys - n_queries :] → torch.arange(n_queries) - (n_keys - n_queries)
+        keys[n_keys - n_queries :, None] → torch.arange(n_queries)[:, None] - (n_keys - n_queries)
     The diagonal was moved by T − S in place of S − T. There are S − T tokens before the first query, and each
     of them is one more column that it may see: the diagonal moves to the right.
 
     the past hidden
-        queries[:, None] >= keys → (queries[:, None] >= keys) & (keys >= n_keys - n_queries)
+        keys <= queries → (keys <= queries) & (keys >= n_keys - n_queries)
     The triangle stands in the right place, over the last T keys, but the S − T columns before it are False:
-    the new tokens see each other and nothing of what is in the cache. The past may always be seen.
+    the new tokens see each other and nothing of what is in the cache. The past may be seen, but for padding.
 
     decode as an exception, chunks aligned top-left
-        keys[n_keys - n_queries :] → keys[-1:] if n_queries == 1 else keys[:n_queries]
+        keys[n_keys - n_queries :, None] → keys[-1:, None] if n_queries == 1 else keys[:n_queries, None]
     T = 1 got a branch of its own and the rest is aligned top-left, as if the first query stood at position 0.
     With S − T tokens before the first query, one rule serves a prompt, a chunk and a single token.
+
+    the padding not hidden
+        keys >= padding → keys >= 0 * padding
+    This is the causal mask of a batch without padding. The keys of padding tokens come first, so causality
+    alone never hides them: every token of a padded row would attend to them.
+
+    the padding taken to be on the right
+        keys >= padding → keys < n_keys - padding
+    The last keys of each row are hidden, as if the padding stood behind the text. On the left it takes the
+    *first* positions, so that the newest token of every row stands at S − 1 and all rows decode together.
+
+    off by one: the first real token hidden
+        keys >= padding → keys > padding
+    With n padding tokens at the positions 0 … n − 1 the first real token stands at n, and it may be seen. The
+    strict comparison hides it, in a row without padding too.
+
+    off by one: the last padding token seen
+        keys >= padding → keys >= padding - 1
+    With n padding tokens at the positions 0 … n − 1 the last of them stands at n − 1, and it was left
+    visible. Its key is that of a token without meaning.
+
+    padding queries see themselves
+        (keys >= padding) → ((keys >= padding) | (keys == queries))
+    A query that is padding was given its own key, so that its softmax is not NaN. The task says that it sees
+    nothing; attention of 01.1 gives 0 there, and a padding key that somebody may see is a trap for the next
+    change.
+
+    the padding hidden as queries, not as keys
+        keys >= padding → queries >= padding
+    The rows of padding queries are empty, but the columns of padding keys are open, so the real tokens attend
+    to padding. It is the *keys* that must not be seen.
+
+    the longest padding for all rows
+        torch.as_tensor(padding)[ → torch.as_tensor(padding).max().expand(len(padding))[
+    Every row was treated as if it had as much padding as the shortest text of the batch. The longer texts
+    lose their first tokens. Each row has its own number.
+
+    query positions counted without the padding
+        keys <= queries → keys <= queries - padding
+    The queries' positions were counted from the first real token and the keys' from the first slot, so each
+    query misses as many of its newest keys as its row has padding. Compare slots with slots.
     """
 )
 
 
-# 01.3: split into heads, merge back
+# 01.3: split a fused projection, merge the heads
 
 heads.mistakes(
     r"""
-    split by view alone
-        x.view(B, T, n_heads, width // n_heads).transpose(1, 2) → x.reshape(B, n_heads, T, width // n_heads)
-    The shape is right and the content is not: `view(B, H, T, D)` reads the numbers in memory order, in which
-    the columns of one token lie side by side. So a "head" here is a piece of several tokens. Cut the columns
-    first, (B, T, H, D), then transpose.
+    three blocks of all heads, as GPT-2 has them
+        x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
+            → (y.view(B, T, n_heads, -1).transpose(1, 2) for y in x.chunk(3, dim=-1))
+    x was cut into one block for q of all heads, one for k and one for v. That is GPT-2's layout; GPT-NeoX and
+    Pythia put q, k and v of one head side by side. Every shape fits both layouts, only the numbers differ.
 
-    heads interleaved
-        x.view(B, T, n_heads, width // n_heads).transpose(1, 2)
-            → x.reshape(B, T, width // n_heads, n_heads).permute(0, 3, 1, 2)
-    The last dimension was cut as (D, H), so head h took every H-th column. The projections' columns come head
-    by head: cut as (H, D). A model trained the one way gives nonsense the other way.
+    q, k and v in turns within a head
+        x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
+            → x.view(B, T, n_heads, -1, 3).transpose(1, 2).unbind(dim=-1)
+    The 3·D columns of a head were cut as (D, 3), so q took every third column. They come as D numbers of q,
+    then D of k, then D of v: (3, D).
+
+    split by view alone
+        x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
+            → x.view(B, n_heads, T, 3, -1).unbind(dim=3)
+    The shape is right and the content is not: a `view` with the heads before the tokens reads the numbers in
+    memory order, in which the columns of one token lie side by side. So a "head" here is a piece of several
+    tokens. Cut the columns first, then transpose.
+
+    the heads last among the columns
+        x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
+            → x.view(B, T, -1, n_heads).transpose(-1, -2).transpose(1, 2).chunk(3, dim=-1)
+    The last dimension was cut as (3·D, H), so head h took every H-th column. The columns come head by head:
+    cut H first.
 
     split without moving the heads in front
-        width // n_heads).transpose(1, 2) → width // n_heads)
+        .transpose(1, 2).unbind(dim=3) → .unbind(dim=3)
     This gives (B, T, H, D). Attention multiplies the last two dimensions, so with time in front of the heads
     the heads of one token would attend to each other. Swap dimensions 1 and 2.
+
+    the split copies
+        .unbind(dim=3) → .contiguous().unbind(dim=3)
+    The values are right, but all numbers were copied (`contiguous`, `stack`, `cat` and `clone` do that, and
+    `reshape` where a view cannot do). Matrix products take strided views as they are.
+
+    k and q exchanged
+        return x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
+            → k, q, v = x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
+              return q, k, v
+    The first D numbers of a head were taken for k and the next for q. With no mask and no RoPE the scores are
+    merely transposed, so the mistake is easy to overlook: the order is q, k, v.
 
     merge without transposing back
         x.transpose(1, 2).flatten(-2) → x.reshape(x.shape[0], x.shape[2], -1)
@@ -548,6 +648,12 @@ prefill.mistakes(
     `x.chunk(n)` cuts x into n pieces; `chunk` is the *size* of a piece. The outputs come out right either
     way, but the pieces grow with the prompt. `x.split(chunk, dim=2)` cuts by size.
 
+    one token at a time, whatever the chunk
+        outputs = [] → chunk = 1
+            outputs = []
+    The outputs are right, but every append brought a single token: that is prefill by decoding, which reads
+    all weights and the whole cache once per token. A chunk is there to share one read among its tokens.
+
     only the last chunk returned
         torch.cat(outputs, dim=2) → outputs[-1]
     The outputs of the earlier chunks were written over. Collect them all and join them along the tokens:
@@ -556,25 +662,25 @@ prefill.mistakes(
 )
 
 
-# 01.7: merging partial results
+# 01.7: one shared prompt, many answers
 
 merge.mistakes(
     r"""
     no running maximum
-        weight_a, weight_b = lse_a.exp(), lse_b.exp()
-        total = weight_a + weight_b
-        return (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / total[..., None], total.log()
+        torch.logaddexp(lse_a, lse_b) → (lse_a.exp() + lse_b.exp()).log()
+        torch.exp(lse_a - base)[ → (lse_a.exp() / (lse_a.exp() + lse_b.exp()))[
+        torch.exp(lse_b - base)[ → (lse_b.exp() / (lse_a.exp() + lse_b.exp()))[
     exp is taken of the log-sum-exps themselves. On paper that is the formula; in fp32 exp(89) is infinite and
     exp(−104) is 0, so large scores and empty parts give ∞/∞ or 0/0. Subtract the larger one first: only
     differences matter.
 
-    no running maximum, beside a guard for empty parts
-        weight_a, weight_b = lse_a.exp(), lse_b.exp()
-        total = weight_a + weight_b
-        some = torch.where((lse_a == -torch.inf) & (lse_b == -torch.inf), 1.0, total)
-        return (weight_a / some)[..., None] * out_a + (weight_b / some)[..., None] * out_b, total.log()
-    exp is taken of the log-sum-exps themselves. On paper that is the formula; in fp32 exp(89) is infinite and
-    exp(−104) is 0, so large scores give ∞/∞ or 0/0. Subtract the larger one first: only differences matter.
+    no running maximum, repaired with nan_to_num
+        torch.logaddexp(lse_a, lse_b) → (lse_a.exp() + lse_b.exp()).log()
+        torch.exp(lse_a - base)[ → (lse_a.exp() / (lse_a.exp() + lse_b.exp())).nan_to_num()[
+        torch.exp(lse_b - base)[ → (lse_b.exp() / (lse_a.exp() + lse_b.exp())).nan_to_num()[
+    exp is taken of the log-sum-exps themselves: exp(89) is infinite in fp32 and exp(−104) is 0. nan_to_num
+    (or a guard for 0/0) hides the NaN that follows, and the output becomes 0. Subtract the larger one first:
+    only differences matter.
 
     the plain average
         weight_a * out_a + weight_b * out_b → 0.5 * out_a + 0.5 * out_b
@@ -589,8 +695,8 @@ merge.mistakes(
 
     −∞ − (−∞) = NaN
         lse.masked_fill(lse == -torch.inf, 0.0) → lse
-    Where both parts are empty, the maximum is −∞ too, and −∞ minus −∞ is NaN. It happens as soon as the cache
-    is split: short rows of a batch leave whole splits empty. Subtract a finite number there.
+    Where there is no prompt and no own key, the common lse is −∞ too, and −∞ minus −∞ is NaN. It happens as
+    soon as rows of a batch have different lengths. Subtract a finite number there.
 
     not divided by the new sum
         lse.masked_fill → torch.maximum(lse_a, lse_b).masked_fill
@@ -625,17 +731,50 @@ merge.mistakes(
 
     (lse, out) returned
         return weight_a * out_a + weight_b * out_b, lse → return lse, weight_a * out_a + weight_b * out_b
-    The two results are there, in the wrong order: merge returns (out, lse), as attention over the keys does,
-    so that what it returns can be merged again.
+    The two results are there, in the wrong order: (out, lse) is asked for, as prompt gives it, so that the
+    result can be merged again.
 
     one maximum for all rows
-        largest = torch.maximum(lse_a.max(), lse_b.max())
-        weight_a, weight_b = torch.exp(lse_a - largest), torch.exp(lse_b - largest)
-        total = weight_a + weight_b
-        out = (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / total[..., None]
-        return out.nan_to_num(), (largest + total.log()).masked_fill(total.isnan(), -torch.inf)
+        lse = torch.logaddexp(lse_a, lse_b)
+            → largest = torch.maximum(lse_a.max(), lse_b.max())
+              lse = (torch.exp(lse_a - largest) + torch.exp(lse_b - largest)).log() + largest
+        torch.exp(lse_a - base)[ → (torch.exp(lse_a - largest) / torch.exp(lse - largest)).nan_to_num()[
+        torch.exp(lse_b - base)[ → (torch.exp(lse_b - largest) / torch.exp(lse - largest)).nan_to_num()[
     The largest log-sum-exp of the whole tensor is subtracted everywhere. A row that lies 200 below it becomes
     exp(−200) = 0 and is lost. Every row has a maximum of its own: `torch.maximum(lse_a, lse_b)`.
+
+    the prompt read once per row
+        prompt(q.transpose(0, 1).reshape(H, B * T, D))
+            → (torch.cat(parts, dim=1) for parts in zip(*map(prompt, q)))
+    prompt was called for each row of the batch. The result is right, and every call reads all keys and values
+    of the prompt again: decode takes as long as if each row had its own copy. All queries fit in one call.
+
+    rows and heads folded by reshape alone
+        q.transpose(0, 1).reshape(H, B * T, D) → q.reshape(H, B * T, D)
+        out_a.view(H, B, T, D).transpose(0, 1) → out_a.view(B, H, T, D)
+        lse_a.view(H, B, T).transpose(0, 1) → lse_a.view(B, H, T)
+    (B, H, T, D) was reshaped to (H, B·T, D) as it is. The shape fits, but reshape keeps the order of the
+    numbers, so queries meet the keys of other heads. Swap the rows with the heads first.
+
+    unfolded by view alone
+        out_a.view(H, B, T, D).transpose(0, 1) → out_a.view(B, H, T, D)
+        lse_a.view(H, B, T).transpose(0, 1) → lse_a.view(B, H, T)
+    What prompt gave, (H, B·T, D), was viewed as (B, H, T, D). The shape fits, but the heads come first in
+    memory: view it as (H, B, T, D) and swap the first two dimensions.
+
+    empty slots attended to
+        < lengths[ → < torch.full_like(lengths, k.shape[2])[
+    All S slots of a row were used, also those behind its length. They hold leftovers of an earlier answer:
+    hide the slots from lengths[b] on.
+
+    one slot too many
+        torch.arange(k.shape[2]) < lengths → torch.arange(k.shape[2]) <= lengths
+    The slot number lengths[b] was used as well. A row with n tokens has them in the slots 0 … n − 1.
+
+    the own scores without the scale
+        * D**-0.5 →
+    The scores of the own keys were not divided by √D, and prompt's are. Two results can be merged only if
+    their scores are the same function of q and k.
     """
 )
 

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,19 @@ ATTEND = find_exercise("01.1")
 MASK = find_exercise("01.2")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    answer: Tensor = right(ATTEND)[0](q, k, v, mask)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    answer: tuple[Tensor, Tensor] = right(ATTEND)[0](q, k, v, mask)
     return answer
+
+
+def with_out(change: Callable[[Tensor], Tensor]) -> Any:
+    """A right lse beside an output that was changed."""
+
+    def attend_changed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, lse = attend(q, k, v, mask)
+        return change(out), lse
+
+    return attend_changed
 
 
 def row(score: Score, name: str) -> Any:
@@ -37,16 +48,16 @@ def test_a_half_right_answer_earns_part_of_the_points() -> None:
     score = check("01.1", lambda q, k, v, mask=None: attend(q, k, v))
     assert score.status == "partial"
     assert 0 < score < ATTEND.points
-    assert row(score, "the values, without a mask").earned == 1
-    assert row(score, "the values, with a mask").earned == 0
+    assert row(score, "out, without a mask").earned == 1
+    assert row(score, "out, with a mask").earned == 0
 
 
 def test_a_failure_shows_shapes_the_first_wrong_element_and_where_but_never_a_tensor() -> None:
-    score = check("01.1", lambda q, k, v, mask=None: attend(q, k, v, mask) + 1)
-    came = row(score, "the values, without a mask").came
+    score = check("01.1", with_out(lambda out: out + 1))
+    came = row(score, "out, without a mask").came
     assert "there; the largest difference is 1 at [" in came
     assert "in attend((" in came
-    assert " at [0, 0, 0, 0]" in row(score, "the values, without a mask").expected
+    assert " at [0, 0, 0, 0]" in row(score, "out, without a mask").expected
     assert "tensor(" not in score.to_html()
 
 
@@ -71,31 +82,31 @@ def test_an_answer_of_the_wrong_type_is_described(output: Any, words: str) -> No
         score = check(exercise, lambda *_, **__: output)
         assert score == 0
         assert score.status == "wrong"
-    assert words in row(check("01.1", lambda *_: output), "the shape").came
+    assert words in row(check("01.2", lambda *_: output), "a boolean mask, (B, 1, T, S)").came
 
 
 @pytest.mark.parametrize("kind", ["complex", "sparse", "meta"])
 def test_a_tensor_of_the_right_shape_and_an_odd_kind_is_wrong(kind: str) -> None:
-    def odd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = attend(q, k, v, mask)
+    def odd(out: Tensor) -> Tensor:
         return {"complex": out.to(torch.complex64), "sparse": out.to_sparse(), "meta": out.to("meta")}[kind]
 
-    score = check("01.1", odd)
-    assert float(score) == row(score, "the shape").earned
+    score = check("01.1", with_out(odd))
+    others = row(score, "the shapes").earned + row(score, "lse, without and with a mask").earned
+    assert float(score) == others
     assert score.status in ("wrong", "partial")
 
 
 def test_a_wrong_dtype_is_named() -> None:
-    score = check("01.1", lambda q, k, v, mask=None: attend(q.float(), k.float(), v.float(), mask))
-    assert "dtype bfloat16" in row(score, "half precision").expected
-    assert "dtype float32" in row(score, "half precision").came
+    score = check("01.1", with_out(lambda out: out.float()))
+    assert "dtype bfloat16" in row(score, "half precision in, sums in fp32").expected
+    assert "dtype float32" in row(score, "half precision in, sums in fp32").came
 
 
 def test_changing_an_input_in_place_is_found_and_costs_only_its_own_requirement() -> None:
-    def in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = attend(q, k, v, mask)
+    def in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
+        out, lse = attend(q, k, v, mask)
         q.zero_()
-        return out
+        return out, lse
 
     score = check("01.1", in_place)
     assert float(score) == ATTEND.points - 1
@@ -173,7 +184,7 @@ def test_no_answer_at_all_is_not_attempted(answers: tuple[Any, ...]) -> None:
 
 
 def test_answers_that_do_not_fit_the_check_are_told_how_to_call_it() -> None:
-    assert 'kvlearn.check("01.3", split_heads, merge_heads)' in check("01.3", attend).message
+    assert 'kvlearn.check("01.3", split_qkv, merge_heads)' in check("01.3", attend).message
     assert "expected a function or a class, came a numpy array" in check("01.1", np.zeros(3)).message
 
 
@@ -190,11 +201,12 @@ def test_a_class_of_kvlearns_is_recognised_though_it_is_called_differently() -> 
 
 
 def test_only_the_requirement_that_borrows_loses_its_points() -> None:
-    def mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v) if mask is None else attend(q, k, v, mask)
+    def mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
+        out, lse = attend(q, k, v, mask)
+        return (F.scaled_dot_product_attention(q, k, v) if mask is None else out), lse
 
     score = check("01.1", mixed)
-    assert float(score) == ATTEND.points - 2
+    assert float(score) == ATTEND.points - 3
 
 
 @pytest.mark.filterwarnings("ignore:a warning")
@@ -203,7 +215,7 @@ def test_a_check_is_silent_whatever_the_answer_prints(capfd: pytest.CaptureFixtu
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger("learner").addHandler(handler)
 
-    def loud(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def loud(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
         print("x" * 1_000_000)
         print("kept", file=kept)
         if sys.__stderr__ is not None:
@@ -237,24 +249,25 @@ def test_a_check_leaves_torch_as_it_was() -> None:
 
 def test_two_mistakes_at_once_are_both_named() -> None:
     def both(split: Any = None) -> tuple[Any, Any]:
-        def split_heads(x: Tensor, n: int) -> Tensor:
-            return x.reshape(x.shape[0], n, x.shape[1], -1)
+        def split_qkv(x: Tensor, n: int) -> Any:
+            return x.view(x.shape[0], n, x.shape[1], 3, -1).unbind(dim=3)
 
         def merge_heads(x: Tensor) -> Tensor:
             return x.reshape(x.shape[0], x.shape[2], -1)
 
-        return split_heads, merge_heads
+        return split_qkv, merge_heads
 
     names = [mistake.name for mistake in check("01.3", *both()).mistakes]
     assert names == ["split by view alone", "merge without transposing back"]
 
 
 def test_an_unknown_mistake_gets_no_name() -> None:
-    score = check("01.1", lambda q, k, v, mask=None: attend(q, k, v, mask) * 1.5)
+    score = check("01.1", with_out(lambda out: out * 1.5))
     assert score.mistakes == ()
     for constant, dtype in ((0, torch.bool), (0, torch.int8), (1, torch.int8), (0, torch.float32)):
         full = partial(torch.full, fill_value=constant, dtype=dtype)
-        assert check("01.2", lambda T, S, full=full: full((T, S))).mistakes == ()
+        answer = partial(lambda T, S, padding, full: full((len(padding), 1, T, S)), full=full)
+        assert check("01.2", answer).mistakes == ()
 
 
 def test_an_answer_that_raises_like_a_misconception_is_not_taken_for_it() -> None:
@@ -267,9 +280,9 @@ def test_an_answer_that_raises_like_a_misconception_is_not_taken_for_it() -> Non
 def test_the_draws_of_a_check_are_fresh() -> None:
     seen = set()
 
-    def spy(n_queries: int, n_keys: int) -> Tensor:
+    def spy(n_queries: int, n_keys: int, padding: Any) -> Tensor:
         seen.add((n_queries, n_keys))
-        answer: Tensor = right(MASK)[0](n_queries, n_keys)
+        answer: Tensor = right(MASK)[0](n_queries, n_keys, padding)
         return answer
 
     for _ in range(5):

@@ -34,43 +34,43 @@ def test_an_answer_that_raises_elsewhere_is_not_named_by_its_values() -> None:
 
 
 def test_an_answer_that_raises_in_one_row_is_not_named_by_its_values_in_the_others() -> None:
-    def no_scale(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def no_scale(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
         if q.dtype != torch.float32:
             raise TypeError("fp32 only")
-        answer: Tensor = right(find_exercise("01.1"))[0](q * q.shape[-1] ** 0.5, k, v, mask)
+        answer = right(find_exercise("01.1"))[0](q * q.shape[-1] ** 0.5, k, v, mask)
         return answer
 
     assert check("01.1", no_scale).mistakes == ()
 
 
 def test_half_an_answer_earns_its_half_where_the_other_is_missing() -> None:
-    split_heads, merge_heads = right(find_exercise("01.3"))
+    split_qkv, merge_heads = right(find_exercise("01.3"))
     score = check("01.3", None, merge_heads)
     assert (float(score), score.status) == (1, "partial")
     assert row(score, "merge: shape and values").earned == 1
-    assert "split_heads is not written yet" in row(score, "split: the shape").came
-    assert check("01.3", split_heads, ...) == 2
+    assert "split_qkv is not written yet" in row(score, "split: the shapes").came
+    assert check("01.3", split_qkv, ...) == 4
 
 
 def test_the_form_of_a_mask_costs_the_point_for_the_form_alone() -> None:
-    def boolean(T: int, S: int) -> Tensor:
-        answer: Tensor = right(MASK)[0](T, S)
+    def boolean(T: int, S: int, padding: Any) -> Tensor:
+        answer: Tensor = right(MASK)[0](T, S, padding)
         return answer
 
     for form in (
         lambda mask: mask.float(),
         lambda mask: mask.int(),
-        lambda mask: mask[None, None],
+        lambda mask: mask[:, 0],
         lambda mask: torch.zeros(mask.shape).masked_fill(~mask, -torch.inf),
     ):
-        score = check("01.2", lambda T, S, form=form: form(boolean(T, S)))
+        score = check("01.2", lambda T, S, padding, form=form: form(boolean(T, S, padding)))
         assert float(score) == MASK.points - 1
-        assert row(score, "a boolean mask, (T, S)").earned == 0
+        assert row(score, "a boolean mask, (B, 1, T, S)").earned == 0
 
 
 def test_rearranged_numbers_are_compared_exactly() -> None:
-    split_heads, merge_heads = right(find_exercise("01.3"))
-    score = check("01.3", lambda x, n: split_heads(x, n) * 1.00001, merge_heads)
+    split_qkv, merge_heads = right(find_exercise("01.3"))
+    score = check("01.3", lambda x, n: [part * 1.00001 for part in split_qkv(x, n)], merge_heads)
     assert row(score, "split: the values").earned == 0
 
 
