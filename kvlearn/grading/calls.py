@@ -58,7 +58,7 @@ class Raised(Exception):
 
 
 class NotWritten(Exception):
-    """The answer is still the stub."""
+    """The answer is still the stub, or another answer that it needs is missing, as the message says."""
 
 
 class Interrupted(BaseException):

@@ -239,8 +239,8 @@ def run_round(
         requirement.script(context, *wrapped)
     except Stop:
         return None
-    except NotWritten:
-        return "not attempted", f"{record.name} is not written yet (NotImplementedError)"
+    except NotWritten as missing:
+        return "not attempted", str(missing) or f"{record.name} is not written yet (NotImplementedError)"
     except Raised as raised:
         return "raised", f"{raised.what}\nin {record.call}"
     except Exception as error:  # the script met something it could not work with
