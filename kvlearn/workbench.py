@@ -7,7 +7,7 @@ model. Nothing here knows a unit.
 
     code("01.9")                  the code of the model, with the calls of attention and parts
     compare("01.9", globals())    whose each part is, and the model with them beside kvlearn's own decoder
-    losses("01.9", 48, KVCache=BrokenCache)    the model's loss by position with one part replaced
+    losses("01.9", 96, KVCache=BrokenCache)    the model's loss by position with one part replaced
 
 A part that is missing, not written, or does not earn all points of its own exercise is the library's.
 """
@@ -48,6 +48,8 @@ TEXT = '''def polynomial_sum(a, b):
             result[i] += a[i]
         if i < len(b):
             result[i] += b[i]
+    while len(result) > 1 and result[-1] == 0:
+        result.pop()
     return result
 '''
 YOURS, LIBRARY = "yours", "kvlearn's"

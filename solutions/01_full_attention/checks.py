@@ -1029,15 +1029,12 @@ def by_chunked_prefill(attention: Answer, chunk: int = 16) -> Answer:
     def layer_attention(x: Tensor, layer: Layer, cache: Any, start: int, parts: Any) -> Tensor:
         if cache is None or x.shape[1] == 1:
             return attention(x, layer, cache, start, parts)
+
+        def rope(x: Tensor, positions: Tensor) -> Tensor:
+            return parts.rotate(x, positions[0], layer.theta)
+
         q, k, v = parts.split_qkv(x @ layer.qkv.T, layer.n_heads)
-        out = parts.chunked_prefill(
-            q,
-            k,
-            v,
-            Tail(cache, start),
-            lambda x, positions: parts.rotate(x, positions[0], layer.theta),
-            chunk,
-        )
+        out = parts.chunked_prefill(q, k, v, Tail(cache, start), rope, chunk)
         return parts.merge_heads(out) @ layer.out.T
 
     return layer_attention

@@ -197,10 +197,10 @@ def test_the_broken_cache_of_01_5_is_right_until_a_chunk_has_another_size() -> N
     for cell in read_source(UNIT, solutions_root())["cells"]:
         if cell["id"] == "u01-5-cache-given":
             exec(cell["source"], {"torch": torch}, broken)
-    wanted = workbench.losses("01.9", chunk=64)
-    losses = workbench.losses("01.9", chunk=64, KVCache=broken["BrokenCache"])
-    torch.testing.assert_close(losses[:256], wanted[:256])
-    assert losses[256:].mean() > wanted[256:].mean() + 1
+    wanted = workbench.losses("01.9", chunk=96)
+    losses = workbench.losses("01.9", chunk=96, KVCache=broken["BrokenCache"])
+    torch.testing.assert_close(losses[:288], wanted[:288])
+    assert losses[288:].mean() > wanted[288:].mean() + 0.5
     one_chunk = workbench.losses("01.9", chunk=999)
     torch.testing.assert_close(wanted, one_chunk, rtol=1e-3, atol=1e-3)
 
