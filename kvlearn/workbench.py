@@ -102,7 +102,8 @@ class Model:
 
     def __init__(self, wiring: Wiring, attention: Attention, parts: Any) -> None:
         self.base = base_model()
-        self.layers = [wiring.weights(block.mixer) for block in self.base.blocks]
+        self.blocks: list[Any] = list(self.base.blocks)
+        self.layers = [wiring.weights(block.mixer) for block in self.blocks]
         self.new_cache, self.attention, self.parts = wiring.new_cache, attention, parts
         self.steps: list[tuple[int, int, float]] = []  # of each call: start, tokens, seconds
 
@@ -118,7 +119,7 @@ class Model:
         """
         began = time.perf_counter()
         x = self.base.embed(tokens)
-        for i, block in enumerate(self.base.blocks):
+        for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             h = block.mixer_norm(x)
             x = x + self.attention(h, self.layers[i], cache, start, self.parts)

@@ -102,7 +102,8 @@ def judge(
     try:
         with quiet(), one_thread():
             outcomes = run_checks(exercise, answers, seed)
-            named = name_mistakes(exercise, outcomes, seed) if name else []
+            shown = with_our_parts(exercise, answers, outcomes, seed) if name else []
+            named = name_mistakes(exercise, shown, seed)
     except (KeyboardInterrupt, Interrupted):
         return score(0, status="error", message=INTERRUPTED, rows=rows)
     except Exception as error:
@@ -143,8 +144,21 @@ def misfit(exercise: Exercise, answers: Sequence[Any]) -> str:
     return "; ".join(f"{n}: expected a function or a class, came {shorten(describe(a))}" for n, a in wrong)
 
 
+def with_our_parts(
+    exercise: Exercise, answers: Sequence[Any], outcomes: list[Outcome], seed: int
+) -> list[Outcome]:
+    """The outcomes where our solutions stand for the answers to other exercises: a mistake keeps its name
+    whatever those are."""
+    if not exercise.reads_answers or {outcome.status for outcome in outcomes} <= {"passed", "not attempted"}:
+        return outcomes
+    notebook_names.set(None)
+    return run_checks(exercise, answers, seed)
+
+
 def name_mistakes(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Misconception]:
-    if all(outcome.passed for outcome in outcomes) or any(outcome.borrowed for outcome in outcomes):
+    if {outcome.status for outcome in outcomes} <= {"passed", "not attempted"}:  # nothing wrong was seen
+        return []
+    if any(outcome.borrowed for outcome in outcomes):
         return []
     try:
         return diagnose(exercise, outcomes, seed)
