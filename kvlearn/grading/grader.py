@@ -136,8 +136,8 @@ class Grader:
         self, unit: str, tasks: list[Task], clock: Clock, kernels: asyncio.Semaphore, passed: set[str]
     ) -> Result:
         """The last of ``tasks`` in a kernel that has seen the set-up of them all, and of the other answers
-        only those to the exercises in ``passed``."""
-        task = tasks[-1]
+        only those to the exercises in ``passed``. If it ends that kernel, it is tried without them."""
+        task, again = tasks[-1], False
         async with kernels:
             if clock.end <= time.monotonic():
                 return self._tell(_zero(task, _no_time(self.limits)))
@@ -155,7 +155,9 @@ class Grader:
                     except TimedOut:
                         result = _zero(task, _too_long(self.limits))
                     except KernelLost as lost:
-                        result = _lost(task, lost, self.limits)
+                        result, again = _lost(task, lost, self.limits), bool(passed)
+        if again:
+            return await self._alone(unit, tasks, clock, kernels, set())
         return self._tell(result)
 
     async def _set_up(self, box: Sandbox, unit: str, cells: list[str], baseline: State, first: bool) -> State:

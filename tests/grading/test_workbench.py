@@ -235,6 +235,18 @@ def test_an_earlier_answer_that_ends_the_process_is_the_librarys_part(tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_part_that_ends_the_process_in_the_model_alone_costs_the_points_of_the_parts(
+    tmp_path: Path,
+) -> None:
+    merge = "import os\ndef merge(x): os._exit(1) if x.shape[1:] == (8, 4, 16) else 0; return x"
+    right_heads = find_exercise("01.3").solution
+    wrapped = f"{right_heads}\nkept = merge_heads\n{merge}\ndef merge_heads(x): return kept(merge(x))\n"
+    results = graded(tmp_path, **{"u01-3-heads": wrapped})
+    assert results["01.3"].status == "passed"
+    assert results["01.9"].score == 5
+
+
+@pytest.mark.slow
 def test_a_model_that_ends_the_process_costs_its_own_points_only(tmp_path: Path) -> None:
     ends = "import os\ndef attention(*_): os._exit(1)\ndef generate(*_): os._exit(1)\n"
     results = graded(tmp_path, **{"u01-9-model": ends})
