@@ -59,8 +59,8 @@ latent = Exercise(
         "so the first half of the columns: `keys, values = (c @ w_up.T).chunk(2, dim=-1)`.",
         "Within one half the heads come one after the other, D numbers each. D is not handed in: w_up has "
         "2·H·D rows, so D = `w_up.shape[0] // (2 * n_heads)`.",
-        "(B, T, H·D) → (B, T, H, D) by `unflatten(-1, (n_heads, -1))`, then `transpose(1, 2)`: the split "
-        "into heads of 01.3, once for the keys and once for the values.",
+        "(B, T, H·D) → (B, T, H, D) by `unflatten(-1, (n_heads, -1))`, then `transpose(1, 2)`: chapter 01's "
+        "split into heads, once for the keys and once for the values.",
     ),
 )
 
