@@ -8,6 +8,7 @@ notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exerci
 from kvlearn.grading.calls import (
     CallWrapper,
     Made,
+    NotWritten,
     Raised,
     largest_new_tensor,
     new_tensors,
@@ -17,7 +18,7 @@ from kvlearn.grading.calls import (
 from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
 from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
 from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.run_checks import check, judge
+from kvlearn.grading.run_checks import check, judge, solved
 from kvlearn.grading.score import Row, Score
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Exercise",
     "Made",
     "Misconception",
+    "NotWritten",
     "Raised",
     "Requirement",
     "Row",
@@ -47,6 +49,7 @@ __all__ = [
     "same",
     "shorten",
     "solution",
+    "solved",
     "undefined_writes",
     "units",
 ]

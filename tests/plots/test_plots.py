@@ -98,6 +98,9 @@ PICTURES = {
     "on_the_roofline": lambda: plots.on_the_roofline(
         Roofline(1e11, 2e10), {"prefill": (Work(1e9, 1e7), SOME), "decode": (Work(1e6, 2e6), SOME)}
     ),
+    "time_per_token": lambda: plots.time_per_token(
+        {"your parts": {9: 0.2, 10: 0.002, 11: 0.003}, "none": {}}
+    ),
     "loss_by_position": lambda: plots.loss_by_position(
         {"right": np.ones(64), "wrong": 2 * np.ones(64)}, chunk=32
     ),
@@ -267,3 +270,10 @@ def test_recorded_uptraining_is_drawn_as_recorded() -> None:
 def test_runs_that_were_not_recorded_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"names: expected one of .*'pool'.*; got 'pond'"):
         plots.uptraining(recorded("full", "pool"), {"pond": "mean"})
+
+
+def test_the_prompts_step_is_not_drawn_as_a_tokens() -> None:
+    curves = PICTURES["time_per_token"]().data["curves"]
+    assert list(curves) == ["your parts"]
+    lengths, ms = curves["your parts"]
+    assert (list(lengths), list(ms)) == ([10, 11], [2, 3])
