@@ -5,15 +5,10 @@ friends are not installed.
 """
 
 import os
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from kvlearn.study.quality import Part, Session
 
 app = typer.Typer(
     name="kvlearn",
@@ -60,7 +55,13 @@ def study(
     quality records each run when it is finished, and never repeats one that is recorded.
     """
     if name == "quality":
-        _quality(preset, tier, part, threads, seconds, list_them, calibrate)
+        from kvlearn.study.quality import command
+
+        what = "list" if list_them else "calibrate" if calibrate else "run"
+        try:
+            command.study(what, preset, tier or None, part or None, threads=threads, seconds=seconds)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
         return
     if tier or part or threads or seconds or list_them or calibrate or preset != "cpu":
         raise typer.BadParameter("these options belong to the study quality", param_hint="OPTIONS")
@@ -80,87 +81,6 @@ def study(
     else:
         for key, value in train_base().items():
             typer.echo(f"{key:16} {value}")
-
-
-def _quality(
-    preset: str, tier: str, part: int, threads: int, seconds: float, list_them: bool, calibrate: bool
-) -> None:
-    """The study of chapter 10: list the plan, time the designs, or run parts of it."""
-    import time
-
-    import torch
-    from rich.console import Console
-
-    from kvlearn.study import quality
-    from kvlearn.study.quality import report
-    from kvlearn.study.quality.run import Costs
-
-    try:
-        chosen = [
-            found
-            for its_tier in ([tier] if tier else quality.tiers(preset))
-            for found in quality.parts(preset, its_tier)
-            if part in (0, found.number)
-        ]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if not chosen:
-        raise typer.BadParameter(f"no part {part}; --list shows them", param_hint="--part")
-    if threads:
-        torch.set_num_threads(threads)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if preset == "gpu" else "cpu"
-    if preset == "gpu" and not torch.cuda.is_available():
-        if not list_them:
-            raise typer.BadParameter("expected a CUDA device for gpu, got none", param_hint="--preset")
-        device = "cpu"
-    deadline = time.monotonic() + seconds if seconds else None
-    session = quality.Session(device=device, deadline=deadline, progress=sys.stderr.isatty())
-    console = Console()
-    if calibrate:
-        rows = quality.calibrate("gpu" if preset == "gpu" else "cpu", session)
-        session.record(rows)
-        console.print(report.speed_table(rows))
-    elif list_them:
-        costs = Costs(session)
-        totals = [0.0 if preset == "gpu" else sum(map(costs, found.runs)) for found in chosen]
-        console.print(
-            report.plan_table(chosen, totals, quality.recorded()), soft_wrap=not console.is_terminal
-        )
-        if preset == "gpu":
-            console.print("gpu: no GPU has run this plan yet; --seconds 540 ends a part in under 9 minutes.")
-    else:
-        _run_parts(chosen, session, record=preset != "minutes")
-
-
-def _run_parts(chosen: "Sequence[Part]", session: "Session", *, record: bool) -> None:
-    """Run parts until they or the session's seconds end, then show the tables of what they hold."""
-    from rich.console import Console
-
-    from kvlearn.study import quality
-    from kvlearn.study.quality import report
-
-    rows: list[dict[str, Any]] = []
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    try:
-        for found in chosen:
-            say(f"{found.preset} {found.tier}{found.number}: {found.title}, {len(found.runs)} runs")
-            rows += quality.run_part(found, session, record=record, say=say)
-    except quality.OutOfTime as reason:
-        say(f"the time is over: {reason}; the same command goes on from here")
-    rows = quality.recorded() if record else rows
-    tables: dict[str, Callable[[Sequence[dict[str, Any]]], Any]] = {
-        "language": lambda own: report.language_table(own, "gpu" if chosen[0].preset == "gpu" else "cpu"),
-        "recall": report.recall_table,
-        "conversion": report.conversion_table,
-    }
-    for kind, table in tables.items():
-        own = [row for row in rows if row["kind"] == kind]
-        if own:
-            report_table = table(own)
-            Console().print(report_table, soft_wrap=not Console().is_terminal)
 
 
 def _compare(name: str, record: bool) -> None:

@@ -14,7 +14,7 @@ multi-query associative recall; here with a small vocabulary and queries that ar
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class Texts(NamedTuple):
     answers: Int[Tensor, "B P"]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What ``train`` needs of a task; more of them are in tasks.py."""
 

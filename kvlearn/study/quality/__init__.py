@@ -11,7 +11,7 @@ run          runs a part: resumable, one row per finished run
 evaluate     loss by position, on repeated text, at longer contexts; bytes stored and read
 statistics   mean, spread, paired differences with intervals, the smallest difference that n seeds show
 compare      recorded rows: designs beside full attention; what has not run yet
-report       the tables of ``kvlearn study quality``
+report       the tables of ``kvlearn study quality``, which command.py runs
 """
 
 from kvlearn.study.quality.compare import (
@@ -25,7 +25,7 @@ from kvlearn.study.quality.compare import (
     visible_difference,
 )
 from kvlearn.study.quality.evaluate import (
-    NgramCounts,
+    TrainingText,
     by_position,
     evaluate_language,
     memory,
@@ -65,12 +65,12 @@ __all__ = [
     "ConversionRun",
     "Difference",
     "LanguageRun",
-    "NgramCounts",
     "OutOfTime",
     "Part",
     "RecallRun",
     "Session",
     "Summary",
+    "TrainingText",
     "best_recall",
     "bootstrap_difference",
     "by_position",

@@ -1,6 +1,7 @@
 """What the study measures of a decoder: loss by position, on repeated text, at longer contexts; bytes."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -17,13 +18,12 @@ from kvlearn.study.evaluation import spread_windows, token_losses
 
 NGRAM = 8  # bytes: as many as one int64 holds
 COMMON = 8  # an n-gram that stands more often in the training text is known by heart, not recalled
-MEMORY_LENGTHS = (256, 1024, 4096, 32768)
 
 
 def evaluate_language(
     model: Decoder,
     text: UInt8[Tensor, "N"],
-    trained_on: "NgramCounts",
+    trained_on: "TrainingText",
     *,
     length: int,
     n_windows: int,
@@ -33,19 +33,19 @@ def evaluate_language(
 ) -> dict[str, Any]:
     """Loss of ``model`` on ``text`` in nats per byte, as plain numbers for results/.
 
-    ``loss`` and ``error`` (standard, over windows) of ``n_windows`` windows of ``length`` bytes;
-    ``by_position``, in buckets that double; ``slices``, see ``repetition_slices``; ``longer``: the same in
-    contexts that are as many times longer than in training, in as many bytes of text.
+    ``loss`` and ``error`` (standard, over windows) of ``n_windows`` windows of ``length`` bytes, less those
+    that stand in the training text too, where files hold copies of each other's code; ``by_position``, in
+    buckets that double; ``slices``, see ``repetition_slices``; ``longer``: the same in contexts that are as
+    many times longer than in training, in as many bytes of text.
     """
-    windows = spread_windows(text, length, n_windows)
+    windows = trained_on.without_copies(spread_windows(text, length, n_windows))
     losses = token_losses(model, windows, batch=batch).cpu()
     loss, error = mean_and_error(losses.mean(1).tolist())
     beyond = []
     for factor in longer:
         count = max(n_windows // factor, 1)
-        parts = token_losses(
-            model, spread_windows(text, factor * length, count), batch=max(batch // factor, 1)
-        ).cpu()
+        its_windows = trained_on.without_copies(spread_windows(text, factor * length, count))
+        parts = token_losses(model, its_windows, batch=max(batch // factor, 1)).cpu()
         mean, its_error = mean_and_error(parts.mean(1).tolist())
         beyond.append(
             {
@@ -58,7 +58,7 @@ def evaluate_language(
     return {
         "loss": loss,
         "error": error,
-        "windows": n_windows,
+        "windows": len(windows),
         "by_position": by_position(losses),
         "slices": slice_losses(losses, repetition_slices(windows, trained_on, far=far)),
         "longer": beyond,
@@ -72,16 +72,26 @@ def by_position(losses: Float[Tensor, "N T"]) -> list[dict[str, Any]]:
     return [{"from": a, "to": b, "loss": losses[:, a:b].mean().item()} for a, b in pairwise(edges)]
 
 
-class NgramCounts:
-    """How often each n-gram of ``NGRAM`` bytes stands in a text."""
+class TrainingText:
+    """What the text that models are trained on holds: n-grams of ``NGRAM`` bytes, copies of windows."""
 
     def __init__(self, text: UInt8[Tensor, "N"]) -> None:
         if len(text) < NGRAM:
             raise ValueError(f"text: expected at least {NGRAM} bytes, got {len(text)}")
-        self.sorted: NDArray[np.int64] = np.sort(ngrams(text[None])[0].numpy())
+        self.bytes = text.numpy().tobytes()
+        self.text = text
 
-    def __call__(self, keys: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-        """Of each n-gram in ``keys``."""
+    @cached_property
+    def sorted(self) -> NDArray[np.int64]:
+        """All n-grams of the text, in order."""
+        return np.sort(ngrams(self.text[None])[0].numpy())
+
+    def without_copies(self, windows: Int[Tensor, "B T"]) -> Int[Tensor, "_ T"]:
+        """Those of ``windows`` that do not stand in the text, byte for byte."""
+        return windows[torch.tensor([bytes(window) not in self.bytes for window in windows.tolist()])]
+
+    def counts(self, keys: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+        """How often each n-gram of ``keys`` stands in the text."""
         found = [np.searchsorted(self.sorted, keys.numpy(), side=side) for side in ("right", "left")]
         return torch.from_numpy(found[0] - found[1])
 
@@ -105,7 +115,9 @@ def repeat_distance(keys: Int[Tensor, "B N"], *, rows: int = 16) -> Int[Tensor, 
     return torch.cat(out)
 
 
-def repetition_slices(windows: Int[Tensor, "B _"], trained_on: NgramCounts, *, far: int) -> dict[str, Tensor]:
+def repetition_slices(
+    windows: Int[Tensor, "B _"], trained_on: TrainingText, *, far: int
+) -> dict[str, Tensor]:
     """Masks (B, T) over the predicted tokens, by whether their n-gram stood in the context before.
 
     ``new``    it did not; only the weights, or the sense of the text, can help
@@ -119,7 +131,7 @@ def repetition_slices(windows: Int[Tensor, "B _"], trained_on: NgramCounts, *, f
     validate.positive("far", far)
     B, T = windows.shape[0], windows.shape[1] - 1
     keys = ngrams(windows)
-    distance, rare = repeat_distance(keys), trained_on(keys) <= COMMON
+    distance, rare = repeat_distance(keys), trained_on.counts(keys) <= COMMON
     found = {
         "new": rare & (distance == 0),
         "near": rare & (distance > 0) & (distance <= far),
@@ -143,13 +155,13 @@ def slice_losses(losses: Float[Tensor, "B T"], slices: Mapping[str, Tensor]) -> 
     }
 
 
-def memory(model: Decoder, lengths: Sequence[int] = MEMORY_LENGTHS) -> list[dict[str, Any]]:
-    """Bytes of cache stored at each length and read by one step there, and per token, in 16-bit numbers.
+def memory(model: Decoder, trained_length: int) -> list[dict[str, Any]]:
+    """Bytes of cache stored and read by one step, and per token: at the trained length first, then at others.
 
-    States are kept in fp32, as the mechanisms do.
+    In 16-bit numbers; states are kept in fp32, as the mechanisms do.
     """
     rows = []
-    for length in lengths:
+    for length in sorted({trained_length, 4 * trained_length, 4096, 32768}):
         total = model.table(length, dtype=torch.bfloat16)[-1]
         rows.append(
             {

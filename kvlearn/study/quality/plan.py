@@ -19,6 +19,7 @@ import torch
 
 from kvlearn import validate
 from kvlearn.model import Decoder, ModelConfig, Spec
+from kvlearn.study.base import TRAINING as BASE_TRAINING
 from kvlearn.study.conversion import RUNS as CONVERSIONS
 from kvlearn.study.recall import HEAD, Recall, Task
 from kvlearn.study.tasks import Induction, Needle, SelectiveCopy
@@ -297,7 +298,7 @@ class ConversionRun:
 
     @property
     def n_steps(self) -> int:
-        return round(3000 * self.share)  # of the base model's 3000 steps, of equal batches
+        return round(BASE_TRAINING.steps * self.share)  # in batches as large as the base model's
 
     def settings(self) -> dict[str, Any]:
         layers, init = CONVERSIONS[self.conversion]

@@ -12,11 +12,11 @@ from kvlearn.study.quality.plan import Part
 from kvlearn.study.quality.statistics import CONFIDENCE, Difference, summarise
 
 
-def plan_table(parts: Iterable[Part], seconds: Sequence[float], rows: Sequence[Row]) -> Table:
+def plan_table(parts: Iterable[Part], seconds: Sequence[float | None], rows: Sequence[Row]) -> Table:
     """A line per part: its runs, how many are recorded, and the minutes that all of it takes."""
     table = _table(
         "The plan",
-        "minutes: from seconds per step on this machine with these threads; evaluation adds about a tenth",
+        "minutes: from seconds per step, measured on this machine if possible; evaluation comes on top",
     )
     for column in ("tier", "part", "what", "runs", "recorded", "minutes"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -31,10 +31,10 @@ def plan_table(parts: Iterable[Part], seconds: Sequence[float], rows: Sequence[R
             part.title,
             str(len(part.runs)),
             str(done),
-            f"{its_seconds / 60:.0f}",
+            "–" if its_seconds is None else f"{its_seconds / 60:.0f}",
         )
     table.add_section()
-    table.add_row("", "", "all", "", "", f"{sum(seconds) / 60:.0f}")
+    table.add_row("", "", "all", "", "", f"{sum(filter(None, seconds)) / 60:.0f}")
     return table
 
 
@@ -44,10 +44,10 @@ def language_table(rows: Sequence[Row], budget: str = "cpu") -> Table:
     table = _table(
         "Language: loss on held-out text in nats per byte, mean ± spread over seeds",
         f"above full: paired by seed, {CONFIDENCE:.0%} interval with the spread pooled over the designs; "
-        "far: on tokens that repeat what stood far above"
+        "far: on tokens that repeat what stood far above; stored: bytes of cache at the trained length"
         + ("" if visible is None else f"; three seeds show differences from {visible:.3f} on"),
     )
-    for column in ("design", "rate", "seeds", "loss", "above full", "far, above full", "bytes stored at L"):
+    for column in ("design", "rate", "seeds", "loss", "above full", "far, above full", "stored at L"):
         table.add_column(column, justify="left" if column == "design" else "right")
     far = {item.design: item for item in compare(rows, budget, value=far_loss)}
     for item in compare(rows, budget):
@@ -144,7 +144,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
     table = _table("Training speed", "the bar is a multiple of full attention's time per token")
     for column in ("design", "tokens/s", "times full", "bar", "verdict"):
         table.add_column(column, justify="left" if column == "design" else "right")
-    for row in rows:
+    for row in (row for row in rows if "times_full" in row):
         verdict = "pass" if row["times_full"] <= row["bar"] else "miss"
         table.add_row(
             row["design"],

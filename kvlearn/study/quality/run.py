@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from kvlearn.study.conversion import prepare_conversion
 from kvlearn.study.curve import mean_and_error
 from kvlearn.study.evaluation import spread_windows, token_losses
 from kvlearn.study.other_text import other_texts
-from kvlearn.study.quality.evaluate import NgramCounts, evaluate_language, memory
+from kvlearn.study.quality.evaluate import TrainingText, evaluate_language, memory
 from kvlearn.study.quality.plan import (
     BAR,
     BUDGETS,
@@ -43,6 +44,8 @@ from kvlearn.study.quality.plan import (
     Part,
     RecallRun,
     Run,
+    parts,
+    tiers,
 )
 from kvlearn.study.tasks import longer
 from kvlearn.study.text import Corpus, corpus
@@ -87,8 +90,8 @@ class Session:
         return {**collect_provenance(self.device), "cpu": cpu_model(), "sources": self.sources}
 
     @cached_property
-    def trained_on(self) -> NgramCounts:
-        return NgramCounts(self.text.train)
+    def trained_on(self) -> TrainingText:
+        return TrainingText(self.text.train)
 
     @cached_property
     def other_texts(self) -> dict[str, torch.Tensor]:
@@ -140,7 +143,8 @@ class Clock:
     @property
     def seconds_per_step(self) -> float | None:
         """The median: a pause, or another process, does not change it."""
-        took = sorted(b - a for a, b in zip(self.times[1:], self.times[2:], strict=False))
+        took = [b - a for a, b in pairwise(self.times)]
+        took = sorted(took[1:] or took)  # the first has the set-up in it
         return took[len(took) // 2] if took else None
 
 
@@ -219,6 +223,7 @@ def execute(run: Run, session: Session) -> dict[str, Any]:
             "run": run.name,
             "kind": type(run).__name__.removesuffix("Run").lower(),
             "design": run.design,
+            "cost_key": run.cost_key,
             "lr": run.lr,
             "seed": run.seed,
             "settings": run.settings(),
@@ -276,7 +281,8 @@ def step_seconds(run: Run, session: Session, steps: int = 4) -> float:
             progress=False,
         )
         return found.seconds / steps
-    seconds = _train(run, replace(session, deadline=None), steps=steps)[1]
+    slow = replace(run, lr=1e-3)  # no rate to be measured may diverge
+    seconds = _train(slow, replace(session, deadline=None), steps=steps)[1]
     assert seconds is not None
     return seconds
 
@@ -349,7 +355,8 @@ def _language(run: LanguageRun, session: Session) -> dict[str, Any]:
     about |= {
         **training_record(history),
         "parameters": model.n_parameters,
-        "memory": memory(model),
+        "memory": memory(model, budget.training.length),
+        "seconds_per_step": seconds,
         "tokens_per_s": None if seconds is None else tokens_per_step / seconds,
     }
     if blew_up([line["loss"] for line in history]):
@@ -384,7 +391,7 @@ def _recall(run: RecallRun, session: Session) -> dict[str, Any]:
         "parameters": found.model.n_parameters,
         "first_losses": [found.curve[0].loss],
         "steps": found.curve[-1].step,
-        "seconds": found.seconds,
+        "seconds_per_step": found.seconds / found.curve[-1].step,
         "state_bytes": sum(mixer.cache_bytes(run.task.length) for mixer in found.model.mixers[1:]),
     }
     if not math.isfinite(found.loss):
@@ -415,8 +422,8 @@ def _conversion(run: ConversionRun, session: Session) -> dict[str, Any]:
     def measure(model: Decoder) -> dict[str, dict[str, float]]:
         found = {}
         for name, text in texts.items():
-            losses = token_losses(model, spread_windows(text, 512, CONVERSION_WINDOWS)).mean(1)
-            loss, error = mean_and_error(losses.tolist())
+            windows = session.trained_on.without_copies(spread_windows(text, 512, CONVERSION_WINDOWS))
+            loss, error = mean_and_error(token_losses(model, windows).mean(1).tolist())
             found[name] = {"loss": loss, "error": error}
         return found
 
@@ -436,7 +443,7 @@ def _conversion(run: ConversionRun, session: Session) -> dict[str, Any]:
     about |= {
         **training_record(history),
         "parameters": model.n_parameters,
-        "memory": memory(model),
+        "memory": memory(model, 512),
         "seconds_per_step": seconds,
     }
     if blew_up([line["loss"] for line in history]) or not math.isfinite(after["sympy"]["loss"]):
@@ -445,44 +452,39 @@ def _conversion(run: ConversionRun, session: Session) -> dict[str, Any]:
 
 
 class Costs:
-    """Seconds per step by ``cost_key``: recorded on this machine, else measured in a few steps and kept."""
+    """Seconds per step by ``cost_key``: measured here, or recorded, else measured in a few steps and kept."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.path = session.runs / f"seconds-{machine(session.device)}-{torch.get_num_threads()}-threads.json"
-        self.known: dict[str, float] = dict(self._recorded())
+        self.known = self._recorded()
         if self.path.exists():
             self.known |= json.loads(self.path.read_text())
 
-    def _recorded(self) -> Iterator[tuple[str, float]]:
-        """Of language runs in results/, by this machine with as many threads."""
+    def _recorded(self) -> dict[str, float]:
+        """Of rows in results/: by this machine with as many threads, else with others, else elsewhere."""
+        found: list[tuple[bool, bool, str, float]] = []
         for file in results.load(NAME, self.session.results):
             for row in file.rows:
-                where = row["provenance"]
-                here = where["machine"], where["threads"]
-                if here == (machine(self.session.device), torch.get_num_threads()) and row.get(
-                    "tokens_per_s"
-                ):
-                    config = BUDGETS[row["budget"]].training
-                    key = f"language-{row['budget']}-{row['design']}"
-                    yield key, config.batch * config.length / row["tokens_per_s"]
+                seconds, where = row.get("seconds_per_step"), row["provenance"]
+                if seconds is not None:
+                    here = where["machine"] == machine(self.session.device)
+                    same = where["threads"] == torch.get_num_threads()
+                    found.append((here, here and same, row["cost_key"], seconds))
+        return {key: seconds for _, _, key, seconds in sorted(found, key=lambda item: item[:2])}
 
     def __call__(self, run: Run) -> float:
         """The seconds that ``run`` takes, without its evaluation."""
         if run.cost_key not in self.known:
             with_rate: Run = run if run.lr is not None else run.candidates[0]
-            self.known[run.cost_key] = step_seconds(with_rate, self.session)
-            write_json(self.path, self.known)
+            self.keep(run.cost_key, step_seconds(with_rate, self.session))
         return run.n_steps * self.known[run.cost_key]
 
-    def learn(self, run: Run, row: Mapping[str, Any]) -> None:
-        """Take over what a finished run has taken per step."""
-        if row.get("tokens_per_s") and isinstance(run, LanguageRun):
-            self.known[run.cost_key] = run.training.batch * run.training.length / row["tokens_per_s"]
-        elif row.get("seconds_per_step"):
-            self.known[run.cost_key] = row["seconds_per_step"]
-        elif row.get("seconds") and row["steps"]:
-            self.known[run.cost_key] = row["seconds"] / row["steps"]
+    def keep(self, key: str, seconds: float | None) -> None:
+        """Take over what was measured."""
+        if seconds is not None:
+            self.known[key] = seconds
+            write_json(self.path, self.known)
 
 
 def run_part(
@@ -517,7 +519,7 @@ def run_part(
             raise OutOfTime(f"{resolved.name}: not begun, it takes about {estimate:.0f} s")
         started = time.monotonic()
         row = execute(resolved, session)
-        costs.learn(resolved, row)
+        costs.keep(resolved.cost_key, row.get("seconds_per_step"))
         rows.append(row)
         if record:
             session.record([row])
@@ -542,34 +544,33 @@ def recorded(folder: Path | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] != "speed"]
 
 
-def calibrate(
-    budget: str, session: Session, *, names: Sequence[str] = (), steps: int = 20
-) -> list[dict[str, Any]]:
-    """A row per design: tokens per second of training, and times full attention's time per token.
+def calibrate(preset: str, session: Session, *, steps: int = 20) -> Iterator[dict[str, Any]]:
+    """What a step of each run of ``preset`` takes, a row each, for results/.
 
-    Each design is timed right after full attention and compared with that, so that a machine whose speed
-    changes meanwhile treats both alike. ``names`` are all designs of ``budget`` unless given.
+    A language design is timed right after full attention and has ``tokens_per_s`` and ``times_full``, full
+    attention's time per token in these: a machine whose speed changes meanwhile treats both alike.
     """
-    plan, costs, rows = BUDGETS[budget], Costs(session), []
-    tokens = plan.training.batch * plan.training.length
-    for name in names or plan.designs:
-        run, full = (LanguageRun(budget, design, plan.training.steps, 2e-3, 0) for design in (name, "full"))
-        full_seconds = step_seconds(full, session, steps)
-        seconds = full_seconds if name == "full" else step_seconds(run, session, steps)
-        costs.known[run.cost_key] = seconds
-        rows.append(
-            {
-                "run": f"speed-{budget}-{name}-{torch.get_num_threads()}-threads",
-                "kind": "speed",
-                "budget": budget,
-                "design": name,
-                "threads": torch.get_num_threads(),
-                "steps": steps,
-                "tokens_per_s": tokens / seconds,
-                "times_full": seconds / full_seconds,
-                "bar": SLOW_BAR if name in SLOW else BAR,
-                "provenance": session.provenance,
+    costs, threads = Costs(session), torch.get_num_threads()
+    runs = {run.cost_key: run for tier in tiers(preset) for part in parts(preset, tier) for run in part.runs}
+    for key, run in runs.items():
+        row: dict[str, Any] = {
+            "run": f"speed-{key}-{threads}-threads",
+            "kind": "speed",
+            "design": run.design,
+            "cost_key": key,
+            "provenance": session.provenance,
+        }
+        if isinstance(run, LanguageRun):
+            full = step_seconds(replace(run, design="full"), session, max(steps // 2, 1))
+            seconds = full if run.design == "full" else step_seconds(run, session, steps)
+            config = BUDGETS[run.budget].training
+            row |= {
+                "budget": run.budget,
+                "tokens_per_s": config.batch * config.length / seconds,
+                "times_full": seconds / full,
+                "bar": SLOW_BAR if run.design in SLOW else BAR,
             }
-        )
-        write_json(costs.path, costs.known)
-    return rows
+        else:
+            seconds = step_seconds(run if run.lr is not None else run.candidates[0], session)
+        costs.keep(key, seconds)
+        yield {**row, "seconds_per_step": seconds}

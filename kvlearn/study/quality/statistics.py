@@ -7,6 +7,7 @@ with full attention seed by seed. A run that diverged has no loss: it is counted
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -75,6 +76,7 @@ def student_cdf(t: float, df: int) -> float:
     return (1 + math.copysign(inside, t)) / 2
 
 
+@cache
 def student_quantile(p: float, df: int) -> float:
     """The t with P(T ≤ t) = ``p``, by bisection."""
     if not 0 < p < 1:
