@@ -97,6 +97,20 @@ class Session:
     def other_texts(self) -> dict[str, torch.Tensor]:
         return other_texts()
 
+    @cached_property
+    def base_losses(self) -> dict[str, dict[str, float]]:
+        """Of the base model, which all conversions start from."""
+        return self.losses(base_model().to(self.device))
+
+    def losses(self, model: Decoder) -> dict[str, dict[str, float]]:
+        """Loss and standard error of ``model`` on the corpus, held out, and on text of another kind."""
+        found = {}
+        for name, text in {"sympy": self.text.valid, **self.other_texts}.items():
+            windows = self.trained_on.without_copies(spread_windows(text, 512, CONVERSION_WINDOWS))
+            loss, error = mean_and_error(token_losses(model, windows).mean(1).tolist())
+            found[name] = {"loss": loss, "error": error}
+        return found
+
     def rows(self) -> list[dict[str, Any]]:
         """All recorded runs, of every machine."""
         return recorded(self.results)
@@ -250,7 +264,10 @@ def converted(run: ConversionRun, session: Session) -> tuple[Decoder, TrainConfi
 
 
 def first_losses(run: Run, session: Session, steps: int = REPRODUCED_STEPS) -> list[float]:
-    """The losses of the first ``steps`` steps, trained afresh; of a recall run, one: their mean."""
+    """The losses of the first ``steps`` steps, trained afresh; of a recall run, one: their mean.
+
+    Fewer where the run diverges before.
+    """
     if isinstance(run, RecallRun):
         found = recall.train(
             run.mixer,
@@ -263,7 +280,10 @@ def first_losses(run: Run, session: Session, steps: int = REPRODUCED_STEPS) -> l
             progress=False,
         )
         return [found.curve[0].loss]
-    history, _, _ = _train(run, replace(session, deadline=None), steps=steps)
+    try:
+        history, _, _ = _train(run, replace(session, deadline=None), steps=steps)
+    except TrainingDiverged as error:
+        history = error.history
     return [line["loss"] for line in history[:steps]]
 
 
@@ -417,21 +437,11 @@ def _recall(run: RecallRun, session: Session) -> dict[str, Any]:
 
 
 def _conversion(run: ConversionRun, session: Session) -> dict[str, Any]:
-    texts = {"sympy": session.text.valid, **session.other_texts}
-
-    def measure(model: Decoder) -> dict[str, dict[str, float]]:
-        found = {}
-        for name, text in texts.items():
-            windows = session.trained_on.without_copies(spread_windows(text, 512, CONVERSION_WINDOWS))
-            loss, error = mean_and_error(token_losses(model, windows).mean(1).tolist())
-            found[name] = {"loss": loss, "error": error}
-        return found
-
-    base, before = measure(base_model().to(session.device)), measure(converted(run, session)[0])
+    before = session.losses(converted(run, session)[0])
     about: dict[str, Any] = {
         "share": run.share,
         "layers": run.settings()["layers"],
-        "base": base,
+        "base": session.base_losses,
         "before": before,
         "windows": CONVERSION_WINDOWS,
     }
@@ -439,7 +449,7 @@ def _conversion(run: ConversionRun, session: Session) -> dict[str, Any]:
         history, seconds, model = _train(run, session)
     except TrainingDiverged as error:
         return {**about, **training_record(error.history), "diverged": str(error), "loss": None}
-    after = measure(model)
+    after = session.losses(model)
     about |= {
         **training_record(history),
         "parameters": model.n_parameters,
