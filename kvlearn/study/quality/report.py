@@ -16,7 +16,7 @@ def plan_table(parts: Iterable[Part], seconds: Sequence[float | None], rows: Seq
     """A line per part: its runs, how many are recorded, and the minutes that all of it takes."""
     table = _table(
         "The plan",
-        "minutes: from seconds per step, measured on this machine if possible; evaluation comes on top",
+        "minutes: from working time per step; evaluation, and other work of the machine, come on top",
     )
     for column in ("tier", "part", "what", "runs", "recorded", "minutes"):
         table.add_column(column, justify="left" if column == "what" else "right")

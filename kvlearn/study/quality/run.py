@@ -143,14 +143,23 @@ class Session:
             return results.save(NAME, COMMAND, [*ours, *rows], self.provenance, self.results)
 
 
+def working_time(device: torch.device | str) -> float:
+    """A clock in seconds: of one thread on a CPU, its processor time, whatever else the machine does."""
+    one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if one_thread else time.perf_counter()
+
+
 class Clock:
     """``stop`` for ``train``: notes the time of each step; ends a run at the deadline or after n steps."""
 
-    def __init__(self, deadline: float | None = None, steps: int | None = None) -> None:
-        self.deadline, self.steps, self.times = deadline, steps, [time.perf_counter()]
+    def __init__(
+        self, device: torch.device | str = "cpu", deadline: float | None = None, steps: int | None = None
+    ) -> None:
+        self.device, self.deadline, self.steps = device, deadline, steps
+        self.times = [working_time(device)]
 
     def __call__(self, done: int) -> bool:
-        self.times.append(time.perf_counter())
+        self.times.append(working_time(self.device))
         over = self.deadline is not None and time.monotonic() >= self.deadline
         return over or (self.steps is not None and done >= self.steps)
 
@@ -287,20 +296,20 @@ def first_losses(run: Run, session: Session, steps: int = REPRODUCED_STEPS) -> l
     return [line["loss"] for line in history[:steps]]
 
 
-def step_seconds(run: Run, session: Session, steps: int = 4) -> float:
-    """Seconds per step of ``run``, measured over a few."""
+def step_seconds(run: Run, session: Session, steps: int = 6) -> float:
+    """Seconds of working time per step of ``run``, measured over a few."""
     if isinstance(run, RecallRun):
-        config = replace(run.training, steps=steps)
-        found = recall.train(
+        started = working_time(session.device)
+        recall.train(
             run.mixer,
             run.task,
-            config,
+            replace(run.training, steps=steps),
             n_mixers=run.n_mixers,
             n_texts=1,
             device=session.device,
             progress=False,
         )
-        return found.seconds / steps
+        return (working_time(session.device) - started) / steps
     slow = replace(run, lr=1e-3)  # no rate to be measured may diverge
     seconds = _train(slow, replace(session, deadline=None), steps=steps)[1]
     assert seconds is not None
@@ -319,7 +328,7 @@ def _train(run: LanguageRun | ConversionRun, session: Session, steps: int | None
         model, config = new_language_model(run, session), run.training
     else:
         model, config = converted(run, session)
-    clock = Clock(session.deadline, steps)
+    clock = Clock(session.device, session.deadline, steps)
     try:
         history = train(
             model,
@@ -397,6 +406,7 @@ def _language(run: LanguageRun, session: Session) -> dict[str, Any]:
 
 
 def _recall(run: RecallRun, session: Session) -> dict[str, Any]:
+    started = working_time(session.device)
     found = recall.train(
         run.mixer,
         run.task,
@@ -411,7 +421,7 @@ def _recall(run: RecallRun, session: Session) -> dict[str, Any]:
         "parameters": found.model.n_parameters,
         "first_losses": [found.curve[0].loss],
         "steps": found.curve[-1].step,
-        "seconds_per_step": found.seconds / found.curve[-1].step,
+        "seconds_per_step": (working_time(session.device) - started) / found.curve[-1].step,
         "state_bytes": sum(mixer.cache_bytes(run.task.length) for mixer in found.model.mixers[1:]),
     }
     if not math.isfinite(found.loss):
@@ -513,6 +523,7 @@ def run_part(
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     runs, costs = part.runs[rank::world], Costs(session)
     rows = session.rows() if record else []
+    spent, expected = 0.0, 0.0
     _ = session.provenance  # of the commit whose sources are loaded
     for i, run in enumerate(runs):
         if record and world > 1:
@@ -529,13 +540,16 @@ def run_part(
             raise OutOfTime(f"{resolved.name}: not begun, it takes about {estimate:.0f} s")
         started = time.monotonic()
         row = execute(resolved, session)
+        took = time.monotonic() - started
+        spent, expected = spent + took, expected + estimate
         costs.keep(resolved.cost_key, row.get("seconds_per_step"))
         rows.append(row)
         if record:
             session.record([row])
-        remaining = sum(costs(later) for later in runs[i + 1 :])
+        # A machine that does other work too, and the evaluation, make runs longer than their working time.
+        remaining = sum(costs(later) for later in runs[i + 1 :]) * spent / expected
         say(
-            f"{i + 1}/{len(runs)} {resolved.name}: {describe(row)}; {time.monotonic() - started:.0f} s, "
+            f"{i + 1}/{len(runs)} {resolved.name}: {describe(row)}; {took:.0f} s, "
             f"about {remaining / 60:.0f} min left in this part"
         )
         yield row
