@@ -576,7 +576,8 @@ def calibrate(preset: str, session: Session, *, steps: int = 20) -> Iterator[dic
     """
     costs, threads = Costs(session), torch.get_num_threads()
     runs = {run.cost_key: run for tier in tiers(preset) for part in parts(preset, tier) for run in part.runs}
-    for key, run in runs.items():
+    language_first = sorted(runs.items(), key=lambda item: not isinstance(item[1], LanguageRun))
+    for key, run in language_first:
         row: dict[str, Any] = {
             "run": f"speed-{key}-{threads}-threads",
             "kind": "speed",
