@@ -329,7 +329,7 @@ class Part:
 RECALL_DESIGNS: dict[str, Layers] = {
     "full": (Spec("full", head_dim=HEAD),),
     "short-conv": (Spec("short_conv"),),
-    "window-16": (Spec("window", window=16, head_dim=HEAD),),
+    "window-8": (Spec("window", window=8, head_dim=HEAD),),
     "linear-8": (Spec("linear", key_dim=8, head_dim=HEAD),),
     "linear-32": (Spec("linear", key_dim=32, head_dim=HEAD),),
     "gated-delta-4": (Spec("gated_delta", key_dim=4, head_dim=HEAD, conv=None),),
@@ -413,10 +413,10 @@ Listed = Iterator[tuple[str, Sequence[Run]]]
 
 
 def _live() -> Listed:
-    names = ("full", "window-16", "linear-8", "hybrid-linear-8")
+    names = ("full", "window-8", "linear-8", "hybrid-linear-8")
     yield (
         "recall of 8 pairs",
-        [RecallRun("mqar-8", name, 1e-2, 0, steps=300, preset="minutes") for name in names],
+        [RecallRun("mqar-8", name, 1e-2, 0, steps=600, preset="minutes") for name in names],
     )
 
 
