@@ -27,6 +27,7 @@ STUDIES = {
     "window_quality": "the base model with windows and sparse patterns, before and after 5% more training",
     "sinks": "what a window loses with the first token, where heads have made it their sink",
     "recall": "how many pairs of key and value a state of so many bytes gives back",
+    "quality": "every mechanism trained on one budget: what compression costs (the plan: --list)",
 }
 RECORDED = ("convert", "routing", "window_quality", "sinks", "recall")
 
@@ -35,8 +36,35 @@ RECORDED = ("convert", "routing", "window_quality", "sinks", "recall")
 def study(
     name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
     record: Annotated[bool, typer.Option("--record", help=f"keep the rows of {', '.join(RECORDED)}")] = False,
+    preset: Annotated[str, typer.Option(help="of quality: minutes, cpu or gpu")] = "cpu",
+    tier: Annotated[str, typer.Option(help="of quality: one tier of the preset, else all in turn")] = "",
+    part: Annotated[int, typer.Option(help="of quality: one part of the tier, else all in turn")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="of quality: threads of torch; 0 leaves them")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="of quality: stop cleanly after so long; 0: never")
+    ] = 0,
+    list_them: Annotated[
+        bool, typer.Option("--list", help="of quality: the plan and its cost; runs nothing")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="of quality: time each design and record its tokens/s")
+    ] = False,
 ) -> None:
-    """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/)."""
+    """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/).
+
+    quality records each run when it is finished, and never repeats one that is recorded.
+    """
+    if name == "quality":
+        from kvlearn.study.quality import command
+
+        what = "list" if list_them else "calibrate" if calibrate else "run"
+        try:
+            command.study(what, preset, tier or None, part or None, threads=threads, seconds=seconds)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        return
+    if tier or part or threads or seconds or list_them or calibrate or preset != "cpu":
+        raise typer.BadParameter("these options belong to the study quality", param_hint="OPTIONS")
     if name not in STUDIES:
         raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
     if record and name not in RECORDED:

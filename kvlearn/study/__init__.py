@@ -5,6 +5,7 @@ from kvlearn.study.capacity import study_recall
 from kvlearn.study.conversion import MASK_RUNS, RUNS, Conversion, convert_and_uptrain, study_conversions
 from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.evaluation import Evaluation, evaluate
+from kvlearn.study.long_context import evaluate_folder
 from kvlearn.study.other_text import other_texts
 from kvlearn.study.routing import study_routing
 from kvlearn.study.sinks import study_sinks
@@ -26,6 +27,7 @@ __all__ = [
     "convert_and_uptrain",
     "corpus",
     "evaluate",
+    "evaluate_folder",
     "other_texts",
     "study_conversions",
     "study_recall",

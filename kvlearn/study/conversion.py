@@ -95,20 +95,12 @@ def convert_and_uptrain(
 
     Raises ValueError for a ``share`` that is not above 0 or is less than one step, and what ``convert`` does.
     """
-    validate.positive("batch", batch)
-    seen = card(PATH)["tokens"] if seen is None else validate.positive("seen", seen)
-    steps = round(share * seen / (batch * length))
-    if steps < 1:
-        raise ValueError(
-            f"share: expected at least a step of {batch} x {length} tokens, got {share} of {seen} tokens"
-        )
     text = corpus().train if text is None else text
     held_out = {"sympy": corpus().valid, **other_texts()} if held_out is None else held_out
-    config = TrainConfig(steps, batch, length, lr=lr, warmup=steps // 15, seed=seed + 1)
-    started = time.perf_counter()
-    tokens = windows(text, 16, length, seed=config.seed, step=0)[:, :-1].to(base.embed.weight.device)
-    model = convert(base, layers, init=init, tokens=tokens, seed=seed)
-    seconds = time.perf_counter() - started
+    model, config, seconds = prepare_conversion(
+        base, layers, init, text, share=share, seen=seen, batch=batch, length=length, lr=lr, seed=seed
+    )
+    steps = config.steps
     at = {max(round(steps * part / 30), 1) for part in (1, 2, 5, 10, 15, 20, 25)}
     curve = train_and_measure(
         model,
@@ -121,6 +113,37 @@ def convert_and_uptrain(
         progress=progress,
     )
     return Conversion(model, curve, seconds, config)
+
+
+def prepare_conversion(
+    base: Decoder,
+    layers: Layers,
+    init: str,
+    text: UInt8[Tensor, "_"],
+    *,
+    share: float,
+    seen: int | None = None,
+    batch: int = 16,
+    length: int = 512,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> tuple[Decoder, TrainConfig, float]:
+    """The converted model, how it is to be trained on, and the seconds that converting took.
+
+    Arguments and errors are those of ``convert_and_uptrain``.
+    """
+    validate.positive("batch", batch)
+    seen = card(PATH)["tokens"] if seen is None else validate.positive("seen", seen)
+    steps = round(share * seen / (batch * length))
+    if steps < 1:
+        raise ValueError(
+            f"share: expected at least a step of {batch} x {length} tokens, got {share} of {seen} tokens"
+        )
+    config = TrainConfig(steps, batch, length, lr=lr, warmup=steps // 15, seed=seed + 1)
+    started = time.perf_counter()
+    tokens = windows(text, 16, length, seed=config.seed, step=0)[:, :-1].to(base.embed.weight.device)
+    model = convert(base, layers, init=init, tokens=tokens, seed=seed)
+    return model, config, time.perf_counter() - started
 
 
 def study_conversions(

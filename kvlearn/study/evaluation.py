@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from kvlearn import validate
@@ -31,20 +31,32 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss)
 
 
-@torch.no_grad()
 def evaluate(
     model: Decoder, text: UInt8[Tensor, "N"], *, length: int, n_windows: int = 64, batch: int = 16
 ) -> Evaluation:
     """The loss over ``n_windows`` windows of ``length`` bytes, spread evenly over ``text``."""
+    loss = token_losses(model, spread_windows(text, length, n_windows), batch=batch)
+    error = loss.mean(1).std(correction=min(1, n_windows - 1)).item() / n_windows**0.5
+    return Evaluation(loss.mean().item(), error, loss.mean(0), loss.mean(1))
+
+
+def spread_windows(text: UInt8[Tensor, "N"], length: int, n_windows: int) -> Int[Tensor, "{n_windows} T"]:
+    """``n_windows`` windows of ``length`` bytes and the one that follows, spread evenly over ``text``."""
     validate.positive("n_windows", n_windows)
     if len(text) <= length:
         raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
     starts = torch.linspace(0, len(text) - length - 1, n_windows, dtype=torch.float64).long()
+    return text[starts[:, None] + torch.arange(length + 1)].long()
+
+
+@torch.no_grad()
+def token_losses(
+    model: Decoder, windows: Int[Tensor, "N T"], *, batch: int = 16
+) -> Float[Tensor, "N length"]:
+    """The loss of each token of ``windows`` but the first, in nats; ``batch`` windows at a time."""
     losses = []
-    for some in starts.split(validate.positive("batch", batch)):
-        window = text[some[:, None] + torch.arange(length + 1)].long().to(model.embed.weight.device)
-        logits = model(window[:, :-1]).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), window[:, 1:], reduction="none"))
-    loss = torch.cat(losses)
-    error = loss.mean(1).std(correction=min(1, n_windows - 1)).item() / n_windows**0.5
-    return Evaluation(loss.mean().item(), error, loss.mean(0), loss.mean(1))
+    for some in windows.split(validate.positive("batch", batch)):
+        some = some.to(model.embed.weight.device)
+        logits = model(some[:, :-1]).float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), some[:, 1:], reduction="none"))
+    return torch.cat(losses)

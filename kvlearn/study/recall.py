@@ -12,8 +12,9 @@ multi-query associative recall; here with a small vocabulary and queries that ar
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,22 @@ class Texts(NamedTuple):
     tokens: Int[Tensor, "B T"]
     asked: Int[Tensor, "B P"]
     answers: Int[Tensor, "B P"]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What ``train`` needs of a task; more of them are in tasks.py."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are 0 to ``vocab_size`` - 1."""
+
+    def texts(self, batch: int, generator: torch.Generator) -> Texts:
+        """``batch`` new texts."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +119,27 @@ HELD_OUT = 2**31  # a seed that no training takes
 TRAINING = TrainConfig(steps=360, batch=64, lr=1e-2, warmup=20, weight_decay=0.0)
 
 
-def new_model(mixer: str | Spec, task: Recall, d_model: int = 64) -> Decoder:
+Mixer = str | Spec | Sequence[str | Spec]
+
+
+def new_model(mixer: Mixer, task: Task, d_model: int = 64, *, n_mixers: int = 1) -> Decoder:
     """A short convolution, then ``mixer``, without positions; with "short_conv" for mixer, the control.
+
+    ``mixer`` may be a pattern of several, repeated to ``n_mixers`` layers: a hybrid.
 
     Weights start larger than a language model's: with those of 0.02, nothing moves for hundreds of steps.
     The output matrix is the embedding: where both are learned, guessing among a text's values lasts long.
     """
+    pattern = [mixer] if isinstance(mixer, str | Spec) else list(mixer)
+    mixers = [pattern[i % len(pattern)] for i in range(validate.positive("n_mixers", n_mixers))]
     model = Decoder(
         ModelConfig(
             vocab_size=task.vocab_size,
             d_model=d_model,
-            n_layers=2,
+            n_layers=1 + n_mixers,
             n_heads=1,
             d_ff=0,
-            layers=("short_conv", mixer),
+            layers=("short_conv", *mixers),
             rope=None,
         )
     )
@@ -128,13 +152,15 @@ def new_model(mixer: str | Spec, task: Recall, d_model: int = 64) -> Decoder:
 
 
 def train(
-    mixer: str | Spec,
-    task: Recall = Recall(),
+    mixer: Mixer,
+    task: Task = Recall(),
     training: TrainConfig = TRAINING,
     *,
+    n_mixers: int = 1,
     every: int = 20,
     until: float | None = None,
     n_texts: int = 512,
+    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Run:
     """Train ``new_model(mixer)`` on the task. The seed draws weights and texts; mixers share the texts.
@@ -144,13 +170,13 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        model = new_model(mixer, task)
+        model = new_model(mixer, task, n_mixers=n_mixers).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=training.weight_decay, betas=(0.9, 0.95), fused=True
     )
     generator = torch.Generator().manual_seed(training.seed)
     curve, since, started = list[Point](), list[tuple[float, float]](), time.perf_counter()
-    name = mixer if isinstance(mixer, str) else mixer.name
+    name = ", ".join(spec.name for spec in model.config.specs[1:])
     for step in tqdm(range(training.steps), desc=name, unit="step", disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = training.lr_at(step)
@@ -166,14 +192,20 @@ def train(
             if until is not None and curve[-1].accuracy >= until:
                 break
     seconds = time.perf_counter() - started
-    with torch.no_grad():
-        held_out = task.texts(n_texts, torch.Generator().manual_seed(HELD_OUT))
-        loss, accuracy = answer(model.eval(), held_out)
-    return Run(model, curve, loss.item(), accuracy.item(), seconds)
+    return Run(model, curve, *score(model, task, n_texts), seconds)
+
+
+@torch.no_grad()
+def score(model: Decoder, task: Task, n_texts: int = 512) -> tuple[float, float]:
+    """Loss and accuracy on ``n_texts`` texts that no training saw and that all models share."""
+    texts = task.texts(n_texts, torch.Generator().manual_seed(HELD_OUT))
+    loss, accuracy = answer(model.eval(), texts)
+    return loss.item(), accuracy.item()
 
 
 def answer(model: Decoder, texts: Texts) -> tuple[Tensor, Tensor]:
     """Loss in nats an answer, and the share of answers that are right."""
+    texts = Texts(*(part.to(model.embed.weight.device) for part in texts))
     hidden = model.hidden(texts.tokens)
     logits = model.head(hidden.gather(1, texts.asked[..., None].expand(-1, -1, hidden.shape[-1])))
     loss = F.cross_entropy(logits.flatten(0, 1), texts.answers.flatten())

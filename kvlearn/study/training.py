@@ -58,6 +58,22 @@ class Step(TypedDict):
     measured: NotRequired[Any]
 
 
+class TrainingStopped(Exception):
+    """``stop`` ended a run before its last step; ``history`` holds the steps that were done."""
+
+    def __init__(self, history: list[Step]) -> None:
+        super().__init__(f"stopped after {len(history)} steps")
+        self.history = history
+
+
+class TrainingDiverged(FloatingPointError):
+    """A loss or gradient was not finite; ``history`` holds the steps before it."""
+
+    def __init__(self, message: str, history: list[Step]) -> None:
+        super().__init__(message)
+        self.history = history
+
+
 def train(
     model: Decoder,
     text: UInt8[Tensor, "N"],
@@ -66,6 +82,7 @@ def train(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 100,
     at_step: Callable[[int], Any] | None = None,
+    stop: Callable[[int], bool] | None = None,
     origin: str | None = None,
     progress: bool = True,
 ) -> list[Step]:
@@ -79,8 +96,11 @@ def train(
     ``at_step(n)`` is called when n steps are done, with the model in evaluation mode. What it returns, if not
     None, is kept in the history and written at once; plain numbers, strings, lists and dicts.
 
-    Raises FloatingPointError at the first loss or gradient that is not finite, before it reaches a weight or
-    the checkpoint; ValueError where the checkpoint belongs to another run.
+    ``stop(n)`` is asked when n steps are done. Where it is true before the last step, the checkpoint is
+    written and TrainingStopped raised: a later call goes on from there.
+
+    Raises TrainingDiverged (a FloatingPointError) at the first loss or gradient that is not finite, before it
+    reaches a weight or the checkpoint; ValueError where the checkpoint belongs to another run.
     """
     validate.positive("every", every)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
@@ -91,7 +111,10 @@ def train(
     model.train()
     with tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress) as bar:
         for step in range(first, config.steps):
-            line = _step(model, optimizer, text, config, step)
+            try:
+                line = _step(model, optimizer, text, config, step)
+            except FloatingPointError as error:
+                raise TrainingDiverged(str(error), history) from None
             history.append(line)
             if at_step is not None:
                 model.eval()
@@ -101,9 +124,13 @@ def train(
             rate = tokens_per_step * (step + 1 - first) / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{rate:,.0f}", refresh=False)
             bar.update()
-            due = (step + 1) % every == 0 or step + 1 == config.steps or "measured" in line
+            is_last = step + 1 == config.steps
+            stopping = stop is not None and stop(step + 1) and not is_last
+            due = (step + 1) % every == 0 or is_last or stopping or "measured" in line
             if checkpoint is not None and due:
                 _write(Path(checkpoint), model, optimizer, _identity(model, text, config, origin), history)
+            if stopping:
+                raise TrainingStopped(history)
     model.eval()
     return history
 

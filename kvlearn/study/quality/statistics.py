@@ -1,0 +1,166 @@
+"""Means, spreads and paired differences of runs that differ in their seed, with confidence intervals.
+
+A run is identified by its design and seed. Runs of one seed see the same batches, so a design is compared
+with full attention seed by seed. A run that diverged has no loss: it is counted, and left out of every mean.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation (spread, n - 1) over ``n`` seeds; ``diverged`` runs are in neither."""
+
+    n: int
+    mean: float | None
+    spread: float | None
+    diverged: int
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the mean."""
+        return None if self.spread is None else self.spread / math.sqrt(self.n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: its mean over ``n`` pairs and the interval that holds the true one."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def tie(self) -> bool:
+        """Whether the interval holds 0: the runs cannot tell the two apart."""
+        return self.low <= 0 <= self.high
+
+
+def summarise(losses: Sequence[float | None]) -> Summary:
+    """``losses`` over the seeds; None is a run that diverged. With one seed there is no spread."""
+    finite = [loss for loss in losses if loss is not None]
+    mean = math.fsum(finite) / len(finite) if finite else None
+    spread = float(np.std(finite, ddof=1)) if len(finite) > 1 else None
+    return Summary(len(finite), mean, spread, len(losses) - len(finite))
+
+
+def student_cdf(t: float, df: int) -> float:
+    """P(T ≤ t) of Student's t with ``df`` degrees of freedom, a finite sum.
+
+    Source: Abramowitz & Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4.
+    """
+    if df < 1:
+        raise ValueError(f"df: expected at least 1, got {df}")
+    theta = math.atan(abs(t) / math.sqrt(df))
+    cosine, sine = math.cos(theta), math.sin(theta)
+    if df % 2:
+        term, total = cosine, 0.0
+        for k in range(1, df - 1, 2):
+            total += term
+            term *= cosine**2 * (k + 1) / (k + 2)
+        inside = 2 / math.pi * (theta + sine * total)
+    else:
+        term, total = 1.0, 0.0
+        for k in range(0, df, 2):
+            total += term
+            term *= cosine**2 * (k + 1) / (k + 2)
+        inside = sine * total
+    return (1 + math.copysign(inside, t)) / 2
+
+
+@cache
+def student_quantile(p: float, df: int) -> float:
+    """The t with P(T ≤ t) = ``p``, by bisection."""
+    if not 0 < p < 1:
+        raise ValueError(f"p: expected a probability between 0 and 1, got {p}")
+    if p < 0.5:
+        return -student_quantile(1 - p, df)
+    low, high = 0.0, 1.0
+    while student_cdf(high, df) < p:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, df) < p else (low, middle)
+    return (low + high) / 2
+
+
+def paired_values(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> list[float]:
+    """ours - theirs for each seed of which both finished."""
+    pairs = ((ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys()))
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def paired_difference(
+    values: Sequence[float],
+    *,
+    spread: float | None = None,
+    df: int | None = None,
+    confidence: float = CONFIDENCE,
+) -> Difference | None:
+    """Mean of paired differences ± t · s / √n; None where there is nothing to estimate s from.
+
+    s is the standard deviation of ``values``, with n - 1 degrees of freedom, unless ``spread`` and ``df``
+    give one that was estimated from more runs (``pooled_spread``).
+    """
+    n = len(values)
+    if spread is None:
+        if n < 2:
+            return None
+        spread, df = float(np.std(values, ddof=1)), n - 1
+    if n < 1 or df is None:
+        return None
+    mean = math.fsum(values) / n
+    half = student_quantile((1 + confidence) / 2, df) * spread / math.sqrt(n)
+    return Difference(n, mean, mean - half, mean + half)
+
+
+def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
+    """One standard deviation for all ``groups``, each about its own mean, and its degrees of freedom.
+
+    It assumes that all designs scatter alike, and then says more than three seeds of one design can.
+    """
+    groups = [group for group in groups if len(group) > 1]
+    df = sum(len(group) - 1 for group in groups)
+    if not df:
+        return None
+    squares = sum(float(np.var(group)) * len(group) for group in groups)
+    return math.sqrt(squares / df), df
+
+
+def bootstrap_difference(
+    values: Sequence[float], *, n_draws: int = 10_000, seed: int = 0, confidence: float = CONFIDENCE
+) -> Difference:
+    """Paired bootstrap: the interval between percentiles of the mean over pairs drawn with replacement.
+
+    For many pairs, such as the losses of the same windows under two models. With the three seeds of a study
+    it is too narrow: use ``paired_difference``.
+    Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
+    """
+    if not len(values):
+        raise ValueError("values: expected at least one paired difference, got none")
+    data = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(data), size=(n_draws, len(data)))
+    low, high = np.quantile(data[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(len(data), float(data.mean()), float(low), float(high))
+
+
+def smallest_difference(
+    spread: float, df: int, n: int, *, confidence: float = CONFIDENCE, power: float = 0.8
+) -> float:
+    """The difference between two designs of ``n`` seeds each that a study finds with probability ``power``.
+
+        (t_{(1+confidence)/2} + t_power) · s · √(2 / n),   both t with df degrees of freedom
+
+    ``spread`` s is that of one design's runs, estimated with ``df`` degrees of freedom. The two designs' runs
+    are taken as independent: where runs of one seed are alike, the study sees smaller ones.
+    """
+    quantiles = student_quantile((1 + confidence) / 2, df) + student_quantile(power, df)
+    return quantiles * math.sqrt(2 / n) * spread
