@@ -698,6 +698,20 @@ def choose_same(
     t.number(got, want, "splits:")
 
 
+def quickest(programs: int, tiles: int, places: int, start: int = 1) -> int:
+    """The number of splits by the formula; only for draws, which are to tell it from wrong ones."""
+    return min(range(1, tiles + 1), key=lambda s: -(-programs * s // places) * (-(-tiles // s) + start))
+
+
+def is_telling(t: CheckContext, case: Case, places: int) -> bool:
+    """Another number comes out with a tile forgotten, in even rounds, or a start that costs nothing, in odd
+    ones."""
+    lengths, _, n_kv_heads, block, _ = case
+    programs, tiles = len(lengths) * n_kv_heads, -(-max(lengths) // block)
+    forgotten, start = (0, 0) if t.round % 2 else (1, 1)
+    return quickest(programs, tiles, places) != quickest(programs, tiles - forgotten, places, start)
+
+
 def case(
     t: CheckContext, batch: int, tiles: int, n_kv_heads: int, group: int = 1, spread: bool = False
 ) -> Case:
@@ -713,38 +727,53 @@ def case(
 @choose.requirement(1, "one long sequence", rounds=4)
 def one_long(t: CheckContext, choose_splits: Answer) -> None:
     """fills a machine with 20 to 60 multiprocessors for one sequence and 1, 2 or 3 KV heads"""
-    choose_same(t, choose_splits, case(t, 1, t.integer(50, 150), t.pick(1, 2, 3)), t.integer(20, 60), 1)
+    n_kv_heads = (1, 2, 2, 3)[t.round]  # with 1 in an odd round nothing would tell
+    while True:
+        shape, multiprocessors = case(t, 1, t.integer(61, 150), n_kv_heads), t.integer(20, 60)
+        if is_telling(t, shape, multiprocessors):
+            break
+    choose_same(t, choose_splits, shape, multiprocessors, 1)
 
 
 @choose.requirement(1, "a batch that fills the machine", rounds=4)
 def full_batch(t: CheckContext, choose_splits: Answer) -> None:
     """1 where sequences times KV heads are as many as the machine holds, or two or three times as many"""
     n_kv_heads, resident = t.pick(2, 4), t.pick(1, 2)
-    batch = t.integer(4, 8)
-    multiprocessors = batch * n_kv_heads // resident
-    choose_same(
-        t,
-        choose_splits,
-        case(t, batch * t.integer(1, 3), t.integer(6, 20), n_kv_heads),
-        multiprocessors,
-        resident,
-    )
+    while True:
+        batch, tiles, times = t.integer(4, 8), t.integer(6, 20), t.integer(1, 3)
+        multiprocessors = batch * n_kv_heads // resident
+        if quickest(batch * times, tiles, multiprocessors * resident) > 1:  # without the KV heads
+            break
+    choose_same(t, choose_splits, case(t, batch * times, tiles, n_kv_heads), multiprocessors, resident)
 
 
 @choose.requirement(1, "grouped heads and several programs a multiprocessor", rounds=4)
 def grouped(t: CheckContext, choose_splits: Answer) -> None:
     """counts KV heads, not query heads, and what the machine holds at a time"""
-    shape = case(t, t.integer(2, 4), t.integer(40, 90), t.pick(2, 3), t.pick(4, 8))
-    choose_same(t, choose_splits, shape, t.integer(20, 40), t.pick(2, 3))
+    n_kv_heads, group, resident = t.pick(2, 3), t.pick(4, 8), t.pick(3, 2)
+    while True:
+        shape = case(t, t.integer(2, 4), t.integer(40, 90), n_kv_heads, group)
+        multiprocessors = t.integer(20, 40)
+        if is_telling(t, shape, multiprocessors * resident):
+            break
+    choose_same(t, choose_splits, shape, multiprocessors, resident)
 
 
 @choose.requirement(1, "short contexts, rows of different length, awkward numbers", rounds=9)
 def awkward(t: CheckContext, choose_splits: Answer) -> None:
     """never more splits than tiles of the longest row; no wave for a handful of programs"""
-    tiles = t.integer(2, 3) if t.round == 0 else t.integer(3, 25)
+    tiles = t.integer(2, 3) if t.round == 0 else t.integer(3, 12 if t.round == 1 else 25)
     n_kv_heads = 1 if t.round == 0 else t.pick(1, 3, 5)
-    shape = case(t, t.integer(2, 5), tiles, n_kv_heads, t.pick(1, 4), spread=True)
-    choose_same(t, choose_splits, shape, t.integer(11, 37), t.pick(1, 2))
+    group, resident = t.pick(1, 4), t.pick(1, 2)
+    while True:
+        shape, multiprocessors = case(t, t.integer(2, 5), tiles, n_kv_heads, group, True), t.integer(11, 37)
+        lengths, block, places = shape[0], shape[3], multiprocessors * resident
+        # Whether tiles or lengths were added up over the rows is told apart here and nowhere else.
+        sums = sum(-(-length // block) for length in lengths), -(-sum(lengths) // block)
+        programs = len(lengths) * n_kv_heads
+        if t.round != 1 or len({quickest(programs, tiles, places) for tiles in sums}) == 2:
+            break
+    choose_same(t, choose_splits, shape, multiprocessors, resident)
 
 
 # 11.8: split and merge in one launch, compared with attention over all keys at once, call after call
