@@ -754,7 +754,10 @@ def grouped(t: CheckContext, choose_splits: Answer) -> None:
     while True:
         shape = case(t, t.integer(2, 4), t.integer(40, 90), n_kv_heads, group)
         multiprocessors = t.integer(20, 40)
-        if is_telling(t, shape, multiprocessors * resident):
+        places, programs = multiprocessors * resident, len(shape[0]) * n_kv_heads
+        tiles = -(-max(shape[0]) // shape[3])
+        one_wave = t.round == 0 and quickest(programs, tiles, places) == places // programs
+        if not one_wave and is_telling(t, shape, places):
             break
     choose_same(t, choose_splits, shape, multiprocessors, resident)
 
@@ -762,17 +765,20 @@ def grouped(t: CheckContext, choose_splits: Answer) -> None:
 @choose.requirement(1, "short contexts, rows of different length, awkward numbers", rounds=9)
 def awkward(t: CheckContext, choose_splits: Answer) -> None:
     """never more splits than tiles of the longest row; no wave for a handful of programs"""
-    tiles = t.integer(2, 3) if t.round == 0 else t.integer(3, 12 if t.round == 1 else 25)
-    n_kv_heads = 1 if t.round == 0 else t.pick(1, 3, 5)
+    n_kv_heads = {0: 1, 2: 5}.get(t.round, t.pick(1, 3, 5))
     group, resident = t.pick(1, 4), t.pick(1, 2)
-    while True:
-        shape, multiprocessors = case(t, t.integer(2, 5), tiles, n_kv_heads, group, True), t.integer(11, 37)
+    telling = False
+    while not telling:
+        tiles, multiprocessors = t.integer(2, 3) if t.round == 0 else t.integer(3, 25), t.integer(11, 37)
+        shape = case(t, t.integer(2, 5), tiles, n_kv_heads, group, spread=True)
         lengths, block, places = shape[0], shape[3], multiprocessors * resident
-        # Whether tiles or lengths were added up over the rows is told apart here and nowhere else.
-        sums = sum(-(-length // block) for length in lengths), -(-sum(lengths) // block)
         programs = len(lengths) * n_kv_heads
-        if t.round != 1 or len({quickest(programs, tiles, places) for tiles in sums}) == 2:
-            break
+        if t.round == 1:  # whether the tiles or the lengths of all rows are added up is told apart here alone
+            sums = sum(-(-length // block) for length in lengths), -(-sum(lengths) // block)
+            telling = len({quickest(programs, tiles, places) for tiles in sums}) == 2
+        else:
+            free = quickest(programs, tiles, places, start=0)
+            telling = t.round != 2 or free != quickest(programs, tiles, places)
     choose_same(t, choose_splits, shape, multiprocessors, resident)
 
 
