@@ -687,6 +687,8 @@ def ties(t: CheckContext, select_blocks: Answer) -> None:
     kinds = torch.randint(-3, 4, (2, block, D), generator=t.generator).float()
     if t.round == 0:
         kinds[1] = kinds[0]
+    else:
+        kinds[1] *= 2  # a mean of another length
     order = [0, 0, 0, 1, 1, 1]
     t.random.shuffle(order)
     k = torch.cat([kinds[kind] for kind in order]).expand(B, H, -1, -1).clone()

@@ -494,8 +494,8 @@ def even(t: CheckContext, split_attention: Answer) -> None:
 @splits.requirement(1, "any length, any number of splits", rounds=2)
 def ragged(t: CheckContext, split_attention: Answer) -> None:
     """the same for lengths that fill neither tiles nor splits, and for a single split; inputs unchanged"""
-    n_splits = 1 if t.round == 1 else t.pick(2, 3)
-    splits_same(t, split_attention, splits_draw(t, [t.integer(18, 30), t.integer(34, 46)], n_splits))
+    n_splits = 1 if t.round == 1 else 3
+    splits_same(t, split_attention, splits_draw(t, [t.pick(19, 25, 29), t.pick(34, 41, 46)], n_splits))
     t.unchanged()
 
 
@@ -503,20 +503,24 @@ def ragged(t: CheckContext, split_attention: Answer) -> None:
 def splits_empty_splits(t: CheckContext, split_attention: Answer) -> None:
     """a split without keys, and there are some where a row has fewer tiles than splits, contributes
     nothing"""
-    splits_same(t, split_attention, splits_draw(t, [t.integer(1, 15), t.integer(34, 46)], t.pick(3, 5)))
+    lengths = [t.integer(1, 15), t.pick(34, 38, 41, 46)]  # the long one is no multiple of the splits
+    splits_same(t, split_attention, splits_draw(t, lengths, t.pick(3, 5)))
 
 
 @splits.requirement(1, "length 0", rounds=1)
 def empty_row(t: CheckContext, split_attention: Answer) -> None:
     """0, not NaN, for a row whose splits are all empty"""
-    splits_same(t, split_attention, splits_draw(t, [0, t.integer(18, 30)], 3))
+    splits_same(t, split_attention, splits_draw(t, [0, t.pick(19, 23, 26, 29)], 3))
 
 
 @splits.requirement(1, "large scores", rounds=1)
 def splits_large(t: CheckContext, split_attention: Answer) -> None:
     """finite and right when the scores, and with them the lse, reach ±1000"""
     q, k, v, lengths, n_splits = splits_draw(t, [20, 40], 3)
-    k = k + 200.0 * torch.tensor([1.0, -1.0])[:, None, None] * q[:, None] / q.norm(dim=-1)[:, None, None]
+    k = (
+        0.1 * k
+        + 200.0 * torch.tensor([1.0, -1.0])[:, None, None] * q[:, None] / q.norm(dim=-1)[:, None, None]
+    )
     splits_same(t, split_attention, (q, k, v, lengths, n_splits), 1e-2)
 
 
