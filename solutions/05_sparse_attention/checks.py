@@ -688,7 +688,7 @@ def ties(t: CheckContext, select_blocks: Answer) -> None:
     if t.round == 0:
         kinds[1] = kinds[0]
     else:
-        kinds[1] *= 2  # a mean of another length
+        kinds[1] *= 4  # a mean of another length
     order = [0, 0, 0, 1, 1, 1]
     t.random.shuffle(order)
     k = torch.cat([kinds[kind] for kind in order]).expand(B, H, -1, -1).clone()

@@ -845,7 +845,7 @@ def one_call(t: CheckContext, one_launch: Answer) -> None:
     row"""
     n_splits = (2, 3, 1)[t.round]
     inputs = ticket_draw(t, [n_splits * BLOCK - t.integer(0, 9)] * 2, n_splits)
-    ticket_same(t, one_launch, inputs, Tickets(2), (1, t.pick(1, 2), 0)[t.round])
+    ticket_same(t, one_launch, inputs, Tickets(2), (1, 2, 0)[t.round])
 
 
 @ticket.requirement(1, "splits without keys", rounds=2)
