@@ -294,8 +294,8 @@ def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[lis
     candidates = [Candidate(exercise, m, outcomes, seed) for m in exercise.misconceptions]
     failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
     wrong = {i: values for i in failed if (values := wrong_values(outcomes[i]))}
-    # What contradicts soonest comes first: what takes little time, and rather wrong values, of which the first
-    # one may differ, than a requirement that a candidate need only pass.
+    # What contradicts soonest comes first: what takes little time, and rather wrong values, of which the
+    # first may differ, than a requirement that a candidate need only pass.
     order = sorted(range(len(outcomes)), key=lambda i: outcomes[i].seconds * (1 if i in wrong else 3))
     left = candidates
     for i in order:
