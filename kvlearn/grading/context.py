@@ -4,6 +4,7 @@ A comparison says the difference in words a learner can use, and never shows a w
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -50,22 +51,40 @@ class Observation:
     call: str  # the last call of the answer before it
 
 
+Contradicts = Callable[[int, int, Observation | None], bool]
+"""Whether a candidate in a diagnosis is ruled out by the i-th observation of a round (round, i, observation);
+asked again at the end of the round, with None, where i is the number of observations."""
+
+
 class Stop(Exception):
     """Nothing more can be learnt from this round; what is wrong has been noted."""
 
 
+class Contradiction(Stop):
+    """A candidate in a diagnosis gave a value that the answer did not give."""
+
+
 class CheckContext:
-    """One round of one requirement: draws inputs, compares, and remembers what was seen.
+    """One round of the ``rounds`` of a requirement: draws inputs, compares, and remembers what was seen.
 
     The same seed draws the same again.
 
     A comparison that fails does not end the round: the more is seen of a wrong answer, the surer its mistake
-    can be named.
+    can be named. In a diagnosis the first comparison that ``contradicts`` ends the round.
     """
 
-    def __init__(self, seed: int, round: int, record: CallRecord) -> None:
-        self.round, self.record = round, record
+    def __init__(
+        self,
+        seed: int,
+        round: int,
+        record: CallRecord,
+        rounds: int = 1,
+        contradicts: Contradicts | None = None,
+    ) -> None:
+        self.seed, self.round, self.rounds, self.record = seed, round, rounds, record
+        self.contradicts, self.contradicted = contradicts, False
         self.observations: list[Observation] = []
+        self.picks: Counter[str] = Counter()  # of this round, by what there was to pick from
         self.random = random.Random(f"{seed}/{round}")
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(62))
 
@@ -84,7 +103,7 @@ class CheckContext:
         """
         while True:
             T = 1 if self.round == 1 else self.integer(3, 6)
-            B, H, D = self.pick(2, 3), self.pick(3, 5, 6, 7), self.pick(16, 20, 24)
+            B, H, D = map(self.random.choice, ((2, 3), (3, 5, 6, 7), (16, 20, 24)))
             sizes = Sizes(B, H, T, T + self.integer(3, 7), D)
             if len(set(sizes)) == len(sizes):
                 return sizes
@@ -94,7 +113,16 @@ class CheckContext:
         return self.random.randint(least, most)
 
     def pick(self, *options: Any) -> Any:
-        return self.random.choice(options)
+        """One of the options; over the rounds of a requirement each of them, in an order that is drawn.
+
+        So what a score depends on does not depend on the draw. Where there are fewer rounds than options, the
+        picks that a round makes from the same options share them: none comes twice before each came once.
+        """
+        key, n = repr(options), len(options)
+        whole = -(-self.rounds // n) * n if self.rounds >= n else self.rounds
+        block, place = divmod(self.picks[key] * whole + self.round, n)
+        self.picks[key] += 1
+        return random.Random(f"{self.seed}/{key}/{block}").sample(options, n)[place]
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=self.generator).to(dtype)
@@ -163,7 +191,11 @@ class CheckContext:
             value = value.detach().clone()
         elif not isinstance(value, bool | int | float | str):
             value = shorten(describe(value))
-        self.observations.append(Observation(value, difference, self.record.call))
+        observation = Observation(value, difference, self.record.call)
+        self.observations.append(observation)
+        if self.contradicts and self.contradicts(self.round, len(self.observations) - 1, observation):
+            self.contradicted = True
+            raise Contradiction
         return difference is None
 
 

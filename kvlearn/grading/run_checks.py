@@ -1,11 +1,12 @@
 """``check``: runs an exercise's requirements on an answer, names known mistakes, and returns a score.
 
 A mistake is named by running the known wrong answers on the same inputs: the one that gives the same wrong
-values is it.
+values is it. Each is run only until it gives another value.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from kvlearn.grading.calls import CallRecord, CallWrapper, Interrupted, NotWritt
 from kvlearn.grading.catalogue import find_exercise
 from kvlearn.grading.context import (
     CheckContext,
+    Contradicts,
     Difference,
     Observation,
     Stop,
@@ -36,13 +38,16 @@ INTERRUPTED = "Stopped while your answer was running: is there a loop that does 
 
 @dataclass
 class Outcome:
-    """How a requirement came out. ``trace`` holds the observations of every round."""
+    """How a requirement came out. ``trace`` holds the observations of every round, ``seconds`` the processor
+    time. ``contradicted``: the run ended early, since what was seen rules a candidate out."""
 
     status: str = "passed"
     expected: str = ""
     came: str = ""
     borrowed: str = ""
     trace: list[list[Observation]] = field(default_factory=list)
+    contradicted: bool = False
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -115,8 +120,7 @@ def judge(
     points = sum(row.earned for row in rows)
     status = status_of(points, exercise.points, outcomes)
     message = message_of(status, outcomes, rows, named)
-    mistakes = tuple(Mistake(m.name, m.why) for m in named)
-    return score(points, status=status, message=message, rows=rows, mistakes=mistakes)
+    return score(points, status=status, message=message, rows=rows, mistakes=tuple(named))
 
 
 def not_written(*_: Any, **__: Any) -> None:
@@ -155,13 +159,15 @@ def with_our_parts(
     return run_checks(exercise, answers, seed)
 
 
-def name_mistakes(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Misconception]:
+def name_mistakes(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Mistake]:
     if {outcome.status for outcome in outcomes} <= {"passed", "not attempted"}:  # nothing wrong was seen
         return []
     if any(outcome.borrowed for outcome in outcomes):
         return []
     try:
-        return diagnose(exercise, outcomes, seed)
+        return [
+            Mistake.one_of([(m.name, m.why) for m in alike]) for alike in diagnose(exercise, outcomes, seed)
+        ]
     except Exception:  # a name is a help; the score stands without it
         return []
 
@@ -184,7 +190,7 @@ def status_of(points: int, max_points: int, outcomes: list[Outcome]) -> str:
     return "error" if failed[0] == "raised" else "wrong"
 
 
-def message_of(status: str, outcomes: list[Outcome], rows: Sequence[Row], named: list[Misconception]) -> str:
+def message_of(status: str, outcomes: list[Outcome], rows: Sequence[Row], named: list[Mistake]) -> str:
     if status == "passed":
         return f"All {len(rows)} requirements hold."
     if status == "not attempted":
@@ -193,7 +199,7 @@ def message_of(status: str, outcomes: list[Outcome], rows: Sequence[Row], named:
     if borrowed:
         return f"Your answer calls {borrowed}, which does the work that this exercise asks you to do."
     if named:
-        return " ".join(f"{mistake.name}: {mistake.why}" for mistake in named[:1])
+        return named[0].sentence
     failed = next(row for row in rows if row.status != "passed")
     came = failed.came.split("\n")[0]
     if failed.status == "raised":
@@ -214,17 +220,15 @@ def run_requirement(
     requirement: Requirement,
     answers: Sequence[Any],
     seed: int,
-    like: Outcome | None = None,
+    rounds: int | None = None,
+    contradicts: Contradicts | None = None,
 ) -> Outcome:
-    """All rounds of a requirement; they end early where the answer raises.
-
-    With ``like``, as many rounds as that outcome has; and they end as soon as it is clear that this one fails
-    and is not like it.
-    """
-    outcome = Outcome()
-    for round in range(requirement.rounds if like is None else len(like.trace)):
+    """All rounds of a requirement, or so many; they end early where the answer raises, and at the first
+    observation that ``contradicts``."""
+    outcome, start = Outcome(), time.process_time()
+    for round in range(requirement.rounds if rounds is None else rounds):
         record = CallRecord(exercise.forbidden, exercise.may_use_kvlearn)
-        context = CheckContext(seed, round, record)
+        context = CheckContext(seed, round, record, requirement.rounds, contradicts)
         raised = run_round(requirement, context, answers, exercise.answers)
         outcome.trace.append(context.observations)
         if record.borrowed:
@@ -233,13 +237,14 @@ def run_requirement(
         for observation in context.observations:
             if observation.difference is not None:
                 outcome.fail("failed", *in_words(observation.difference, observation.call))
-        if raised is not None:
+        outcome.contradicted = context.contradicted
+        if raised is not None and not outcome.contradicted:
             outcome.fail(*raised)
+        if contradicts and contradicts(round, len(context.observations), None):
+            outcome.contradicted = True
+        if raised is not None or outcome.contradicted:
             break
-        if like is None or outcome.passed or like.status == "raised":
-            continue
-        if like.passed or not alike(like.trace[round], context.observations):
-            break
+    outcome.seconds = time.process_time() - start
     return outcome
 
 
@@ -270,61 +275,124 @@ def in_words(difference: Difference, call: str) -> tuple[str, str]:
     return f"{part}{difference.came}" + (f"\nin {call}" if call else ""), f"here: {part}{difference.expected}"
 
 
-def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Misconception]:
-    """The misconceptions an answer shows, the one that explains most first; empty where none fits.
+class Candidate:
+    """A misconception that the answer may show. It runs on the answer's inputs, no further than needed."""
 
-    One fits if the answer fails every requirement that it fails, and gives the same *wrong* values as it for
-    at least half of them. The rest of a wrong answer may be explained by a second.
+    def __init__(
+        self, exercise: Exercise, misconception: Misconception, outcomes: Sequence[Outcome], seed: int
+    ) -> None:
+        self.exercise, self.misconception = exercise, misconception
+        self.outcomes, self.seed = outcomes, seed
+        self.runs: dict[int, Outcome] = {}  # the last one of each requirement
+
+    def run(self, i: int, contradicts: Contradicts | None) -> Outcome:
+        requirement, rounds = self.exercise.requirements[i], len(self.outcomes[i].trace)
+        answers = self.misconception.answers
+        self.runs[i] = run_requirement(
+            self.exercise, requirement, answers, self.seed + i, rounds, contradicts
+        )
+        return self.runs[i]
+
+    def agrees(self, i: int) -> bool:
+        """It does in requirement i as the answer does: passes, or fails by the same values. The run ends at
+        the first value that differs."""
+        ours = self.outcomes[i]
+        if ours.passed:
+            return self.passes(i)
+        theirs = self.runs.get(i) or self.run(i, partial(unlike, ours))
+        if theirs.contradicted or theirs.passed or len(theirs.trace) != len(ours.trace):
+            return False
+        return ours.status != "raised" or theirs.status == "raised"
+
+    def passes(self, i: int) -> bool:
+        """It passes requirement i. The run ends at the first value that is wrong."""
+        theirs = self.runs.get(i)
+        if theirs is None or (theirs.passed and theirs.contradicted):
+            theirs = self.run(i, is_wrong)
+        return theirs.passed
+
+    def raises(self, i: int) -> bool:
+        """It raises in requirement i, and nothing before that is wrong."""
+        return self.run(i, is_wrong).status == "raised"
+
+
+def unlike(ours: Outcome, round: int, i: int, theirs: Observation | None) -> bool:
+    """The i-th observation of a round is not the answer's, or ends the round where the answer's did not."""
+    seen = ours.trace[round]
+    if theirs is None:
+        return i != len(seen)
+    return i >= len(seen) or not same(seen[i].value, theirs.value)
+
+
+def is_wrong(round: int, i: int, theirs: Observation | None) -> bool:
+    return theirs is not None and theirs.difference is not None
+
+
+def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[list[Misconception]]:
+    """The misconceptions an answer shows, the one that explains most first; empty where none fits. Those that
+    nothing tells apart stand together.
+
+    A misconception that agrees with the answer in all requirements is it; each of the others is out at its
+    first contradiction. Where none agrees in all of them, several may explain a part each.
     """
+    candidates = [Candidate(exercise, m, outcomes, seed) for m in exercise.misconceptions]
     failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
-    fits = [(m, explained(exercise, m, outcomes, seed)) for m in exercise.misconceptions]
-    named: list[Misconception] = []
-    for misconception, rows in sorted(fits, key=lambda fit: -len(fit[1])):
+    wrong = {i: values for i in failed if (values := wrong_values(outcomes[i]))}
+    # What contradicts soonest comes first: what takes little time, and rather wrong values, of which the
+    # first may differ, than a requirement that a candidate need only pass.
+    order = sorted(range(len(outcomes)), key=lambda i: outcomes[i].seconds * (1 if i in wrong else 3))
+    left = candidates
+    for i in order:
+        left = [candidate for candidate in left if candidate.agrees(i)]
+    if left and telling(wrong, set(wrong), failed) and 2 * len(wrong) >= len(failed):
+        return [[candidate.misconception for candidate in left]]
+    fits = [(candidate.misconception, explained(candidate, outcomes, wrong)) for candidate in candidates]
+    named: list[list[Misconception]] = []
+    for rows, n_others in sorted(
+        dict.fromkeys(fit for _, fit in fits), key=lambda fit: (-len(fit[0]), fit[1])
+    ):
         if rows & failed:
-            named.append(misconception)
+            named.append([misconception for misconception, fit in fits if fit == (rows, n_others)])
             failed -= rows
     return named
 
 
 def explained(
-    exercise: Exercise, misconception: Misconception, outcomes: list[Outcome], seed: int
-) -> set[int]:
-    """The failed requirements it explains; none at all where it fails one that the answer passes, or where
-    the answer raises and it does not: then the answer is broken in another way."""
-    failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
-    rows: set[int] = set()
-    telling, n_failed = False, 0
-    for i in sorted(range(len(outcomes)), key=lambda i: i not in failed):
-        if i not in failed and not rows:  # it explains nothing: what it does elsewhere is no matter
-            return set()
-        ours = outcomes[i]
-        theirs = run_requirement(
-            exercise, exercise.requirements[i], misconception.answers, seed + i, like=ours
-        )
-        if (ours.passed and not theirs.passed) or (ours.status == "raised" != theirs.status):
-            return set()
-        n_failed += not theirs.passed
-        wrong = shared_wrong_values(ours, theirs)
-        if wrong:
-            rows.add(i)
-            telling = telling or not all(map(constant, wrong))
-    return rows if 2 * len(rows) >= n_failed and (telling or rows == failed) else set()
+    candidate: Candidate, outcomes: Sequence[Outcome], wrong: dict[int, list[Any]]
+) -> tuple[frozenset[int], int]:
+    """The failed requirements that it explains, by giving the same *wrong* values, and how many others it
+    fails; they may not be more than those.
 
-
-def shared_wrong_values(ours: Outcome, theirs: Outcome) -> list[Any]:
-    """What both gave and is wrong, where both gave the same in every round; else nothing.
-
-    An exception is no value: answers may raise alike for quite different reasons.
+    None at all where it fails one that the answer passes, or where the answer raises and it does not: then
+    the answer is broken in another way. An exception is no value, since answers may raise alike for quite
+    different reasons.
     """
-    if len(ours.trace) != len(theirs.trace) or not all(map(alike, ours.trace, theirs.trace)):
-        return []
-    pairs = [pair for a, b in zip(ours.trace, theirs.trace, strict=True) for pair in zip(a, b, strict=True)]
-    return [a.value for a, b in pairs if a.difference and b.difference]
+    nothing: frozenset[int] = frozenset()
+    rows = frozenset(i for i in wrong if candidate.agrees(i))
+    failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
+    if not rows or not telling(wrong, rows, failed):
+        return nothing, 0
+    n_others = 0
+    for i, ours in enumerate(outcomes):
+        if i in rows:
+            continue
+        if ours.status == "raised" and not candidate.raises(i):
+            return nothing, 0
+        if not candidate.passes(i):
+            if ours.passed:
+                return nothing, 0
+            n_others += 1
+    return (rows, n_others) if n_others <= len(rows) else (nothing, 0)
 
 
-def alike(ours: Sequence[Observation], theirs: Sequence[Observation]) -> bool:
-    """Two rounds saw the same values."""
-    return len(ours) == len(theirs) and all(same(a.value, b.value) for a, b in zip(ours, theirs, strict=True))
+def wrong_values(outcome: Outcome) -> list[Any]:
+    return [seen.value for round in outcome.trace for seen in round if seen.difference]
+
+
+def telling(wrong: dict[int, list[Any]], rows: Set[int], failed: Set[int]) -> bool:
+    """The wrong values of these requirements tell something: they are not all the same number, or there is
+    nothing else that the answer fails."""
+    return rows == failed or any(not constant(value) for i in rows for value in wrong[i])
 
 
 def constant(value: Any) -> bool:

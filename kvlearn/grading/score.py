@@ -6,6 +6,7 @@ page's own, so that it reads in light and dark and in a notebook that is not tru
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, Self
@@ -19,6 +20,7 @@ GREEN, RED, AMBER, GREY = "34, 160, 90", "214, 69, 65", "222, 150, 20", "128, 12
 TINT = {"passed": GREEN, "partial": AMBER, "wrong": RED, "error": RED, "not attempted": GREY}
 SIGN = {"passed": "✓ passed", "failed": "✗ not yet", "raised": "✗ raised", "not attempted": "– not attempted"}
 CELL = "text-align: left; vertical-align: top; padding: 4px 10px"
+ONE_OF = "one of these:"
 COLUMNS = ("requirement", "points", "result", "expected", "came")
 
 
@@ -36,10 +38,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A misconception that the answer was recognised as."""
+    """A misconception that the answer was recognised as, or several that nothing tells apart."""
 
     name: str
     why: str
+
+    @classmethod
+    def one_of(cls, known: Sequence[tuple[str, str]]) -> Self:
+        """From the names and reasons of misconceptions that gave the same as the answer."""
+        if len(known) == 1:
+            return cls(*known[0])
+        *first, last = (name for name, _ in known)
+        why = " ".join(f"“{name}”: {why}" for name, why in known)
+        return cls(f"{ONE_OF} {', '.join(first)}, or {last}", why)
+
+    @property
+    def heading(self) -> str:
+        """Of the box above the table."""
+        several = self.name.startswith(ONE_OF)
+        return f"A known mistake{', ' if several else ': '}{self.name}."
+
+    @property
+    def sentence(self) -> str:
+        """Name and reason on a line of their own."""
+        if self.name.startswith(ONE_OF):
+            return f"{self.name[:1].upper()}{self.name[1:]}. {self.why}"
+        return f"{self.name}: {self.why}"
 
 
 class Score(float):
@@ -93,7 +117,7 @@ class Score(float):
         """The table for a notebook."""
         tint = TINT[self.status]
         boxes = "".join(
-            _box(AMBER, f"<b>A known mistake: {escape(mistake.name)}.</b><br>{_prose(mistake.why)}")
+            _box(AMBER, f"<b>{escape(mistake.heading)}</b><br>{_prose(mistake.why)}")
             for mistake in self.mistakes
         )
         if not boxes and self.status != "passed":
@@ -110,7 +134,7 @@ class Score(float):
     def to_text(self) -> str:
         """The table for a terminal."""
         out = [f"{self.exercise} · {self.title}: {float(self):g} of {self.max_score:g}, {self.status}"]
-        out += [f"  A known mistake: {mistake.name}. {mistake.why}" for mistake in self.mistakes]
+        out += [f"  {mistake.heading} {mistake.why}" for mistake in self.mistakes]
         if not self.mistakes and self.status != "passed":
             out.append(f"  {self.message}")
         for row in self.rows:

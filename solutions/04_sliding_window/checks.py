@@ -157,7 +157,8 @@ def mask_chunk(t: CheckContext, window_mask: Answer) -> None:
 def decode(t: CheckContext, window_mask: Answer) -> None:
     """the newest token sees the last W keys, all of them while there are fewer than W, itself at S = 1"""
     window = t.integer(3, 5)
-    for S in (window + t.integer(3, 6), window - 1, 1):
+    # The first S is no multiple of W: at the end of a block of W the block is the window.
+    for S in (window + t.integer(1, window - 1), window - 1, 1):
         mask_same(t, window_mask(1, S, window), 1, S, window)
 
 

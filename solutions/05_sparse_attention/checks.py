@@ -313,7 +313,7 @@ def rest(t: CheckContext, longformer_sentence: Answer, bigbird_sentence: Answer)
 def repeated(t: CheckContext, longformer_sentence: Answer, bigbird_sentence: Answer) -> None:
     """called again with the same seed the same pattern, with another seed another"""
     *others, seed = given = sentence_sizes(t)
-    n = length(t, given)
+    n = length(t, given) + 6 * given[0]  # one who skips tokens has a choice among many as well
     first, again, other = (
         read(t, bigbird_sentence(*others, number)).mask(n) for number in (seed, seed, seed + 1)
     )
@@ -415,7 +415,10 @@ def union_untouched(t: CheckContext, block_sparse_attention: Answer) -> None:
     numbers is made, not even a mask"""
     block, n = t.integer(3, 5), t.integer(5, 6)
     (q, k, v), blocks = union_draw(t, n * block), some(t, n)
-    own = t.integer(3, n - 1)
+    # With a gap before the own block, which is listed first or last; the last query block lists another.
+    one = t.pick(0, 1)
+    blocks[3], blocks[-1] = [one, 3], [n - 1, 1 - one]
+    own = (n - 1, 3)[t.round]
     rows = torch.zeros(n * block, dtype=torch.bool)
     rows[own * block : (own + 1) * block] = True
     want = union_reference(q, k, v, blocks, block)
@@ -447,8 +450,10 @@ def large(t: CheckContext, block_sparse_attention: Answer) -> None:
     """scores of some hundreds, positive and negative: the same softmax, without overflow and without NaN"""
     block, n = t.integer(3, 5), t.integer(4, 5)
     q, k, v = union_draw(t, n * block)
-    # Far apart, so that rounding decides nothing: the largest score of a row wins by much.
-    attend(t, block_sparse_attention, (300 * q, k, v), some(t, n), block)
+    # Far apart, so that rounding decides nothing, but for a key that stands twice in block 0 and once in 1.
+    k[:, :, 1] = k[:, :, block] = k[:, :, 0]
+    given = 100 * q, k, v, some(t, n), block
+    t.close(block_sparse_attention(*given), union_reference(*given), tolerance=1e-3)
 
 
 # 05.4: what must be kept at each step, compared with asking every later query one by one
@@ -486,8 +491,10 @@ def evict_strided(n: int, stride: int) -> Tensor:
 
 
 def scattered(t: CheckContext, n: int) -> Tensor:
-    """Few pairs, drawn; every token sees itself, but for one that nobody ever reads."""
+    """Few pairs, drawn; every token sees itself, but for one that nobody ever reads. None sees all before it,
+    as a global one would."""
     mask = (t.mask(n, n, share=0.15) | torch.eye(n, dtype=torch.bool)).tril()
+    mask[1:5, 0] = False
     mask[:, t.integer(2, n - 3)] = False
     return mask
 

@@ -290,6 +290,7 @@ def online_large(t: CheckContext, online_attention: Answer) -> None:
 def low(t: CheckContext, online_attention: Answer) -> None:
     """right where all scores of a row are near −500: their largest is what counts, not 0"""
     scores = t.randn(2, 2 * BLOCK) - 500
+    scores[0, BLOCK:] += 3  # here the maximum rises from tile to tile
     online_same(t, online_attention, aligned(t, scores), 1e-2)
 
 
@@ -351,15 +352,15 @@ def poisoned(t: CheckContext, ragged_attention: Answer) -> None:
     tail_same(t, ragged_attention, tail_draw(t, [t.integer(2, 14), 2 * BLOCK], 2 * BLOCK, NAN))
 
 
-@tail.requirement(1, "one key, and one key more than a tile", rounds=1)
+@tail.requirement(1, "one key, and one key more than a tile", rounds=2)
 def edges(t: CheckContext, ragged_attention: Answer) -> None:
     """right for the lengths 1, 15, 17 and 31"""
-    tail_same(
-        t, ragged_attention, tail_draw(t, t.pick([1, 17, 31], [15, 1, 17]), 2 * BLOCK, t.pick(1e4, -1e4))
-    )
+    lengths, behind = t.pick([1, 17, 31], [15, 1, 17]), t.pick(1e4, -1e4)
+    q, *others = tail_draw(t, lengths, 2 * BLOCK, behind)
+    tail_same(t, ragged_attention, (q.abs(), *others))  # so the sign behind is that of the scores there
 
 
-@tail.requirement(1, "length 0", rounds=1)
+@tail.requirement(1, "length 0", rounds=2)
 def empty(t: CheckContext, ragged_attention: Answer) -> None:
     """0 for a row without keys, and the others as ever"""
     tail_same(t, ragged_attention, tail_draw(t, t.pick([0, 16, 5], [20, 0, 16]), 2 * BLOCK))
@@ -397,7 +398,7 @@ ROWS = 16  # of the packed tile, as many as an instruction of the tensor cores m
 
 
 def packing_draw(t: CheckContext, n_kv_heads: int, group: int, head_dim: int = 16) -> QKV:
-    B, S = 2, t.pick(9, 21, 27)
+    B, S = 2, 9 if t.round == 1 else t.pick(21, 27)  # one tile, or two
     k, v = t.randn(B, n_kv_heads, S, head_dim), t.randn(B, n_kv_heads, S, head_dim)
     return t.randn(B, n_kv_heads * group, head_dim), k, v
 
@@ -440,10 +441,10 @@ def padded(t: CheckContext, grouped_attention: Answer) -> None:
     packing_same(t, grouped_attention, packing_draw(t, 2, t.pick(2, 3), t.pick(12, 20)))
 
 
-@packing.requirement(1, "all heads on one KV head", rounds=1)
+@packing.requirement(1, "all heads on one KV head", rounds=2)
 def multi_query(t: CheckContext, grouped_attention: Answer) -> None:
     """multi-query attention: groups of 9, 12 or 16 heads"""
-    packing_same(t, grouped_attention, packing_draw(t, 1, t.pick(9, 12, 16)))
+    packing_same(t, grouped_attention, packing_draw(t, 1, (t.pick(9, 12), 16)[t.round]))
 
 
 # 11.5: the context cut into splits and merged again, compared with attention over all keys at once
@@ -493,8 +494,8 @@ def even(t: CheckContext, split_attention: Answer) -> None:
 @splits.requirement(1, "any length, any number of splits", rounds=2)
 def ragged(t: CheckContext, split_attention: Answer) -> None:
     """the same for lengths that fill neither tiles nor splits, and for a single split; inputs unchanged"""
-    n_splits = 1 if t.round == 1 else t.pick(2, 3)
-    splits_same(t, split_attention, splits_draw(t, [t.integer(18, 30), t.integer(34, 46)], n_splits))
+    n_splits = 1 if t.round == 1 else 3
+    splits_same(t, split_attention, splits_draw(t, [t.pick(19, 25, 29), t.pick(34, 41, 46)], n_splits))
     t.unchanged()
 
 
@@ -502,20 +503,24 @@ def ragged(t: CheckContext, split_attention: Answer) -> None:
 def splits_empty_splits(t: CheckContext, split_attention: Answer) -> None:
     """a split without keys, and there are some where a row has fewer tiles than splits, contributes
     nothing"""
-    splits_same(t, split_attention, splits_draw(t, [t.integer(1, 15), t.integer(34, 46)], t.pick(3, 5)))
+    lengths = [t.integer(1, 15), t.pick(34, 38, 41, 46)]  # the long one is no multiple of the splits
+    splits_same(t, split_attention, splits_draw(t, lengths, t.pick(3, 5)))
 
 
 @splits.requirement(1, "length 0", rounds=1)
 def empty_row(t: CheckContext, split_attention: Answer) -> None:
     """0, not NaN, for a row whose splits are all empty"""
-    splits_same(t, split_attention, splits_draw(t, [0, t.integer(18, 30)], 3))
+    splits_same(t, split_attention, splits_draw(t, [0, t.pick(19, 23, 26, 29)], 3))
 
 
 @splits.requirement(1, "large scores", rounds=1)
 def splits_large(t: CheckContext, split_attention: Answer) -> None:
     """finite and right when the scores, and with them the lse, reach ±1000"""
     q, k, v, lengths, n_splits = splits_draw(t, [20, 40], 3)
-    k = k + 200.0 * torch.tensor([1.0, -1.0])[:, None, None] * q[:, None] / q.norm(dim=-1)[:, None, None]
+    k = (
+        0.1 * k
+        + 200.0 * torch.tensor([1.0, -1.0])[:, None, None] * q[:, None] / q.norm(dim=-1)[:, None, None]
+    )
     splits_same(t, split_attention, (q, k, v, lengths, n_splits), 1e-2)
 
 
@@ -724,6 +729,20 @@ def choose_same(
     t.number(got, want, "splits:")
 
 
+def quickest(programs: int, tiles: int, places: int, start: int = 1) -> int:
+    """The number of splits by the formula; only for draws, which are to tell it from wrong ones."""
+    return min(range(1, tiles + 1), key=lambda s: -(-programs * s // places) * (-(-tiles // s) + start))
+
+
+def is_telling(t: CheckContext, case: Case, places: int) -> bool:
+    """Another number comes out with a tile forgotten, in even rounds, or a start that costs nothing, in odd
+    ones."""
+    lengths, _, n_kv_heads, block, _ = case
+    programs, tiles = len(lengths) * n_kv_heads, -(-max(lengths) // block)
+    forgotten, start = (0, 0) if t.round % 2 else (1, 1)
+    return quickest(programs, tiles, places) != quickest(programs, tiles - forgotten, places, start)
+
+
 def case(
     t: CheckContext, batch: int, tiles: int, n_kv_heads: int, group: int = 1, spread: bool = False
 ) -> Case:
@@ -740,7 +759,12 @@ def case(
 def one_long(t: CheckContext, choose_splits: Answer) -> None:
     """fills a machine with 20 to 60 multiprocessors for one sequence and 1, 2 or 3 KV heads, and one with 140
     to 180 for a single head: any number of splits up to the number of tiles is possible"""
-    choose_same(t, choose_splits, case(t, 1, t.integer(50, 150), t.pick(1, 2, 3)), t.integer(20, 60), 1)
+    n_kv_heads = (1, 2, 2, 3)[t.round]  # with 1 in an odd round nothing would tell
+    while True:
+        shape, multiprocessors = case(t, 1, t.integer(61, 150), n_kv_heads), t.integer(20, 60)
+        if is_telling(t, shape, multiprocessors):
+            break
+    choose_same(t, choose_splits, shape, multiprocessors, 1)
     if t.round == 0:  # one wave with two tiles in each program is best
         multiprocessors = t.integer(140, 180)
         tiles = 2 * multiprocessors - t.integer(0, 20)
@@ -751,31 +775,47 @@ def one_long(t: CheckContext, choose_splits: Answer) -> None:
 def full_batch(t: CheckContext, choose_splits: Answer) -> None:
     """1 where sequences times KV heads are as many as the machine holds, or two or three times as many"""
     n_kv_heads, resident = t.pick(2, 4), t.pick(1, 2)
-    batch = t.integer(4, 8)
-    multiprocessors = batch * n_kv_heads // resident
-    choose_same(
-        t,
-        choose_splits,
-        case(t, batch * t.integer(1, 3), t.integer(6, 20), n_kv_heads),
-        multiprocessors,
-        resident,
-    )
+    while True:
+        batch, tiles, times = t.integer(4, 8), t.integer(6, 20), t.integer(1, 3)
+        multiprocessors = batch * n_kv_heads // resident
+        if quickest(batch * times, tiles, multiprocessors * resident) > 1:  # without the KV heads
+            break
+    choose_same(t, choose_splits, case(t, batch * times, tiles, n_kv_heads), multiprocessors, resident)
 
 
 @choose.requirement(1, "grouped heads and several programs a multiprocessor", rounds=4)
 def grouped(t: CheckContext, choose_splits: Answer) -> None:
     """counts KV heads, not query heads, and what the machine holds at a time"""
-    shape = case(t, t.integer(2, 4), t.integer(40, 90), t.pick(2, 3), t.pick(4, 8))
-    choose_same(t, choose_splits, shape, t.integer(20, 40), t.pick(2, 3))
+    n_kv_heads, group, resident = t.pick(2, 3), t.pick(4, 8), t.pick(3, 2)
+    while True:
+        shape = case(t, t.integer(2, 4), t.integer(40, 90), n_kv_heads, group)
+        multiprocessors = t.integer(20, 40)
+        places, programs = multiprocessors * resident, len(shape[0]) * n_kv_heads
+        tiles = -(-max(shape[0]) // shape[3])
+        one_wave = t.round == 0 and quickest(programs, tiles, places) == places // programs
+        if not one_wave and is_telling(t, shape, places):
+            break
+    choose_same(t, choose_splits, shape, multiprocessors, resident)
 
 
 @choose.requirement(1, "short contexts, rows of different length, awkward numbers", rounds=9)
 def awkward(t: CheckContext, choose_splits: Answer) -> None:
     """never more splits than tiles of the longest row; no wave for a handful of programs"""
-    tiles = t.integer(2, 3) if t.round == 0 else t.integer(3, 25)
-    n_kv_heads = 1 if t.round == 0 else t.pick(1, 3, 5)
-    shape = case(t, t.integer(2, 5), tiles, n_kv_heads, t.pick(1, 4), spread=True)
-    choose_same(t, choose_splits, shape, t.integer(11, 37), t.pick(1, 2))
+    n_kv_heads = {0: 1, 2: 5}.get(t.round, t.pick(1, 3, 5))
+    group, resident = t.pick(1, 4), t.pick(1, 2)
+    telling = False
+    while not telling:
+        tiles, multiprocessors = t.integer(2, 3) if t.round == 0 else t.integer(3, 25), t.integer(11, 37)
+        shape = case(t, t.integer(2, 5), tiles, n_kv_heads, group, spread=True)
+        lengths, block, places = shape[0], shape[3], multiprocessors * resident
+        programs = len(lengths) * n_kv_heads
+        if t.round == 1:  # whether the tiles or the lengths of all rows are added up is told apart here alone
+            sums = sum(-(-length // block) for length in lengths), -(-sum(lengths) // block)
+            telling = len({quickest(programs, tiles, places) for tiles in sums}) == 2
+        else:
+            free = quickest(programs, tiles, places, start=0)
+            telling = t.round != 2 or free != quickest(programs, tiles, places)
+    choose_same(t, choose_splits, shape, multiprocessors, resident)
 
 
 # 11.8: split and merge in one launch, compared with attention over all keys at once, call after call
@@ -836,7 +876,7 @@ def one_call(t: CheckContext, one_launch: Answer) -> None:
     row"""
     n_splits = (2, 3, 1)[t.round]
     inputs = ticket_draw(t, [n_splits * BLOCK - t.integer(0, 9)] * 2, n_splits)
-    ticket_same(t, one_launch, inputs, Tickets(2), (1, t.pick(1, 2), 0)[t.round])
+    ticket_same(t, one_launch, inputs, Tickets(2), (1, 2, 0)[t.round])
 
 
 @ticket.requirement(1, "splits without keys", rounds=2)
