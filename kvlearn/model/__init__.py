@@ -9,12 +9,16 @@ from kvlearn.model.decoder import Decoder, DecoderCache
 from kvlearn.model.deepseek import half_split, interleave
 from kvlearn.model.families import from_transformers
 from kvlearn.model.generation import generate
+from kvlearn.model.moe import MoE, MoEConfig, balance_loss
 
 __all__ = [
     "Decoder",
     "DecoderCache",
+    "MoE",
+    "MoEConfig",
     "ModelConfig",
     "Spec",
+    "balance_loss",
     "card",
     "convert",
     "from_transformers",

@@ -7,26 +7,13 @@ shares its weights with the embedding. The cache of the model is a list of its l
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, LatentStep, Mechanism, NoCache
 from kvlearn.model.config import ModelConfig
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)). Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6."""
-
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from kvlearn.model.feed_forward import SwiGLU
 
 
 def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
