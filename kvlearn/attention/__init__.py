@@ -22,6 +22,7 @@ from kvlearn.attention.linear import GatedLinearAttention, LinearAttention, Rete
 from kvlearn.attention.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from kvlearn.attention.mamba import Mamba, Mamba2
 from kvlearn.attention.rwkv import Rwkv4, Rwkv4ChannelMix, Rwkv7
+from kvlearn.attention.parallel import ParallelCache, ParallelMixers
 # isort: on
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "MultiHeadLatentAttention",
     "NativeSparseAttention",
     "NoCache",
+    "ParallelCache",
+    "ParallelMixers",
     "Pattern",
     "PatternCache",
     "Retention",

@@ -118,6 +118,7 @@ class MoE(nn.Module):
         self.down_proj = ExpertLinear(E, config.d_ff, d_model, bias)
         self.shared = SwiGLU(d_model, config.d_ff_shared) if config.d_ff_shared else None
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if config.shared_gate else None
+        self.correction: Tensor | None
         self.register_buffer("correction", torch.zeros(E) if config.correction else None)
         self.balance_loss: Tensor | None = None
         self.load: Tensor | None = None
