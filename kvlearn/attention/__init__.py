@@ -17,7 +17,12 @@ from kvlearn.attention.moba import MixtureOfBlockAttention
 from kvlearn.attention.nsa import NativeSparseAttention
 from kvlearn.attention.dsa import DeepSeekSparseAttention
 from kvlearn.attention.deepseek_v4 import CompressedSparseAttention, HeavilyCompressedAttention
-from kvlearn.attention.recurrent import ShortConvolution, ShortConvolutionMixer, StateCache
+from kvlearn.attention.recurrent import (
+    GatedShortConvolution,
+    ShortConvolution,
+    ShortConvolutionMixer,
+    StateCache,
+)
 from kvlearn.attention.linear import GatedLinearAttention, LinearAttention, Retention
 from kvlearn.attention.delta import DeltaNet, GatedDeltaNet, KimiDeltaAttention
 from kvlearn.attention.mamba import Mamba, Mamba2
@@ -36,6 +41,7 @@ __all__ = [
     "FullAttention",
     "GatedDeltaNet",
     "GatedLinearAttention",
+    "GatedShortConvolution",
     "GroupedQueryAttention",
     "HeavilyCompressedAttention",
     "KVCache",
