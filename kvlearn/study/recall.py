@@ -12,6 +12,7 @@ multi-query associative recall; here with a small vocabulary and queries that ar
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,37 +99,56 @@ LIVE: dict[str, Spec] = {
     "delta": Spec("delta", key_dim=8, head_dim=HEAD, conv=None),
     "short_conv": Spec("short_conv"),
 }
+# Chapter 07: four mechanisms behind one convolution, the full layer second in the mixes. A state of 4 x 33
+# numbers has room for half of the 8 pairs, and a window of 8 in four layers reaches 28 tokens back.
+_LINEAR, _WINDOW = Spec("linear", key_dim=4, head_dim=HEAD), Spec("window", window=8, head_dim=HEAD)
+STACKS: dict[str, list[Spec]] = {
+    "full": 4 * [LIVE["full"]],
+    "window": 4 * [_WINDOW],
+    "linear": 4 * [_LINEAR],
+    "3 linear : 1 full": [_LINEAR, LIVE["full"], _LINEAR, _LINEAR],
+    "3 window : 1 full": [_WINDOW, LIVE["full"], _WINDOW, _WINDOW],
+    "short_conv": 4 * [LIVE["short_conv"]],
+}
+STACK_TASK = Recall(n_pairs=8, length=64, n_keys=16, n_values=16)
 HELD_OUT = 2**31  # a seed that no training takes
 TRAINING = TrainConfig(steps=360, batch=64, lr=1e-2, warmup=20, weight_decay=0.0)
+STACK_TRAINING = TrainConfig(steps=300, batch=32, lr=1e-2, warmup=20, weight_decay=0.0)
 
 
-def new_model(mixer: str | Spec, task: Recall, d_model: int = 64) -> Decoder:
+def new_model(mixer: str | Spec | Sequence[str | Spec], task: Recall, d_model: int = 64) -> Decoder:
     """A short convolution, then ``mixer``, without positions; with "short_conv" for mixer, the control.
 
+    Several mixers are as many layers; what n of them add to the residual stream starts n^-1/2 as large.
     Weights start larger than a language model's: with those of 0.02, nothing moves for hundreds of steps.
     The output matrix is the embedding: where both are learned, guessing among a text's values lasts long.
     """
+    mixers = [mixer] if isinstance(mixer, str | Spec) else list(mixer)
     model = Decoder(
         ModelConfig(
             vocab_size=task.vocab_size,
             d_model=d_model,
-            n_layers=2,
+            n_layers=1 + len(mixers),
             n_heads=1,
             d_ff=0,
-            layers=("short_conv", mixer),
+            layers=("short_conv", *mixers),
             rope=None,
         )
     )
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("o_proj.weight") and not name.startswith("blocks.0."):
+                weight *= len(mixers) ** -0.5
     for layer in model.mixers:
         layer.initialise()
     return model
 
 
 def train(
-    mixer: str | Spec,
+    mixer: str | Spec | Sequence[str | Spec],
     task: Recall = Recall(),
     training: TrainConfig = TRAINING,
     *,
@@ -137,7 +157,7 @@ def train(
     n_texts: int = 512,
     progress: bool = True,
 ) -> Run:
-    """Train ``new_model(mixer)`` on the task. The seed draws weights and texts; mixers share the texts.
+    """Train ``new_model(mixer, task)``. The seed draws weights and texts; mixers share the texts.
 
     Of ``training`` the length is not used: it is the task's. With ``until`` the run ends as soon as that
     share of the answers was right over ``every`` steps.
@@ -150,7 +170,7 @@ def train(
     )
     generator = torch.Generator().manual_seed(training.seed)
     curve, since, started = list[Point](), list[tuple[float, float]](), time.perf_counter()
-    name = mixer if isinstance(mixer, str) else mixer.name
+    name = mixer if isinstance(mixer, str) else mixer.name if isinstance(mixer, Spec) else "stack"
     for step in tqdm(range(training.steps), desc=name, unit="step", disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = training.lr_at(step)
