@@ -113,7 +113,7 @@ STACKS: dict[str, list[Spec]] = {
 STACK_TASK = Recall(n_pairs=8, length=64, n_keys=16, n_values=16)
 HELD_OUT = 2**31  # a seed that no training takes
 TRAINING = TrainConfig(steps=360, batch=64, lr=1e-2, warmup=20, weight_decay=0.0)
-STACK_TRAINING = TrainConfig(steps=300, batch=32, lr=1e-2, warmup=20, weight_decay=0.0)
+STACK_TRAINING = TrainConfig(steps=240, batch=32, lr=1e-2, warmup=20, weight_decay=0.0)
 
 
 def new_model(mixer: str | Spec | Sequence[str | Spec], task: Recall, d_model: int = 64) -> Decoder:
