@@ -5,12 +5,21 @@ They are imported in the order of the chapters, which is the order of the regist
 
 # isort: off
 from kvlearn.attention.base import KV, REGISTRY, Cache, DecodeStep, KVCache, Mechanism, NoCache, register
-from kvlearn.attention.rope import LinearScaling, Llama3Scaling, Rope, RopeConfig, YarnScaling
+from kvlearn.attention.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    RopeConfig,
+    YarnScaling,
+)
 from kvlearn.attention.full import FullAttention, GroupedQueryAttention
 from kvlearn.attention.routed import RoutedAttention, TokenRoutedAttention
 from kvlearn.attention.mhc import MultiHeadCompression, MultiHeadCompressionTransformer
 from kvlearn.attention.mla import LatentCache, LatentStep, MultiHeadLatentAttention
 from kvlearn.attention.window import RingCache, SlotCache, WindowAttention
+from kvlearn.attention.released import ReleasedAttention
 from kvlearn.attention.patterns import Pattern, PatternCache, parse
 from kvlearn.attention.sparse import SparseAttention
 from kvlearn.attention.moba import MixtureOfBlockAttention
@@ -38,6 +47,7 @@ __all__ = [
     "DecodeStep",
     "DeepSeekSparseAttention",
     "DeltaNet",
+    "DynamicScaling",
     "FullAttention",
     "GatedDeltaNet",
     "GatedLinearAttention",
@@ -51,6 +61,7 @@ __all__ = [
     "LinearAttention",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "Mamba",
     "Mamba2",
     "Mechanism",
@@ -64,6 +75,7 @@ __all__ = [
     "ParallelMixers",
     "Pattern",
     "PatternCache",
+    "ReleasedAttention",
     "Retention",
     "RingCache",
     "Rope",

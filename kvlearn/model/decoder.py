@@ -1,7 +1,8 @@
 """A decoder language model that takes any mechanism of the course in any layer.
 
-RMSNorm before each part and no bias (LayerNorm as an option); SwiGLU; RoPE inside the mechanisms; the output
-shares its weights with the embedding. The cache of the model is a list of its layers' caches.
+RMSNorm before each part and no bias; SwiGLU; RoPE inside the mechanisms; the output shares its weights with
+the embedding. ``ModelConfig`` has what other models do instead. The cache of the model is a list of its
+layers' caches.
 """
 
 from typing import Any
@@ -14,20 +15,29 @@ from kvlearn import validate
 from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, LatentStep, Mechanism, NoCache
 from kvlearn.model.config import ModelConfig
 from kvlearn.model.feed_forward import SwiGLU
+from kvlearn.model.moe import MoE
 
 
 def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The norm before every part: RMSNorm, or LayerNorm with its bias."""
+    """RMSNorm, or LayerNorm with its bias."""
     kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm]
     return kind(config.d_model, eps=config.norm_eps)
 
 
-class Block(nn.Module):
-    """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream.
+def norm_at(where: str, config: ModelConfig) -> nn.Module:
+    """The norm of a part's input ("pre") or output ("post"), if this model has one there."""
+    return new_norm(config) if config.norms in (where, "both") else nn.Identity()
 
-    With ``d_ff`` of 0 there is no SwiGLU: a Mamba block is its own feed-forward, RWKV's is a separate layer.
-    ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one reads, ``is_read``
-    says whether later layers read this one's.
+
+class Block(nn.Module):
+    """One layer: the mechanism mixes tokens, then a feed-forward works on each; both add to the stream.
+
+        x = x + norm(mixer(norm(x))),    x = x + norm(mlp(norm(x)))
+
+    of which most models have only the inner norms (``ModelConfig.norms``). The feed-forward is SwiGLU or a
+    mixture of experts. With ``d_ff`` of 0 there is none: a Mamba block is its own feed-forward, RWKV's is a
+    separate layer. ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one
+    reads, ``is_read`` says whether later layers read this one's.
     """
 
     def __init__(self, mixer: Mechanism, config: ModelConfig, number: int) -> None:
@@ -35,10 +45,15 @@ class Block(nn.Module):
         assert config.d_ff is not None
         self.number, self.owner = number, config.owners[number]
         self.is_read = config.owners.count(number) > 1
-        self.mixer_norm = new_norm(config)
+        self.mixer_norm, self.mixer_post_norm = norm_at("pre", config), norm_at("post", config)
         self.mixer = mixer
-        self.mlp_norm = new_norm(config) if config.d_ff else None
-        self.mlp = SwiGLU(config.d_model, config.d_ff) if config.d_ff else None
+        self.mlp: SwiGLU | MoE | None = None
+        if config.experts is not None and number not in config.dense_layers:
+            self.mlp = MoE(config.d_model, config.experts)
+        elif config.d_ff:
+            self.mlp = SwiGLU(config.d_model, config.d_ff, config.activation, config.mlp_bias)
+        if self.mlp is not None:
+            self.mlp_norm, self.mlp_post_norm = norm_at("pre", config), norm_at("post", config)
 
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None, shared: dict[int, KV]
@@ -47,8 +62,8 @@ class Block(nn.Module):
         mixed = self.mixer_norm(x)
         if self.is_read:
             shared[self.number] = self.mixer.project_kv(mixed, cache)
-        x = x + self.mixer(mixed, cache, shared.get(self.owner))
-        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
+        x = x + self.mixer_post_norm(self.mixer(mixed, cache, shared.get(self.owner)))
+        return x if self.mlp is None else x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class DecoderCache:
@@ -102,7 +117,7 @@ class Decoder(nn.Module):
             mixer = REGISTRY[spec.name](config.d_model, config.n_heads, **options)
             self.blocks.append(Block(mixer, config, number))
         self.norm = new_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.apply(self._initialise)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):  # up to 2 · n_layers of them add up
@@ -121,12 +136,17 @@ class Decoder(nn.Module):
         self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T V"]:
         """Logits (batch, time, vocabulary) for the token after each of ``tokens``."""
-        return self.head(self.hidden(tokens, cache))
+        return self.logits(self.hidden(tokens, cache))
+
+    def logits(self, hidden: Float[Tensor, "... M"]) -> Float[Tensor, "... V"]:
+        """Logits of the next token, from ``hidden``."""
+        logits, cap = self.head(hidden), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def hidden(
         self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T M"]:
-        """The last layer's output for each token, normalised: all of ``forward`` but the output matrix."""
+        """The last layer's output for each token, normalised: all of ``forward`` but ``logits``."""
         validate.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
@@ -141,7 +161,10 @@ class Decoder(nn.Module):
             lengths = [owner.length for owner in cache.owners]
             if len(set(lengths)) > 1:  # a forward was interrupted between two layers
                 raise ValueError(f"cache: expected layers of one length, got {lengths}; reset it")
-        x, shared = self.embed_norm(self.embed(tokens.long())), dict[int, KV]()
+        x, shared = self.embed(tokens.long()), dict[int, KV]()
+        if self.config.embed_scale != 1:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to it, as when trained
+        x = self.embed_norm(x)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache.layers[i], shared)
         return self.norm(x)
@@ -199,8 +222,8 @@ class Decoder(nn.Module):
         total = {column: sum(row[column] for row in rows) for column in ("stored", "read")}
         return [*rows, {"layer": "all", "mechanism": "", **total}]
 
-    def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B T+{n_new}"]:
-        """``tokens`` continued by ``n_new``; see ``kvlearn.model.generation`` for the options."""
+    def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B _"]:
+        """``tokens`` continued by up to ``n_new``; see ``kvlearn.model.generation`` for the options."""
         from kvlearn.model.generation import generate
 
         return generate(self, tokens, n_new, **options)

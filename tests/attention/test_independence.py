@@ -121,6 +121,14 @@ BLOCKS: dict[str, list[tuple[str, Break]]] = {
         ("window.Window.visible", lambda real: lambda self, q, k: q - k < self.size - 1),
         ("window.with_sinks", lambda real: lambda part, sink_logits: part.out),
     ],
+    "released": [
+        NO_ROTATION,
+        NO_NORM,
+        ("released.split_heads", swapped_heads),
+        ("window.Window.visible", lambda real: lambda self, q, k: q - k < self.size - 1),
+        ("released.with_sinks", lambda real: lambda part, sink_logits: part.out),
+        ("torch.sigmoid", lambda real: torch.relu),
+    ],
     "sparse": [
         NO_ROTATION,
         ("sparse.split_heads", swapped_heads),
