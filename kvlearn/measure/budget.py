@@ -96,9 +96,7 @@ def stack(model: ModelShape) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def step_work(
-    model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> Work:
+def step_work(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> Work:
     """FLOPs and bytes of one decode step for ``batch`` sequences of ``length`` tokens, all weights read once.
 
     FLOPs: 2 per weight and sequence; 4 · H · D per token that attention reads (a latent: 4 · H · its width,

@@ -28,7 +28,11 @@ MINIMAX = {
     "num_local_experts": 32,
     "layer_types": 10 * (7 * ["linear_attention"] + ["full_attention"]),
 }
-KIMI = {"layer_types": ["full_attention" if n in (3, 7, 11, 15, 19, 23, 26) else "linear_attention" for n in range(27)]}
+KIMI = {
+    "layer_types": [
+        "full_attention" if n in (3, 7, 11, 15, 19, 23, 26) else "linear_attention" for n in range(27)
+    ]
+}
 # Family in transformers, and what its configuration needs beside layers and heads.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3.1 8B": ("Llama", {"hidden_size": 4096, "intermediate_size": 14_336, "vocab_size": 128_256}),
