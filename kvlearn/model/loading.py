@@ -220,7 +220,7 @@ def targets_of(targets: str | Sequence[str], numbers: Sequence[str]) -> list[str
 
 
 def part_of(whole: Tensor, place: str) -> Tensor:
-    """The part at ``place``: "3" is whole[3], "1/2" the second half of the rows, "3, 1/2" those of whole[3]."""
+    """The part at ``place``: "3" is whole[3], "1/2" the second half of its rows, "3, 1/2" those of [3]."""
     part = whole
     for step in place.split(","):
         number, _, count = step.partition("/")

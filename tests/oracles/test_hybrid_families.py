@@ -230,14 +230,16 @@ def test_full_pass_chunks_and_tokens_give_their_logits(shape: str) -> None:
 
 @every_shape
 @torch.no_grad()
-def test_generated_tokens_are_theirs(shape: str) -> None:
+def test_generated_tokens_are_theirs_with_stop_tokens_and_without(shape: str) -> None:
     theirs, tokens = theirs_of(shape), prompt(1)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 10, "do_sample": False}
+    expected = theirs.generate(tokens, eos_token_id=None, **options)
     ours = kvlearn.from_transformers(theirs)
-    expected = theirs.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    cache, out = ours.new_cache(1, TIME + 8), tokens
-    for _ in range(8):
-        out = torch.cat((out, ours(out[:, cache.length :], cache)[:, -1:].argmax(-1)), dim=1)
-    assert out.tolist() == expected.tolist()
+    assert torch.equal(ours.generate(tokens, 10, stop=()), expected)
+    theirs.generation_config.eos_token_id = expected[0, TIME + 4].item()
+    stopped = theirs.generate(tokens, **options)
+    assert stopped.shape[1] <= TIME + 5
+    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 10), stopped)
 
 
 @every_shape
