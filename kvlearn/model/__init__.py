@@ -1,6 +1,7 @@
 """The small decoder language model that takes any mechanism per layer, its generation and its checkpoints."""
 
 from kvlearn.model import gemma as gemma  # adds its families
+from kvlearn.model import hybrids as hybrids  # adds its families
 from kvlearn.model import mixtures as mixtures  # adds its families
 from kvlearn.model import rwkv as rwkv  # adds its family
 from kvlearn.model import state_space as state_space  # adds its families

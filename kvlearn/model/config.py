@@ -31,7 +31,9 @@ SCALINGS = {
 class Spec:
     """A mechanism by its name in the registry, with its options: ``Spec("window", window=512)``.
 
-    A ``Pattern`` among them is kept as its spec, a list as a tuple.
+    ``n_heads`` and ``head_dim`` are the model's unless given. A ``Pattern`` among the options is kept as its
+    text, a list as a tuple, and a ``Spec`` as (name, options): ``Spec("parallel", parts=["gqa",
+    Spec("mamba2", n_heads=16)])``.
 
     With ``reads`` the layer reads the keys and values of an earlier layer of the same kind: at that offset
     (-1 is the layer before), or of the "last" one that has its own.
@@ -39,7 +41,7 @@ class Spec:
 
     def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
         self.name = validate.one_of("layers", name, REGISTRY)
-        self.parameters = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
+        self.parameters = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
         if reads is not None and "reader" not in self.parameters:
             raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
         if isinstance(reads, int):
@@ -50,10 +52,7 @@ class Spec:
         for option in options:
             validate.one_of(f"layers: option of {name!r}", option, allowed)
         self.reads = reads
-        self.options: dict[str, Any] = {
-            k: str(v) if isinstance(v, Pattern) else tuple(v) if isinstance(v, list) else v
-            for k, v in options.items()
-        }
+        self.options: dict[str, Any] = {name: _frozen(value) for name, value in options.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The options, ``reads`` among them where it is set."""
@@ -189,6 +188,15 @@ class ModelConfig:
         return cls(**fields)
 
 
+def _frozen(value: Any) -> Any:
+    """An option in the form that JSON gives back: texts and tuples in place of patterns, lists and specs."""
+    if isinstance(value, Pattern):
+        return str(value)
+    if isinstance(value, Spec):
+        return (value.name, value.to_dict())
+    return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
+
+
 def _same_kind(a: Spec, b: Spec) -> bool:
     return (a.name, a.options) == (b.name, b.options)
 
@@ -197,6 +205,10 @@ def _plain(value: Any) -> Any:
     """A RopeConfig as a dictionary with the name of its scaling; a MoEConfig as one with its fields."""
     if isinstance(value, MoEConfig):
         return asdict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
     if not isinstance(value, RopeConfig):
         return value
     kind = next((name for name, scaling in SCALINGS.items() if isinstance(value.scaling, scaling)), None)
@@ -205,9 +217,13 @@ def _plain(value: Any) -> Any:
 
 def _rich(value: Any) -> Any:
     """The inverse of ``_plain``."""
-    if isinstance(value, dict) and "n_experts" in value:
-        return MoEConfig(**value)
-    if not (isinstance(value, dict) and "theta" in value):
+    if isinstance(value, list):
+        return [_rich(each) for each in value]
+    if not isinstance(value, dict):
         return value
+    if "n_experts" in value:
+        return MoEConfig(**value)
+    if "theta" not in value:
+        return {name: _rich(each) for name, each in value.items()}
     scaling = SCALINGS[value["kind"]](**value["scaling"]) if value["kind"] else None
     return RopeConfig(value["theta"], scaling)

@@ -16,6 +16,7 @@ from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, LatentStep, Mecha
 from kvlearn.model.config import ModelConfig
 from kvlearn.model.feed_forward import SwiGLU
 from kvlearn.model.moe import MoE
+from kvlearn.model.table import LENGTHS, BytesTable
 
 
 def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
@@ -114,7 +115,8 @@ class Decoder(nn.Module):
             options: dict[str, Any] = {k: v for k, v in common.items() if k in spec.parameters} | spec.options
             if spec.reads is not None:
                 options["reader"] = True
-            mixer = REGISTRY[spec.name](config.d_model, config.n_heads, **options)
+            n_heads = options.pop("n_heads", config.n_heads)
+            mixer = REGISTRY[spec.name](config.d_model, n_heads, **options)
             self.blocks.append(Block(mixer, config, number))
         self.norm = new_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
@@ -179,6 +181,13 @@ class Decoder(nn.Module):
         """Trained numbers, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def n_active_parameters(self) -> int:
+        """Trained numbers that one token uses: without the experts that are not chosen for it."""
+        mixtures = [part for part in self.modules() if isinstance(part, MoE)]
+        idle = sum(sum(p.numel() for p in moe.parameters()) - moe.n_active_parameters for moe in mixtures)
+        return self.n_parameters - idle
+
     def new_cache(
         self,
         batch: int,
@@ -199,28 +208,35 @@ class Decoder(nn.Module):
             ("step", step, "decode"),
             ("latent_step", latent_step, "decode_latent_step"),
         ):
-            able = [mixer for mixer in self.mixers if hasattr(mixer, attribute)]
+            able = [
+                part for part in self.modules() if isinstance(part, Mechanism) and hasattr(part, attribute)
+            ]
             if given is not None and not able:
                 raise ValueError(f"{name}: no layer of {self.config.layers} can decode by another's function")
             for mixer in able:
                 setattr(mixer, attribute, given)
 
-    def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
-        """Bytes STORED at ``length`` tokens and READ by a step there: one row per layer, then the total.
+    def table(self, *lengths: int, batch: int = 1, dtype: torch.dtype | None = None) -> BytesTable:
+        """Bytes STORED at each of ``lengths`` and READ by a step there: one row per layer, then the total.
 
-        A layer that reads another's keys and values stores none, and reads as many as its owner.
+        The lengths are 4K, 32K, 128K and 1M unless given. With a single one the columns are "stored" and
+        "read". A layer that reads another's keys and values stores none, and reads as many as its owner.
         """
-        rows: list[dict[str, Any]] = [
-            {
-                "layer": i,
-                "mechanism": mixer.name if owner == i else f"{mixer.name}, reads layer {owner}",
-                "stored": mixer.cache_bytes(length, batch=batch, dtype=dtype),
-                "read": mixer.read_bytes(length, batch=batch, dtype=dtype),
-            }
+        lengths = lengths or LENGTHS
+        layers = [
+            (
+                mixer.name if owner == i else f"{mixer.name}, reads layer {owner}",
+                [
+                    (
+                        mixer.cache_bytes(length, batch=batch, dtype=dtype),
+                        mixer.read_bytes(length, batch=batch, dtype=dtype),
+                    )
+                    for length in lengths
+                ],
+            )
             for i, (mixer, owner) in enumerate(zip(self.mixers, self.config.owners, strict=True))
         ]
-        total = {column: sum(row[column] for row in rows) for column in ("stored", "read")}
-        return [*rows, {"layer": "all", "mechanism": "", **total}]
+        return BytesTable(layers, lengths)
 
     def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B _"]:
         """``tokens`` continued by up to ``n_new``; see ``kvlearn.model.generation`` for the options."""

@@ -94,7 +94,7 @@ def read_folder(folder: Path) -> Checkpoint:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.for_model(**fields)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # their validation has many types of error
         raise ValueError(f"config.json: transformers refuses it: {error}") from error
     generation = folder / "generation_config.json"
@@ -220,12 +220,11 @@ def targets_of(targets: str | Sequence[str], numbers: Sequence[str]) -> list[str
 
 
 def part_of(whole: Tensor, place: str) -> Tensor:
-    """The part at ``place``: "3" is whole[3], and "3, 1/2" the second half of its rows."""
-    index, _, rows = place.partition(",")
-    part = whole[int(index)]
-    if rows:
-        number, count = map(int, rows.split("/"))
-        part = part.unflatten(0, (count, -1))[number]
+    """The part at ``place``: "3" is whole[3], "1/2" the second half of its rows, "3, 1/2" those of [3]."""
+    part = whole
+    for step in place.split(","):
+        number, _, count = step.partition("/")
+        part = (part.unflatten(0, (int(count), -1)) if count else part)[int(number)]
     return part
 
 
