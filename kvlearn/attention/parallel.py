@@ -169,7 +169,8 @@ class ParallelMixers(Mechanism):
 
 def new_part(part: Part, d_model: int, n_heads: int, given: Mapping[str, Any]) -> Mechanism:
     """The mechanism that ``part`` names, with those of the options ``given`` that it takes and lacks."""
-    name, own = (part, {}) if isinstance(part, str) else part  # type: ignore[str-unpack]
+    name = part if isinstance(part, str) else part[0]
+    own: Mapping[str, Any] = {} if isinstance(part, str) else part[1]
     validate.one_of("parts", name, REGISTRY)
     allowed = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
     options = {**{key: value for key, value in given.items() if key in allowed}, **own}
