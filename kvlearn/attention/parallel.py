@@ -21,7 +21,7 @@ from kvlearn.attention.base import KV, REGISTRY, Cache, Mechanism, register
 from kvlearn.attention.core import rms_norm_naive, upcast
 from kvlearn.attention.rope import RopeConfig
 
-Part = str | Sequence[Any]  # a name in the registry, or (name, options)
+Part = str | tuple[str, Mapping[str, Any]] | list[Any]  # a name in the registry, or (name, options)
 
 
 class ParallelCache(Cache):
@@ -169,8 +169,7 @@ class ParallelMixers(Mechanism):
 
 def new_part(part: Part, d_model: int, n_heads: int, given: Mapping[str, Any]) -> Mechanism:
     """The mechanism that ``part`` names, with those of the options ``given`` that it takes and lacks."""
-    name = part if isinstance(part, str) else part[0]
-    own: Mapping[str, Any] = {} if isinstance(part, str) else part[1]
+    name, own = (part, {}) if isinstance(part, str) else part
     validate.one_of("parts", name, REGISTRY)
     allowed = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
     options = {**{key: value for key, value in given.items() if key in allowed}, **own}
