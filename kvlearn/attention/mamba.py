@@ -279,7 +279,8 @@ class Mamba(Mechanism):
         dt, B, C = mixed[..., :R], mixed[..., R : R + N], mixed[..., R + N :]
         if self.norms is not None:
             dt, B, C = (
-                rms_norm_naive(part, self.norms[name]) for part, name in ((dt, "dt"), (B, "B"), (C, "C"))
+                rms_norm_naive(part, self.norms[name])  # type: ignore[arg-type]
+                for part, name in ((dt, "dt"), (B, "B"), (C, "C"))
             )
         dt = naive_softplus(dt @ upcast(self.dt_proj.weight).T + upcast(self.dt_proj.bias))
         A, D = -torch.exp(upcast(self.A_log)), upcast(self.D)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.attention.base import KV, REGISTRY, Cache, Mechanism, register
-from kvlearn.attention.core import upcast
+from kvlearn.attention.core import rms_norm_naive, upcast
 from kvlearn.attention.rope import RopeConfig
 
-Part = str | Sequence[Any]  # a name in the registry, or (name, options)
+Part = str | tuple[str, Mapping[str, Any]] | list[Any]  # a name in the registry, or (name, options)
 
 
 class ParallelCache(Cache):
@@ -83,23 +83,31 @@ class ParallelMixers(Mechanism):
         given = {"rope": rope} if head_dim is None else {"rope": rope, "head_dim": head_dim}
         self.mixers = nn.ModuleList(new_part(part, d_model, n_heads, given) for part in parts)
         self.norms = nn.ModuleList(nn.RMSNorm(d_model, norm_eps) for _ in parts) if normalise else None
-        mixers: list[Mechanism] = list(self.mixers)  # type: ignore[arg-type]
-        self.chooses_by_content = any(mixer.chooses_by_content for mixer in mixers)
+        self.chooses_by_content = any(mixer.chooses_by_content for mixer in self.mechanisms)
         self.no_weight_decay, self.auxiliary_parameters = (
-            tuple(f"mixers.{i}.{name}" for i, mixer in enumerate(mixers) for name in getattr(mixer, listed))
+            tuple(
+                f"mixers.{i}.{name}"
+                for i, mixer in enumerate(self.mechanisms)
+                for name in getattr(mixer, listed)
+            )
             for listed in ("no_weight_decay", "auxiliary_parameters")
         )
 
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        """The parts."""
+        return list(self.mixers)  # type: ignore[arg-type]
+
     def initialise(self) -> None:
-        for mixer in self.mixers:
-            mixer.initialise()  # type: ignore[operator]
+        for mixer in self.mechanisms:
+            mixer.initialise()
 
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
         self.check_inputs(x, cache, ParallelCache, source)
         caches = self.check_parts(cache, x.shape[1])
-        outs = [mixer(x, part) for mixer, part in zip(self.mixers, caches, strict=True)]
+        outs = [mixer(x, part) for mixer, part in zip(self.mechanisms, caches, strict=True)]
         if cache is not None:
             cache.advance(x.shape[1])
         if self.norms is not None:
@@ -121,12 +129,10 @@ class ParallelMixers(Mechanism):
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         y = torch.zeros_like(upcast(x))
-        for i, mixer in enumerate(self.mixers):
-            out = upcast(mixer.naive(x))  # type: ignore[operator]
+        for i, mixer in enumerate(self.mechanisms):
+            out = upcast(mixer.naive(x))
             if self.norms is not None:
-                norm = self.norms[i]
-                size = torch.sqrt((out**2).mean(-1, keepdim=True) + norm.eps)
-                out = out / size * upcast(norm.weight) / len(self.mixers)
+                out = rms_norm_naive(out, self.norms[i]) / len(self.mixers)  # type: ignore[arg-type]
             y = y + out
         return y.to(x.dtype)
 
@@ -137,15 +143,15 @@ class ParallelMixers(Mechanism):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ParallelCache:
-        return ParallelCache([mixer.new_cache(batch, max_len, dtype, device) for mixer in self.mixers])
+        return ParallelCache([mixer.new_cache(batch, max_len, dtype, device) for mixer in self.mechanisms])
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """The sum over the parts."""
-        return sum(mixer.cache_bytes(max_len, batch=batch, dtype=dtype) for mixer in self.mixers)
+        return sum(mixer.cache_bytes(max_len, batch=batch, dtype=dtype) for mixer in self.mechanisms)
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """The sum over the parts."""
-        return sum(mixer.read_bytes(length, batch=batch, dtype=dtype) for mixer in self.mixers)
+        return sum(mixer.read_bytes(length, batch=batch, dtype=dtype) for mixer in self.mechanisms)
 
     @classmethod
     def tiny(cls) -> "ParallelMixers":
@@ -163,10 +169,10 @@ class ParallelMixers(Mechanism):
 
 def new_part(part: Part, d_model: int, n_heads: int, given: Mapping[str, Any]) -> Mechanism:
     """The mechanism that ``part`` names, with those of the options ``given`` that it takes and lacks."""
-    name, options = (part, {}) if isinstance(part, str) else part
+    name, own = (part, {}) if isinstance(part, str) else part
     validate.one_of("parts", name, REGISTRY)
     allowed = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
-    options = {key: value for key, value in given.items() if key in allowed} | dict(options)
+    options = {**{key: value for key, value in given.items() if key in allowed}, **own}
     for option in options:
         validate.one_of(f"parts: option of {name!r}", option, [each for each in allowed if each != "reader"])
-    return REGISTRY[name](d_model, options.pop("n_heads", n_heads), **options)  # type: ignore[call-arg]
+    return REGISTRY[name](d_model, options.pop("n_heads", n_heads), **options)

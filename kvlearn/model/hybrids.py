@@ -10,6 +10,7 @@ Their tensors are loaded in our form: constants that they multiply by at run tim
 adds to the weights of its norms, become part of the weights.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -227,7 +228,9 @@ def falcon_h1(theirs: Any) -> ModelConfig:
         theirs, attention_bias=False, mlp_bias=False, mamba_proj_bias=False, projectors_bias=False,
         hidden_act="silu",
     )  # fmt: skip
+    limits = tuple(float(bound) for bound in theirs.time_step_limit)
     norm = "norm_gate" if theirs.mamba_norm_before_gate else "gate_norm"
+    options = {} if limits == (0, math.inf) else {"dt_limit": limits}
     mamba2 = Spec(
         "mamba2",
         n_heads=theirs.mamba_n_heads,
@@ -238,7 +241,7 @@ def falcon_h1(theirs: Any) -> ModelConfig:
         conv_bias=theirs.mamba_conv_bias,
         norm=norm if theirs.mamba_rms_norm else "gate",
         norm_eps=theirs.rms_norm_eps,
-        dt_limit=tuple(float(bound) for bound in theirs.time_step_limit),
+        **options,  # type: ignore[arg-type]
     )
     parts = Spec("parallel", parts=[mamba2, attention(theirs)])
     return decoder_config(theirs, parts, embed_scale=theirs.embedding_multiplier)

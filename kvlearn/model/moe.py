@@ -185,7 +185,7 @@ class MoE(nn.Module):
             if c.routing == "softmax":
                 scores = torch.exp(logits - logits.max())
                 scores = scores / scores.sum()
-            added = self.correction.tolist() if c.correction else [0.0] * c.n_experts
+            added = [0.0] * c.n_experts if self.correction is None else self.correction.tolist()
             ranked = [score + add for score, add in zip(scores.tolist(), added, strict=True)]
             size = c.n_experts // c.n_groups
             groups = [range(start, start + size) for start in range(0, c.n_experts, size)]

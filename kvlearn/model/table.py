@@ -23,7 +23,7 @@ class BytesTable(list[dict[str, Any]]):
             for length in lengths
             for what in ("stored", "read")
         ]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "layer": i,
                 "mechanism": mechanism,
@@ -38,7 +38,7 @@ class BytesTable(list[dict[str, Any]]):
     @property
     def unit(self) -> tuple[str, int]:
         """The largest binary unit that the largest total is at least one of, and its bytes."""
-        most = max(self[-1][column] for column in self.columns)
+        most: int = max(self[-1][column] for column in self.columns)
         units = [(name, 2**power) for name, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))]
         return next((unit for unit in units if most >= unit[1]), ("B", 1))
 

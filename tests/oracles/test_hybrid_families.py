@@ -169,6 +169,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-2,
         },
     ),
+    "falcon-mamba": ("falcon_mamba", {"hidden_size": 24, "num_hidden_layers": 3, "state_size": 7}),
+    "falcon-mamba, other sizes": (
+        "falcon_mamba",
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "state_size": 5,
+            "expand": 3,
+            "time_step_rank": 4,
+            "conv_kernel": 3,
+            "use_conv_bias": False,
+            "mixer_rms_eps": 1e-2,
+            "tie_word_embeddings": False,
+        },
+    ),
     "lfm2": ("lfm2", LFM),
     "lfm2, other sizes": (
         "lfm2",
@@ -192,8 +207,9 @@ def theirs_of(shape: str, **options: Any) -> Any:
     config = AutoConfig.for_model(family, **{**COMMON, **sizes, **options})
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
+    weights = model.state_dict()
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        if not weight.is_floating_point() or "rotary" in name or "inv_freq" in name or "mup" in name:
+        if name not in weights or "mup" in name:  # computed from the configuration
             continue
         drawn = torch.randn(weight.shape, generator=generator)
         if name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
