@@ -31,7 +31,7 @@ from kvlearn.measure.work import Work
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's memory in bytes, its bandwidth in bytes/s and its dense bf16 peak in FLOP/s, from ``source``."""
+    """A GPU's memory in bytes, bandwidth in bytes/s and dense bf16 peak in FLOP/s, from ``source``."""
 
     name: str
     memory: int
@@ -69,8 +69,8 @@ KINDS = {
     "state": LayerShape(state=32 * 128 * 128, conv=3 * 32 * 128 * 3),
     "window + state": LayerShape(window=1024, state=32 * 128 * 128, conv=3 * 32 * 128 * 3, beside=True),
 }
-"""Layers to design with, each as a published model has it: a window as in Gemma 3, a latent as in DeepSeek-V3,
-an index as in DeepSeek-V3.2, a state as in Kimi Linear; "full" has the heads of the model."""
+"""Layers to design with, each as a published model has it: a window as in Gemma 3, a latent as in
+DeepSeek-V3, an index as in DeepSeek-V3.2, a state as in Kimi Linear; "full" has the model's own heads."""
 
 INDEX_HEADS = 64  # DeepSeek-V3.2: how often every index key is multiplied
 

@@ -24,9 +24,9 @@ class LayerShape:
     (multi-head latent attention: the latent's rank + the RoPE part). ``shared``: stores nothing and reads the
     cache of an earlier layer of its kind. ``index_dim``: an index key of so many numbers beside every token,
     and ``top_k``: of the tokens a step reads only so many, which it finds by reading all index keys.
-    ``state``: a recurrent state of so many numbers in fp32, in place of keys and values of tokens, and ``conv``:
-    the numbers of the last inputs of its short convolution, in the cache's type. With ``beside`` the state
-    stands beside keys and values instead: two mechanisms in one layer.
+    ``state``: a recurrent state of so many numbers in fp32, in place of keys and values of tokens; ``conv``:
+    the numbers of the last inputs of its short convolution, in the cache's type. With ``beside`` the layer
+    has the state beside keys and values: two mechanisms in one layer.
     """
 
     window: int | None = None
@@ -103,7 +103,7 @@ class ModelShape:
 
 
 def elements_per_token(model: ModelShape, length: int = 1) -> int:
-    """Numbers that the token at place ``length`` adds to the cache; a full window adds none, nor does a state.
+    """Numbers that the token at place ``length`` adds to the cache: none for a full window, none for a state.
 
     At the default, the first token: every layer that stores anything counts, 2 · L · G · D for plain layers.
     Numbers of index keys count too.
@@ -120,7 +120,7 @@ def cache_bytes(
 ) -> int:
     """STORED: bytes of cache for ``batch`` sequences of ``length`` tokens, windows as ring buffers.
 
-    ``dtype`` is that of keys, values, latents and inputs of a convolution; index keys have a type of their own
+    ``dtype`` is that of keys, values, latents and inputs of a convolution; index keys have their own type
     (``index_key_bytes``), states are fp32. A state is there before the first token.
     """
     return _bytes(model, length, "stored", batch, dtype)

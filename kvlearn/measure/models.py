@@ -1,9 +1,10 @@
 """Real models to compute with. Every number comes from the file or paper named in ``source``.
 
 Parameters are counted from the published shape, embeddings included; where the source is a configuration, a
-test counts them again by building the model without memory. Vision and audio towers do not count. Of a
-recurrent layer, ``state`` is heads · key dim · value dim (Mamba: channels · state), ``conv`` the convolution's
-channels · (kernel − 1).
+test counts them again by building the model without memory. Vision and audio towers do not count.
+
+Of a recurrent layer, ``state`` is heads · key dim · value dim (Mamba: channels · state size), and ``conv``
+the convolution's channels · (kernel − 1).
 """
 
 from kvlearn.measure.cache_size import LayerShape, ModelShape

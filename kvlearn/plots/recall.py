@@ -1,4 +1,4 @@
-"""Pictures of associative recall, chapters 06 and 07: learned while one looks, and over the size of the state."""
+"""Pictures of associative recall, chapters 06 and 07: learned live, and over the size of the state."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -141,7 +141,7 @@ def new_model(mixer: str | Spec | Sequence[str | Spec], task: Recall, d_model: i
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("o_proj.weight") and not name.startswith("blocks.0."):
-                weight *= len(mixers) ** -0.5
+                weight.mul_(len(mixers) ** -0.5)
     for layer in model.mixers:
         layer.initialise()
     return model

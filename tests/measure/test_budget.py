@@ -85,7 +85,8 @@ def test_the_table_says_what_fits_where() -> None:
     assert [row["fits"] for row in full] == ["no"] * 3  # 137 GB beside 16 GB of weights
     assert full[0]["stored, GB"] == f"{128 * 2**30 / GB:.1f}" == "137.4"
     caption = budget_table(LLAMA, M, batch=2).caption
-    assert "32 full" in caption and "2 users" in caption
+    assert "32 full" in caption
+    assert "2 users" in caption
 
 
 def test_every_device_names_its_source() -> None:
@@ -96,7 +97,7 @@ def test_every_device_names_its_source() -> None:
 
 
 def test_unknown_kinds_are_named() -> None:
-    with pytest.raises(ValueError, match="layers: expected one of 'full'.*got 'linear'"):
+    with pytest.raises(ValueError, match=r"layers: expected one of 'full'.*got 'linear'"):
         design(["linear"])
     with pytest.raises(ValueError, match=r"len\(layers\): expected at least 1"):
         design([])
