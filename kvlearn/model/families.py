@@ -34,8 +34,9 @@ class Family(NamedTuple):
     ``configure`` makes our configuration from theirs. ``adapt`` gets the tensor's name, with {} for numbers,
     the tensor and their configuration, and returns the tensor in our form, or one per name of ours.
     ``weights`` gets a model in memory and returns the trained weights, if its ``state_dict`` may differ from
-    them. ``wide``: names with {} whose dtype may differ from the other tensors'. ``ignore`` gets a tensor's
-    name and their configuration, and says whether we have no use for it.
+    them. ``wide``: names with {} of tensors that may be fp32 where the others are half precision; they get
+    the others' dtype, but buffers keep theirs. ``ignore`` gets a tensor's name and their configuration, and
+    says whether we have no use for it.
     """
 
     names: Mapping[str, str | Sequence[str]]

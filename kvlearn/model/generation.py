@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kvlearn import validate
+from kvlearn.attention import LongRopeScaling
 from kvlearn.model.decoder import Decoder
 
 
@@ -48,6 +49,8 @@ def generate(
     generator.seed() if seed is None else generator.manual_seed(seed)
     cache = model.new_cache(len(tokens), tokens.shape[1] + n_new) if use_cache else None
     out = tokens
+    scaling = None if model.config.rope is None else model.config.rope.scaling
+    switch = scaling.original_max_len if isinstance(scaling, LongRopeScaling) else None
     stop = model.config.stop_tokens if stop is None else stop
     ends = torch.tensor(list(stop), dtype=tokens.dtype, device=tokens.device)
     pad = model.config.pad_token if model.config.pad_token is not None or not stop else stop[0]
@@ -56,6 +59,8 @@ def generate(
         if cache is None:
             hidden = model.hidden(out)
         else:
+            if switch is not None and 0 < cache.length <= switch < out.shape[1]:
+                cache.reset()  # the text becomes long: its keys need LongRoPE's other angles
             for piece in out[:, cache.length :].split(chunk, dim=1):
                 hidden = model.hidden(piece, cache)
         token = sample(model.logits(hidden[:, -1]), temperature, top_p, generator)

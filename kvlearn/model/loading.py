@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvlearn.model.config import ModelConfig
 from kvlearn.model.decoder import Decoder
 from kvlearn.model.families import FAMILIES, Family
 
@@ -57,8 +56,7 @@ def from_transformers(model_or_path: Any) -> Decoder:
     config = replace(config, stop_tokens=stop, pad_token=checkpoint.pad_token)
     with torch.device("meta"):  # no memory, no random numbers
         decoder = Decoder(config)
-    wanted = {name: t.shape for name, t in decoder.state_dict().items()}
-    return assign(decoder, rename(checkpoint, family, config, wanted)).eval()
+    return assign(decoder, rename(checkpoint, family, decoder)).eval()
 
 
 # Reading
@@ -118,7 +116,8 @@ def files_of(folder: Path) -> list[Path]:
     """The safetensors files of a model: those that its index names, or all."""
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
+        texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+        if not names or not texts:
             raise ValueError(f"{INDEX}: expected a weight_map of tensor names to files, got {names!r}")
         files = [folder / name for name in sorted(set(names.values()))]
         for file in files:
@@ -152,64 +151,46 @@ def read_files(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 # Renaming
 
 
-def rename(
-    checkpoint: Checkpoint, family: Family, config: ModelConfig, wanted: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
+def rename(checkpoint: Checkpoint, family: Family, decoder: Decoder) -> dict[str, Tensor]:
     """Their tensors by our names, in our form. Raises ValueError for a name, shape or dtype that is wrong."""
-    weights: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}  # where a tensor of ours came from, for messages
-    filled: dict[str, int] = {}  # numbers written to tensors that are put together from several
-    seen: set[str] = set()
-    dtype: torch.dtype | None = None
+    ours, model_type = Weights(decoder), checkpoint.config.model_type
+    seen: dict[str, torch.dtype] = {}
     for name, tensor in checkpoint.tensors:
-        seen.add(name)
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
         if family.ignore is not None and family.ignore(name, checkpoint.config):
             continue
+        pattern, numbers = re.sub(NUMBER, "{}", name), re.findall(NUMBER, name)
         if pattern not in family.names:
-            raise ValueError(
-                f"model_or_path: tensor {name!r} is not expected in a model of {checkpoint.config.model_type}"
-            )
+            raise ValueError(f"model_or_path: tensor {name!r} is not expected in a model of {model_type}")
         targets = targets_of(family.names[pattern], numbers)
-        if config.tied and targets == ["head.weight"]:
+        if decoder.config.tied and targets == ["head.weight"]:
             continue
         if not tensor.is_floating_point():
             raise ValueError(f"model_or_path: tensor {name!r} expected of floating point, got {tensor.dtype}")
         if pattern not in family.wide:
-            dtype = dtype or tensor.dtype
+            seen[name] = tensor.dtype
+            first, dtype = next(iter(seen.items()))
             if tensor.dtype != dtype:
                 raise ValueError(
-                    f"model_or_path: tensor {name!r} expected as {dtype}, like others, got {tensor.dtype}"
+                    f"model_or_path: tensor {name!r} expected as {dtype}, like {first!r}, got {tensor.dtype}"
                 )
-        given = family.adapt(pattern, tensor, checkpoint.config) if family.adapt else tensor
-        pieces = [given] if isinstance(given, Tensor) else list(given)
+        try:
+            given = family.adapt(pattern, tensor, checkpoint.config) if family.adapt else tensor
+        except (IndexError, RuntimeError, ValueError) as error:
+            shape = tuple(tensor.shape)
+            raise ValueError(
+                f"model_or_path: tensor {name!r} of shape {shape} does not fit: {error}"
+            ) from error
+        pieces = [given] if isinstance(given, Tensor) else given
         for target, piece in zip(targets, pieces, strict=True):
-            ours, _, place = target.partition("[")
-            if ours not in wanted:
-                raise ValueError(
-                    f"model_or_path: tensor {name!r} is not expected with this configuration (as {ours!r})"
-                )
-            sources.setdefault(ours, name)
-            if not place:
-                if checkpoint.in_memory and shares_memory(piece, tensor):
-                    piece = piece.clone()
-                weights[ours] = piece
-                continue
-            if ours not in weights:
-                weights[ours] = torch.empty(wanted[ours], dtype=piece.dtype, device=piece.device)
-            slot = part_of(weights[ours], place.rstrip("]"))
-            check_shape(name, piece.shape, slot.shape)
-            slot.copy_(piece)
-            filled[ours] = filled.get(ours, 0) + piece.numel()
-    for ours, shape in wanted.items():
-        complete = ours in weights and filled.get(ours, shape.numel()) == shape.numel()
-        if not complete and not (config.tied and ours == "head.weight"):
-            theirs = next(names_for(ours, family, wanted, seen), ours)
-            raise ValueError(f"model_or_path: tensor {theirs!r} is missing")
-    for ours, weight in weights.items():
-        check_shape(sources[ours], weight.shape, wanted[ours])
-    return weights
+            if checkpoint.in_memory and "[" not in target and shares_memory(piece, tensor):
+                piece = piece.clone()
+            ours.put(target, piece, name)
+    ours.check_complete(family)
+    dtype = next(iter(seen.values()))
+    return {n: t if n in ours.buffers else t.to(dtype) for n, t in ours.tensors.items()}
+
+
+NUMBER = r"(?<=\.)\d+(?=\.|$)"
 
 
 def targets_of(targets: str | Sequence[str], numbers: Sequence[str]) -> list[str]:
@@ -219,37 +200,79 @@ def targets_of(targets: str | Sequence[str], numbers: Sequence[str]) -> list[str
     return [target.format(*numbers, twice=(2 * n, 2 * n + 1)) for target in listed]
 
 
-def part_of(whole: Tensor, place: str) -> Tensor:
-    """The part at ``place``: "3" is whole[3], "1/2" the second half of its rows, "3, 1/2" those of [3]."""
-    part = whole
-    for step in place.split(","):
-        number, _, count = step.partition("/")
-        part = (part.unflatten(0, (int(count), -1)) if count else part)[int(number)]
-    return part
-
-
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     """Whether one tensor is a view of the other's memory."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def check_shape(name: str, got: torch.Size, expected: torch.Size) -> None:
-    if got != expected:
-        raise ValueError(
-            f"model_or_path: tensor {name!r} expected with shape {tuple(expected)}, got {tuple(got)}"
-        )
+class Weights:
+    """Tensors of a decoder, put together from those of another library."""
 
+    def __init__(self, decoder: Decoder) -> None:
+        self.wanted = {name: t.shape for name, t in decoder.state_dict().items()}
+        if decoder.config.tied:
+            del self.wanted["head.weight"]
+        self.buffers = {name for name, _ in decoder.named_buffers()}
+        self.tensors: dict[str, Tensor] = {}
+        self.filled: dict[str, int] = {}  # numbers written to stacks, which are put together from several
+        self.sources: set[str] = set()
 
-def names_for(ours: str, family: Family, wanted: Mapping[str, torch.Size], seen: set[str]) -> Iterator[str]:
-    """Their names, not ``seen``, of tensors that would make ours."""
-    layer = next((part for part in ours.split(".") if part.isdigit()), "0")
-    for pattern, targets in family.names.items():
-        for n in {layer, str(int(layer) // 2)}:
-            for e in range(wanted[ours][0] if pattern.count("{}") > 1 else 1):
-                if ours in (t.partition("[")[0] for t in targets_of(targets, (n, str(e)))):
-                    theirs = pattern.format(n, e)
-                    if theirs not in seen:
+    def put(self, target: str, piece: Tensor, source: str) -> None:
+        """``piece`` of the tensor ``source`` as our tensor ``target``, or as the part of it in brackets."""
+        name, _, place = target.partition("[")
+        if name not in self.wanted:
+            raise ValueError(
+                f"model_or_path: tensor {source!r} is not expected with this configuration (as {name!r})"
+            )
+        self.sources.add(source)
+        shape = self.wanted[name]
+        if not place:
+            check_shape(source, piece, shape)
+            self.tensors[name] = piece
+            return
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(shape, dtype=piece.dtype, device=piece.device)
+        slot = part_of(self.tensors[name], place.rstrip("]"), source)
+        check_shape(source, piece, slot.shape)
+        slot.copy_(piece)
+        self.filled[name] = self.filled.get(name, 0) + piece.numel()
+
+    def check_complete(self, family: Family) -> None:
+        """Raise ValueError that names the first tensor of theirs that is missing."""
+        for name, shape in self.wanted.items():
+            if name not in self.tensors or self.filled.get(name, shape.numel()) != shape.numel():
+                theirs = next(self.missing(name, family), name)
+                raise ValueError(f"model_or_path: tensor {theirs!r} is missing")
+
+    def missing(self, name: str, family: Family) -> Iterator[str]:
+        """Tensors of theirs that would make ours and were not there."""
+        layer = next((part for part in name.split(".") if part.isdigit()), "0")
+        for pattern, targets in family.names.items():
+            for n in {layer, str(int(layer) // 2)}:
+                for e in range(self.wanted[name][0] if pattern.count("{}") > 1 else 1):
+                    ours = [target.partition("[")[0] for target in targets_of(targets, (n, str(e)))]
+                    if name in ours and (theirs := pattern.format(n, e)) not in self.sources:
                         yield theirs
+
+
+def part_of(whole: Tensor, place: str, source: str) -> Tensor:
+    """The part at ``place``: "3" is whole[3], "1/2" the second half of its rows, "3, 1/2" those of [3]."""
+    part = whole
+    for step in place.split(","):
+        number, _, count = step.partition("/")
+        part = part.unflatten(0, (int(count), -1)) if count else part
+        if int(number) >= len(part):
+            raise ValueError(f"model_or_path: tensor {source!r} is not expected: there are {len(part)}")
+        part = part[int(number)]
+    return part
+
+
+def check_shape(source: str, piece: Tensor, expected: torch.Size) -> None:
+    """Raise ValueError if a tensor of theirs, in our form, has another shape than ours."""
+    if piece.shape != expected:
+        raise ValueError(
+            f"model_or_path: tensor {source!r} expected with shape {(*expected,)}, got {(*piece.shape,)}"
+        )
 
 
 # Loading

@@ -75,6 +75,9 @@ GPT_OSS = {
 }
 
 
+NORMS = {name for name in GPT_OSS if "norm" in name}  # fp32 in a model that was loaded as fp16
+
+
 def gpt_oss(theirs: Any) -> ModelConfig:
     """gpt-oss: every other layer has a window, every softmax a sink; biases everywhere; a clamped SwiGLU."""
     bias = theirs.attention_bias
@@ -105,4 +108,4 @@ def untangle(name: str, tensor: Tensor, theirs: Any) -> Tensor | Sequence[Tensor
 
 
 FAMILIES["mixtral"] = Family(MIXTRAL, mixtral)
-FAMILIES["gpt_oss"] = Family(GPT_OSS, gpt_oss, untangle)
+FAMILIES["gpt_oss"] = Family(GPT_OSS, gpt_oss, untangle, wide=NORMS)
