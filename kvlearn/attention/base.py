@@ -213,6 +213,11 @@ class Mechanism(nn.Module, ABC):
         self.n_heads = validate.positive("n_heads", n_heads)
         self.head_dim = validate.positive("head_dim", head_dim)
 
+    @property
+    def label(self) -> str:
+        """What a table calls this layer: its name in the registry, or those of its parts."""
+        return self.name
+
     @abstractmethod
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None

@@ -98,6 +98,10 @@ class ParallelMixers(Mechanism):
         """The parts."""
         return list(self.mixers)  # type: ignore[arg-type]
 
+    @property
+    def label(self) -> str:
+        return " + ".join(mixer.label for mixer in self.mechanisms)
+
     def initialise(self) -> None:
         for mixer in self.mechanisms:
             mixer.initialise()

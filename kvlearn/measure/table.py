@@ -88,9 +88,9 @@ def _label(spec: str | Spec) -> str:
     if isinstance(spec, str):
         return spec
     if spec.name == "parallel":
-        parts = [
-            part if isinstance(part, str) else Spec(part[0], **part[1]) for part in spec.options["parts"]
-        ]
-        return " beside ".join(map(_label, parts))
+        return " + ".join(
+            _label(part if isinstance(part, str) else Spec(part[0], **part[1]))
+            for part in spec.options["parts"]
+        )
     options = ", ".join(f"{key}={value}" for key, value in spec.to_dict().items())
     return f"{spec.name} ({options})" if options else spec.name

@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         lengths = lengths or LENGTHS
         layers = [
             (
-                mixer.name if owner == i else f"{mixer.name}, reads layer {owner}",
+                mixer.label if owner == i else f"{mixer.label}, reads layer {owner}",
                 [
                     (
                         mixer.cache_bytes(length, batch=batch, dtype=dtype),

@@ -4,14 +4,14 @@ Qwen3-Next      3 of gated_delta : 1 of attention with an output gate, experts
 Kimi-Linear     3 of kda : 1 of mla without positions, experts
 Jamba           7 of mamba : 1 of attention without positions, experts in every second layer
 Falcon-H1       mamba2 and attention side by side in every layer
-LFM2            short gated convolutions, and attention in some layers
+LFM2            short gated convolutions, and attention in some layers; LFM2-MoE with experts
 
 Their tensors are loaded in our form: constants that they multiply by at run time, and the 1 that Qwen3-Next
 adds to the weights of its norms, become part of the weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,15 @@ def feed_forward(theirs: str, *, router: str = "gate", shared: str | None = None
         **({f"{shared}.{name}": f"shared.{name}" for name in SWIGLU} if shared else {}),
     }
     return of_layers(f"{theirs}.", "mlp.", names)
+
+
+def of_experts(theirs: str) -> dict[str, str]:
+    """Names of the three matrices of each expert, as Mixtral calls them."""
+    return {
+        f"{theirs}w1.weight": "gate_up_proj.weight[{}, 0/2]",
+        f"{theirs}w3.weight": "gate_up_proj.weight[{}, 1/2]",
+        f"{theirs}w2.weight": "down_proj.weight[{}]",
+    }
 
 
 # Qwen3-Next
@@ -315,15 +324,7 @@ KIMI_LINEAR = {
         for theirs, ours in feed_forward("mlp", shared="shared_experts").items()
     },
     **of_layers("block_sparse_moe.", "mlp.", {"gate.e_score_correction_bias": "correction"}),
-    **of_layers(
-        "block_sparse_moe.experts.{}.",
-        "mlp.",
-        {
-            "w1.weight": "gate_up_proj.weight[{}, 0/2]",
-            "w3.weight": "gate_up_proj.weight[{}, 1/2]",
-            "w2.weight": "down_proj.weight[{}]",
-        },
-    ),
+    **of_layers("block_sparse_moe.", "mlp.", of_experts("experts.{}.")),
     **of_layers(
         "self_attn.",
         "mixer.",
@@ -407,7 +408,16 @@ LFM2 = {
     **of_layers(
         "feed_forward.",
         "mlp.",
-        {"w1.weight": "gate_proj.weight", "w3.weight": "up_proj.weight", "w2.weight": "down_proj.weight"},
+        {
+            "w1.weight": "gate_proj.weight",
+            "w3.weight": "up_proj.weight",
+            "w2.weight": "down_proj.weight",
+            "gate.weight": "router.weight",
+            "expert_bias": "correction",
+            "experts.gate_up_proj": "gate_up_proj.weight",
+            "experts.down_proj": "down_proj.weight",
+            **of_experts("experts.{}."),
+        },
     ),
 }
 
@@ -420,6 +430,26 @@ def lfm2(theirs: Any) -> ModelConfig:
         if theirs.block_ffn_dim_multiplier is not None:
             of = theirs.block_multiple_of
             d_ff = -(-int(theirs.block_ffn_dim_multiplier * d_ff) // of) * of
+    return of_convolutions(theirs, d_ff=d_ff)
+
+
+def lfm2_moe(theirs: Any) -> ModelConfig:
+    """The shape of an LFM2 with experts, from its configuration in transformers."""
+    experts = MoEConfig(
+        theirs.num_experts,
+        theirs.num_experts_per_tok,
+        theirs.moe_intermediate_size,
+        "sigmoid",
+        normalise=theirs.norm_topk_prob,
+        scaling=theirs.routed_scaling_factor,
+        correction=theirs.use_expert_bias,
+    )
+    sparse = [i >= theirs.num_dense_layers for i in range(theirs.num_hidden_layers)]
+    return of_convolutions(theirs, d_ff=theirs.intermediate_size, **sparse_layers(experts, sparse))
+
+
+def of_convolutions(theirs: Any, **fields: Any) -> ModelConfig:
+    """What both have in common: short gated convolutions, and attention in some layers."""
     kinds = {
         "conv": Spec("gated_conv", width=theirs.conv_L_cache, bias=theirs.conv_bias),
         "full_attention": Spec(
@@ -432,18 +462,30 @@ def lfm2(theirs: Any) -> ModelConfig:
         n_layers=theirs.num_hidden_layers,
         n_heads=theirs.num_attention_heads,
         head_dim=getattr(theirs, "head_dim", None),
-        d_ff=d_ff,
         layers=[kinds[kind] for kind in theirs.layer_types],
         rope=rope(theirs.rope_parameters, theirs.max_position_embeddings),
         norm_eps=theirs.norm_eps,
         tied=theirs.tie_word_embeddings,
+        **fields,
     )
 
 
+def vectors(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that models in half precision may keep in fp32: rates, steps, norms, corrections."""
+    ends = ("A_log", ".D", "dt_bias", "dt_proj.bias", "norm.weight", "correction_bias", "expert_bias")
+    return [name for name in names if name.endswith(ends)]
+
+
+def is_unused(name: str, theirs: Any) -> bool:
+    """Whether a tensor is of Qwen3-Next's second head, which predicts a further token."""
+    return name.startswith("mtp.")
+
+
 FAMILIES.update(
-    qwen3_next=Family(QWEN3_NEXT, qwen3_next, adapt_qwen3_next),
-    jamba=Family(JAMBA, jamba),
-    falcon_h1=Family(FALCON_H1, falcon_h1, adapt_falcon_h1),
-    kimi_linear=Family(KIMI_LINEAR, kimi_linear, adapt_kimi_linear),
+    qwen3_next=Family(QWEN3_NEXT, qwen3_next, adapt_qwen3_next, wide=vectors(QWEN3_NEXT), ignore=is_unused),
+    jamba=Family(JAMBA, jamba, wide=vectors(JAMBA)),
+    falcon_h1=Family(FALCON_H1, falcon_h1, adapt_falcon_h1, wide=vectors(FALCON_H1)),
+    kimi_linear=Family(KIMI_LINEAR, kimi_linear, adapt_kimi_linear, wide=vectors(KIMI_LINEAR)),
     lfm2=Family(LFM2, lfm2),
+    lfm2_moe=Family(LFM2, lfm2_moe, wide=vectors(LFM2)),
 )

@@ -116,7 +116,8 @@ def files_of(folder: Path) -> list[Path]:
     """The safetensors files of a model: those that its index names, or all."""
     if (folder / INDEX).is_file():
         names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
+        texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+        if not names or not texts:
             raise ValueError(f"{INDEX}: expected a weight_map of tensor names to files, got {names!r}")
         files = [folder / name for name in sorted(set(names.values()))]
         for file in files:

@@ -105,8 +105,11 @@ def of_mixers(theirs: Any, mixer: Spec, n_heads: int, head_dim: int | None = Non
     )
 
 
+# Models in half precision may keep rates and steps in fp32.
+WIDE = [name for name in {**MAMBA, **MAMBA2} if name.endswith(("A_log", ".D", "dt_bias", "dt_proj.bias"))]
+
 FAMILIES.update(
-    mamba=Family(MAMBA, mamba),
-    falcon_mamba=Family(FALCON_MAMBA, falcon_mamba, with_unit_norms),
-    mamba2=Family(MAMBA2, mamba2),
+    mamba=Family(MAMBA, mamba, wide=WIDE),
+    falcon_mamba=Family(FALCON_MAMBA, falcon_mamba, with_unit_norms, wide=WIDE),
+    mamba2=Family(MAMBA2, mamba2, wide=WIDE),
 )

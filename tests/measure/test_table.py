@@ -50,7 +50,7 @@ def test_the_running_table_shows_options() -> None:
 def test_the_running_table_tells_two_mechanisms_in_one_layer() -> None:
     parts = ["gated_delta", Spec("window", window=512)]
     (row,) = running_table(Spec("parallel", parts=parts)).rows
-    assert row["mechanism"] == "gated_delta beside window (window=512)"
+    assert row["mechanism"] == "gated_delta + window (window=512)"
 
 
 def test_the_calculator_says_what_a_card_holds() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvlearn.measure import running_table
 from kvlearn.model import Decoder, ModelConfig, MoEConfig, Spec, balance_loss, load, save
 
 MHC_AND_WINDOW = Spec("parallel", parts=["mhc", Spec("window", window=5)])
@@ -105,6 +106,13 @@ def test_a_large_number_keeps_its_digits() -> None:
         "1,235",
     ]
     assert [short(n) for n in (1000, 4096, 2**20, 3 * 2**20)] == ["1000", "4K", "1M", "3M"]
+
+
+def test_tables_name_the_parts_of_a_layer() -> None:
+    assert decoder("memory and a window in one layer").table(8)[0]["mechanism"] == "mhc + window"
+    pair = Spec("parallel", parts=["full", Spec("window", window=512)])
+    (row,) = running_table((pair, "full", "full"), n_layers=3).rows
+    assert row["mechanism"] == "full + window (window=512), then 2 × full"
 
 
 EXPERTS = MoEConfig(4, 2, 16, d_ff_shared=8)

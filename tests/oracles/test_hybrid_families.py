@@ -197,6 +197,30 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "lfm2 with experts": (
+        "lfm2_moe",
+        {
+            **{name: size for name, size in LFM.items() if not name.startswith("block")},
+            "moe_intermediate_size": 20,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "num_dense_layers": 1,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "lfm2 with experts, other sizes": (
+        "lfm2_moe",
+        {
+            **{name: size for name, size in LFM.items() if not name.startswith("block")},
+            "moe_intermediate_size": 36,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "num_dense_layers": 2,
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "conv_L_cache": 4,
+        },
+    ),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -283,6 +307,22 @@ def test_layers_are_what_the_configuration_says() -> None:
 def test_bytes_follow_from_the_layers(shape: str) -> None:
     ours = kvlearn.from_transformers(theirs_of(shape))
     assert ours.new_cache(1, 40).nbytes == ours.table(40)[-1]["stored"]
+
+
+@pytest.mark.parametrize("shape", ["qwen3-next", "kimi-linear", "jamba", "falcon-h1", "falcon-mamba"])
+@torch.no_grad()
+def test_rates_may_be_wider_than_the_other_weights(shape: str, tmp_path: Any) -> None:
+    theirs, tokens = theirs_of(shape), prompt()
+    expected = kvlearn.from_transformers(theirs)(tokens)
+    theirs = theirs.to(torch.bfloat16)
+    for name, weight in theirs.named_parameters():
+        if name.endswith(("A_log", ".D", "dt_bias")):
+            weight.data = weight.data.float()
+    theirs.save_pretrained(tmp_path)
+    for ours in (kvlearn.from_transformers(theirs), kvlearn.from_transformers(tmp_path)):
+        got = ours(tokens, ours.new_cache(2, TIME))
+        assert got.dtype == torch.bfloat16
+        assert (got - expected).abs().median() < 0.15 * expected.std()  # rounding may change the experts
 
 
 @pytest.mark.parametrize(
