@@ -8,7 +8,9 @@ from matplotlib.patches import Rectangle
 
 from kvlearn import plots
 from kvlearn.measure import MODELS, cache_bytes, design, read_bytes
+from kvlearn.model import Decoder, ModelConfig
 from kvlearn.plots.hybrids import KIND_STYLES
+from kvlearn.study import recall
 
 NAMES = ["Gemma 3 27B", "Jamba v0.1", "DeepSeek-V3.2", "Gemma 4 E2B"]
 
@@ -77,3 +79,13 @@ def test_the_alt_text_says_layers_and_bytes() -> None:
 def test_at_least_one_model() -> None:
     with pytest.raises(ValueError, match=r"len\(models\): expected at least 1"):
         plots.layer_stripes([])
+
+
+def test_a_mix_has_the_colour_of_hybrids_beside_its_parts() -> None:
+    model = Decoder(ModelConfig(d_model=8, n_layers=1, n_heads=1))
+    run = recall.Run(model, [recall.Point(20, 3.0, 0.1)], 0.9, 0.7, 5.0)
+    picture = plots.recall_curves(
+        dict.fromkeys(("full", "linear", "3 linear : 1 full"), run), family="hybrid"
+    )
+    colours = [line.get_color() for line in picture.figure.axes[0].lines]
+    assert colours == [plots.COLOURS[name] for name in ("full", "linear", "hybrid")]
