@@ -3,6 +3,7 @@
 cache_size   what a real model stores and reads: ``cache_bytes``, ``read_bytes``, ``weights_bytes``, ``users``
 models       ``MODELS``: real shapes by name
 calculator   ``calculator``: the same with sliders, in a notebook
+budget       ``design``, ``budget_table``, ``budget``: a hybrid for a GPU, with the least time of a step
 table        ``Table`` for notebooks, and the course's ``running_table``
 units        ``format_bytes`` (KiB, MiB, GiB), ``format_bytes_decimal`` (kB, MB, GB), rates and times
 timing       ``measure_time``, ``compare`` by turns; medians with ``Quartiles``
@@ -16,6 +17,7 @@ doctor       ``kvlearn doctor``: what runs how on this machine
 """
 
 from kvlearn.measure import results
+from kvlearn.measure.budget import DEVICES, KINDS, budget, budget_table, design, step_seconds, step_work
 from kvlearn.measure.cache_size import (
     LayerShape,
     ModelShape,
@@ -23,6 +25,7 @@ from kvlearn.measure.cache_size import (
     elements_per_token,
     index_key_bytes,
     read_bytes,
+    state_bytes,
     users,
     weights_bytes,
 )
@@ -50,10 +53,12 @@ from kvlearn.measure.units import (
 from kvlearn.measure.work import Work, attention_layer_work, attention_work, decoder_work, linear_work
 
 __all__ = [
+    "DEVICES",
     "GB",
     "GIB",
     "KB",
     "KIB",
+    "KINDS",
     "MB",
     "MIB",
     "MODELS",
@@ -68,11 +73,14 @@ __all__ = [
     "Work",
     "attention_layer_work",
     "attention_work",
+    "budget",
+    "budget_table",
     "cache_bytes",
     "calculator",
     "collect_provenance",
     "compare",
     "decoder_work",
+    "design",
     "elements_per_token",
     "format_bytes",
     "format_bytes_decimal",
@@ -89,6 +97,9 @@ __all__ = [
     "read_bytes",
     "results",
     "running_table",
+    "state_bytes",
+    "step_seconds",
+    "step_work",
     "users",
     "weights_bytes",
 ]

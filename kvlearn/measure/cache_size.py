@@ -1,6 +1,7 @@
 """The memory arithmetic: bytes of cache that a real model stores, and bytes that one decode step reads.
 
-    stored = batch · Σ_layers (elements per token) · min(length, window) · bytes per element  (+ index keys)
+    stored = batch · Σ_layers (elements per token) · min(length, window) · bytes per element
+             (+ index keys, + states of constant size)
 
 Stored is not read: a layer that borrows another layer's cache stores nothing and still reads it every step.
 """
@@ -23,6 +24,9 @@ class LayerShape:
     (multi-head latent attention: the latent's rank + the RoPE part). ``shared``: stores nothing and reads the
     cache of an earlier layer of its kind. ``index_dim``: an index key of so many numbers beside every token,
     and ``top_k``: of the tokens a step reads only so many, which it finds by reading all index keys.
+    ``state``: a recurrent state of so many numbers in fp32, in place of keys and values of tokens; ``conv``:
+    the numbers of the last inputs of its short convolution, in the cache's type. With ``beside`` the layer
+    has the state beside keys and values: two mechanisms in one layer.
     """
 
     window: int | None = None
@@ -31,11 +35,31 @@ class LayerShape:
     shared: bool = False
     index_dim: int | None = None
     top_k: int | None = None
+    state: int | None = None
+    conv: int | None = None
+    beside: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("window", "head_dim", "latent", "index_dim", "top_k"):
+        for name in ("window", "head_dim", "latent", "index_dim", "top_k", "state", "conv"):
             if (value := getattr(self, name)) is not None:
                 validate.positive(name, value)
+        if self.state is None and (self.beside or self.conv is not None):
+            raise ValueError("state: expected a number with beside or conv, got None")
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the layer keeps anything for each token (a window: for the last ones)."""
+        return self.state is None or self.beside
+
+    @property
+    def kind(self) -> str:
+        """The mechanism in a word: full, window, latent, indexed, state, or two of them with a plus."""
+        tokens = "window" if self.window else "latent" if self.latent else "full"
+        if self.index_dim is not None:
+            tokens = "indexed"
+        if self.state is None:
+            return tokens
+        return f"{tokens} + state" if self.beside else "state"
 
 
 def index_key_bytes(index_dim: int) -> int:
@@ -79,14 +103,14 @@ class ModelShape:
 
 
 def elements_per_token(model: ModelShape, length: int = 1) -> int:
-    """Numbers that the token at place ``length`` adds to the cache; a full window adds none.
+    """Numbers that the token at place ``length`` adds to the cache: none for a full window, none for a state.
 
     At the default, the first token: every layer that stores anything counts, 2 · L · G · D for plain layers.
     Numbers of index keys count too.
     """
     validate.positive("length", length)
     numbers = [
-        _size(model, n, "stored", lambda width: width, lambda index: index) for n in (length, length - 1)
+        _size(model, n, "stored", lambda width: width, lambda index: index, 1) for n in (length, length - 1)
     ]
     return numbers[0] - numbers[1]
 
@@ -96,7 +120,8 @@ def cache_bytes(
 ) -> int:
     """STORED: bytes of cache for ``batch`` sequences of ``length`` tokens, windows as ring buffers.
 
-    ``dtype`` is that of keys, values and latents; index keys have a type of their own (``index_key_bytes``).
+    ``dtype`` is that of keys, values, latents and inputs of a convolution; index keys have their own type
+    (``index_key_bytes``), states are fp32. A state is there before the first token.
     """
     return _bytes(model, length, "stored", batch, dtype)
 
@@ -105,9 +130,15 @@ def read_bytes(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.d
     """READ: bytes of cache that one decode step touches at ``length`` tokens, its own among them.
 
     Every layer reads its own tokens once, all query heads together; a shared layer reads its owner's again.
-    A layer with an index reads all index keys, and ``top_k`` tokens.
+    A layer with an index reads all index keys, and ``top_k`` tokens; a state is read as a whole (and written
+    again, which is not counted here).
     """
     return _bytes(model, length, "read", batch, dtype)
+
+
+def state_bytes(model: ModelShape, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+    """The part of ``cache_bytes`` that does not grow with the text: all states and their convolutions."""
+    return cache_bytes(model, 0, batch=batch, dtype=dtype)
 
 
 def weights_bytes(model: ModelShape) -> int:
@@ -129,7 +160,9 @@ def _bytes(
     model: ModelShape, length: int, what: Literal["stored", "read"], batch: int, dtype: torch.dtype
 ) -> int:
     validate.at_least("length", length, 0)
-    one = _size(model, length, what, lambda width: width * dtype.itemsize, index_key_bytes)
+    one = _size(
+        model, length, what, lambda width: width * dtype.itemsize, index_key_bytes, torch.float32.itemsize
+    )
     return validate.positive("batch", batch) * one
 
 
@@ -139,12 +172,19 @@ def _size(
     what: Literal["stored", "read"],
     of_token: Callable[[int], int],
     of_index: Callable[[int], int],
+    of_state: int,
 ) -> int:
-    """The sum over layers and tokens of ``of_token(width)`` for keys and values, ``of_index(index_dim)``."""
+    """The sum over layers and tokens of ``of_token(width)`` for keys and values, ``of_index(index_dim)``.
+
+    To it come ``of_state`` for each number of a state and ``of_token(conv)``, whatever the length.
+    """
     total = 0
     for i in range(model.n_layers):
         layer = model.layer(i)
         if layer.shared and what == "stored":
+            continue
+        total += of_state * (layer.state or 0) + of_token(layer.conv or 0)
+        if not layer.keeps_tokens:
             continue
         n_tokens = min(length, layer.window or length)
         if layer.index_dim is not None:

@@ -2,6 +2,9 @@
 
 Parameters are counted from the published shape, embeddings included; where the source is a configuration, a
 test counts them again by building the model without memory. Vision and audio towers do not count.
+
+Of a recurrent layer, ``state`` is heads · key dim · value dim (Mamba: channels · state size), and ``conv``
+the convolution's channels · (kernel − 1).
 """
 
 from kvlearn.measure.cache_size import LayerShape, ModelShape
@@ -11,6 +14,10 @@ LLAMA_3_1 = "meta-llama/llama-models: models/llama3_1/api/sku_list.py"
 
 # gpt-oss: the experts' matrices in MXFP4 (17 bytes for 32 numbers), the rest in bf16 (arXiv:2508.10925).
 _GPT_OSS, _GPT_OSS_EXPERTS = 116_829_156_672, 36 * 128 * 3 * 2880 * 2880
+
+_LATENT = LayerShape(latent=512 + 64)
+_MAMBA = LayerShape(state=8192 * 16, conv=8192 * 3)
+_KDA = LayerShape(state=32 * 128 * 128, conv=3 * 32 * 128 * 3)
 
 MODELS: dict[str, ModelShape] = {
     model.name: model
@@ -67,6 +74,16 @@ MODELS: dict[str, ModelShape] = {
             source="arXiv:2310.06825, table 1",
         ),
         ModelShape(
+            "Mistral 7B v0.2",
+            n_layers=32,
+            n_heads=32,
+            n_kv_heads=8,
+            head_dim=128,
+            n_parameters=7_241_732_096,
+            context=32_768,
+            source="mistralai/Mistral-7B-Instruct-v0.2: config.json (sliding_window: null)",
+        ),
+        ModelShape(
             "Mixtral 8x7B",
             n_layers=32,
             n_heads=32,
@@ -85,6 +102,17 @@ MODELS: dict[str, ModelShape] = {
             n_parameters=32_762_123_264,
             context=131_072,
             source="arXiv:2505.09388, table 1; head_dim from the config.json of Qwen/Qwen3-32B",
+        ),
+        ModelShape(
+            "Gemma 2 27B",
+            n_layers=46,
+            n_heads=32,
+            n_kv_heads=16,
+            head_dim=128,
+            layers=(LayerShape(window=4096), FULL),
+            n_parameters=27_227_128_320,
+            context=8192,
+            source="google/gemma_pytorch: gemma/config.py, get_config_for_27b",
         ),
         ModelShape(
             "Gemma 3 27B",
@@ -128,7 +156,7 @@ MODELS: dict[str, ModelShape] = {
             n_heads=128,
             n_kv_heads=128,
             head_dim=128,
-            layers=(LayerShape(latent=512 + 64),),
+            layers=(_LATENT,),
             n_parameters=671_026_404_352,
             bytes_per_parameter=1.0,
             context=131_072,
@@ -145,6 +173,54 @@ MODELS: dict[str, ModelShape] = {
             bytes_per_parameter=1.0,
             context=131_072,
             source="deepseek-ai/DeepSeek-V3.2-Exp: inference/config_671B_v3.2.json; fp8 weights",
+        ),
+        ModelShape(
+            "Jamba v0.1",
+            n_layers=32,
+            n_heads=32,
+            n_kv_heads=8,
+            head_dim=128,
+            # Mamba, 8192 channels with a state of 16 numbers each; attention in the middle of every eight.
+            layers=4 * (_MAMBA,) + (FULL,) + 3 * (_MAMBA,),
+            n_parameters=51_570_323_328,
+            context=262_144,
+            source="ai21labs/Jamba-v0.1: config.json; arXiv:2403.19887, section 3.1",
+        ),
+        ModelShape(
+            "MiniMax-Text-01",
+            n_layers=80,
+            n_heads=64,
+            n_kv_heads=8,
+            head_dim=128,
+            # Lightning attention: linear attention with a constant decay, 64 heads, no convolution.
+            layers=7 * (LayerShape(state=64 * 128 * 128),) + (FULL,),
+            n_parameters=456_089_655_296,
+            context=1_000_000,
+            source="MiniMaxAI/MiniMax-Text-01: config.json; arXiv:2501.08313 (trained to 1M tokens)",
+        ),
+        ModelShape(
+            "Qwen3-Next 80B-A3B",
+            n_layers=48,
+            n_heads=16,
+            n_kv_heads=2,
+            head_dim=256,
+            # Gated DeltaNet: 16 key heads, 32 value heads, all of 128.
+            layers=3 * (LayerShape(state=32 * 128 * 128, conv=(2 * 16 + 32) * 128 * 3),) + (FULL,),
+            n_parameters=79_674_391_296,
+            context=262_144,
+            source="Qwen/Qwen3-Next-80B-A3B-Instruct: config.json",
+        ),
+        ModelShape(
+            "Kimi Linear 48B-A3B",
+            n_layers=27,
+            n_heads=32,
+            n_kv_heads=32,
+            head_dim=128,
+            # Kimi Delta Attention, 32 heads of 128; MLA in layers 4, 8, … 24 and in the last.
+            layers=6 * (*3 * (_KDA,), _LATENT) + 2 * (_KDA,) + (_LATENT,),
+            n_parameters=49_122_675_072,
+            context=1_048_576,
+            source="moonshotai/Kimi-Linear-48B-A3B-Instruct: config.json; arXiv:2510.26692",
         ),
         ModelShape(
             "Pythia 2.8B",

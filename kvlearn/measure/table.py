@@ -87,5 +87,10 @@ def _label(spec: str | Spec) -> str:
     """A mechanism with its options, as a reader writes it."""
     if isinstance(spec, str):
         return spec
+    if spec.name == "parallel":
+        return " + ".join(
+            _label(part if isinstance(part, str) else Spec(part[0], **part[1]))
+            for part in spec.options["parts"]
+        )
     options = ", ".join(f"{key}={value}" for key, value in spec.to_dict().items())
     return f"{spec.name} ({options})" if options else spec.name

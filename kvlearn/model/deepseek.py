@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V3 and V3.2 of transformers as decoders with MLA or DSA, if all their layers are dense.
+"""DeepSeek-V2, V3 and V3.2 of transformers as decoders with MLA or DSA and a mixture of experts.
 
 Their RoPE pairs neighbours (2i, 2i + 1), ours the halves (i, i + Dr/2): ``half_split`` reorders the rotated
 rows, the last Dr of every query head and of the compressed token, when weights are loaded; ``interleave`` is
@@ -15,10 +15,47 @@ from torch import Tensor
 
 from kvlearn import validate
 from kvlearn.model.config import ModelConfig, Spec
-from kvlearn.model.families import FAMILIES, LLAMA, Family, rope
+from kvlearn.model.families import (
+    FAMILIES,
+    LLAMA,
+    Family,
+    decoder_config,
+    expect,
+    has_angles,
+    of_layers,
+    rope,
+)
+from kvlearn.model.moe import MoEConfig
+
+# In files each expert has three matrices of its own, in memory all have two together.
+EXPERTS = {
+    **of_layers(
+        "mlp.experts.{}.",
+        "mlp.",
+        {
+            "gate_proj.weight": "gate_up_proj.weight[{}, 0/2]",
+            "up_proj.weight": "gate_up_proj.weight[{}, 1/2]",
+            "down_proj.weight": "down_proj.weight[{}]",
+        },
+    ),
+    **of_layers(
+        "mlp.",
+        "mlp.",
+        {
+            "gate.weight": "router.weight",
+            "gate.e_score_correction_bias": "correction",
+            "experts.gate_up_proj": "gate_up_proj.weight",
+            "experts.down_proj": "down_proj.weight",
+            "shared_experts.gate_proj.weight": "shared.gate_proj.weight",
+            "shared_experts.up_proj.weight": "shared.up_proj.weight",
+            "shared_experts.down_proj.weight": "shared.down_proj.weight",
+        },
+    ),
+}
 
 DEEPSEEK = {
     **LLAMA,
+    **EXPERTS,
     **{
         f"model.layers.{{}}.self_attn.{theirs}.weight": f"blocks.{{}}.mixer.{ours}.weight"
         for theirs, ours in {
@@ -43,16 +80,16 @@ DEEPSEEK = {
 }
 
 
+# Kept in fp32 where the other weights are half precision.
+WIDE = (
+    "model.layers.{}.mlp.gate.e_score_correction_bias",
+    "model.layers.{}.self_attn.indexer.weights_proj.weight",
+)
+
+
 def deepseek(theirs: Any) -> ModelConfig:
-    """The shape of a dense DeepSeek-V2, V3 or V3.2, from its configuration in transformers."""
-    dense = theirs.first_k_dense_replace
-    if dense < theirs.num_hidden_layers:
-        raise ValueError(
-            f"model_or_path: expected dense layers only, first_k_dense_replace ≥ num_hidden_layers = "
-            f"{theirs.num_hidden_layers}, got {dense}: a mixture of experts is not supported"
-        )
-    if theirs.attention_bias or getattr(theirs, "mlp_bias", False) or theirs.hidden_act != "silu":
-        raise ValueError("model_or_path: expected a DeepSeek without biases and with SiLU")
+    """The shape of a DeepSeek-V2, V3 or V3.2, from its configuration in transformers."""
+    expect(theirs, attention_bias=False, mlp_bias=False, hidden_act="silu")
     parameters, sharper = yarn_scale(theirs.rope_parameters)
     scale = (theirs.qk_nope_head_dim + theirs.qk_rope_head_dim) ** -0.5 * sharper
     options = {
@@ -66,18 +103,47 @@ def deepseek(theirs: Any) -> ModelConfig:
     if theirs.model_type == "deepseek_v32":
         index = {"index_heads": theirs.index_n_heads, "index_dim": theirs.index_head_dim}
         mixer = Spec("dsa", **options, **index, top_k=theirs.index_topk)
-    return ModelConfig(
-        vocab_size=theirs.vocab_size,
-        d_model=theirs.hidden_size,
-        n_layers=theirs.num_hidden_layers,
-        n_heads=theirs.num_attention_heads,
+    layers = range(theirs.num_hidden_layers)
+    if (kinds := getattr(theirs, "mlp_layer_types", None)) is not None:
+        dense = tuple(n for n in layers if kinds[n] == "dense")
+    else:
+        dense = tuple(layers[: theirs.first_k_dense_replace])
+    return decoder_config(
+        theirs,
+        mixer,
         head_dim=theirs.qk_nope_head_dim,
-        d_ff=theirs.intermediate_size,
-        layers=(mixer,),
-        rope=rope(parameters),
-        norm_eps=theirs.rms_norm_eps,
-        tied=theirs.tie_word_embeddings,
+        rope=rope(parameters, theirs.max_position_embeddings),
+        experts=experts(theirs) if len(dense) < len(layers) else None,
+        dense_layers=dense if len(dense) < len(layers) else (),
     )
+
+
+def experts(theirs: Any) -> MoEConfig:
+    """V2 chooses by softmax, from groups by their best expert; V3 by sigmoid, by their two best."""
+    routing: dict[str, Any] = {"n_groups": theirs.n_group or 1, "topk_groups": theirs.topk_group or 1}
+    if theirs.model_type == "deepseek_v2":
+        routing["normalise"] = False
+        if theirs.topk_method == "greedy":
+            routing = {"normalise": False}
+        elif theirs.topk_method != "group_limited_greedy":
+            raise ValueError(f"config: topk_method={theirs.topk_method!r} is not supported")
+    else:
+        routing |= {"routing": "sigmoid", "normalise": theirs.norm_topk_prob, "correction": True}
+        routing["group_best"] = 2
+    return MoEConfig(
+        theirs.n_routed_experts,
+        theirs.num_experts_per_tok,
+        theirs.moe_intermediate_size,
+        scaling=theirs.routed_scaling_factor,
+        d_ff_shared=theirs.moe_intermediate_size * (theirs.n_shared_experts or 0),
+        **routing,
+    )
+
+
+def is_unused(name: str, theirs: Any) -> bool:
+    """Whether this is a layer that predicts further tokens (they follow the others), or a table of angles."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    return number >= theirs.num_hidden_layers or has_angles(name, theirs)
 
 
 def yarn_scale(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
@@ -125,5 +191,8 @@ def _reorder(weight: Tensor, rope_dim: int, n_heads: int, pairs: tuple[int, int]
 
 
 FAMILIES.update(
-    dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32"), Family(DEEPSEEK, deepseek, adapt))
+    dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32"),
+        Family(DEEPSEEK, deepseek, adapt, wide=WIDE, ignore=is_unused),
+    )
 )

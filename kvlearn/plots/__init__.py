@@ -8,6 +8,7 @@ from kvlearn.plots.full_attention import (
     on_the_roofline,
     step_times,
 )
+from kvlearn.plots.hybrids import layer_stripes
 from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
 from kvlearn.plots.layers import across_layers
 from kvlearn.plots.linear import state_memory
@@ -36,6 +37,7 @@ __all__ = [
     "conversion_curves",
     "gallery",
     "influence",
+    "layer_stripes",
     "lifetimes",
     "loss_by_position",
     "loss_curve",

@@ -1,4 +1,4 @@
-"""Pictures of associative recall, chapter 06: learned while one looks, and over the size of the state."""
+"""Pictures of associative recall, chapters 06 and 07: learned live, and over the size of the state."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,12 +16,15 @@ from kvlearn.study.recall import Run
 NAMES = {"full": "full attention", "short_conv": "short convolution alone"}
 
 
-def recall_curves(runs: Mapping[str, Run]) -> Picture:
-    """The share of right answers over the steps of training, a line a run of ``recall.train``."""
+def recall_curves(runs: Mapping[str, Run], *, family: str | None = None) -> Picture:
+    """The share of right answers over the steps of training, one line per run of ``recall.train``.
+
+    ``family``: whose colour the first run has that is not named after a mechanism.
+    """
     validate.positive("len(runs)", len(runs))
     curves = {name: [(point.step, point.accuracy) for point in run.curve] for name, run in runs.items()}
     with drawing(size=(7.5, 3.8)) as (figure, axes):
-        for name, style in line_styles(runs).items():
+        for name, style in line_styles(runs, family=family).items():
             share = f"{NAMES.get(name, name)}: {runs[name].accuracy:.0%}"
             axes.plot(*zip(*curves[name], strict=True), ms=4.5, lw=1.8, label=share, **style)
         _share_axis(axes)

@@ -115,23 +115,37 @@ LIVE: dict[str, Spec] = {
     "delta": Spec("delta", key_dim=8, head_dim=HEAD, conv=None),
     "short_conv": Spec("short_conv"),
 }
+# Chapter 07: four mechanisms behind one convolution, the full layer second in the mixes. A state of 4 x 33
+# numbers has room for half of the 8 pairs, and a window of 8 in four layers reaches 28 tokens back.
+_LINEAR, _WINDOW = Spec("linear", key_dim=4, head_dim=HEAD), Spec("window", window=8, head_dim=HEAD)
+STACKS: dict[str, list[Spec]] = {
+    "full": 4 * [LIVE["full"]],
+    "window": 4 * [_WINDOW],
+    "linear": 4 * [_LINEAR],
+    "3 linear : 1 full": [_LINEAR, LIVE["full"], _LINEAR, _LINEAR],
+    "3 window : 1 full": [_WINDOW, LIVE["full"], _WINDOW, _WINDOW],
+    "short_conv": 4 * [LIVE["short_conv"]],
+}
+STACK_TASK = Recall(n_pairs=8, length=64, n_keys=16, n_values=16)
 HELD_OUT = 2**31  # a seed that no training takes
 TRAINING = TrainConfig(steps=360, batch=64, lr=1e-2, warmup=20, weight_decay=0.0)
+STACK_TRAINING = TrainConfig(steps=240, batch=32, lr=1e-2, warmup=20, weight_decay=0.0)
 
 
 Mixer = str | Spec | Sequence[str | Spec]
 
 
-def new_model(mixer: Mixer, task: Task, d_model: int = 64, *, n_mixers: int = 1) -> Decoder:
+def new_model(mixer: Mixer, task: Task, d_model: int = 64, *, n_mixers: int | None = None) -> Decoder:
     """A short convolution, then ``mixer``, without positions; with "short_conv" for mixer, the control.
 
-    ``mixer`` may be a pattern of several, repeated to ``n_mixers`` layers: a hybrid.
-
+    Several mixers are as many layers, or a pattern repeated to ``n_mixers``; what n layers add to the
+    residual stream starts n^-1/2 as large.
     Weights start larger than a language model's: with those of 0.02, nothing moves for hundreds of steps.
     The output matrix is the embedding: where both are learned, guessing among a text's values lasts long.
     """
     pattern = [mixer] if isinstance(mixer, str | Spec) else list(mixer)
-    mixers = [pattern[i % len(pattern)] for i in range(validate.positive("n_mixers", n_mixers))]
+    n_mixers = len(pattern) if n_mixers is None else validate.positive("n_mixers", n_mixers)
+    mixers = [pattern[i % len(pattern)] for i in range(n_mixers)]
     model = Decoder(
         ModelConfig(
             vocab_size=task.vocab_size,
@@ -146,6 +160,10 @@ def new_model(mixer: Mixer, task: Task, d_model: int = 64, *, n_mixers: int = 1)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("o_proj.weight") and not name.startswith("blocks.0."):
+                weight.mul_(n_mixers**-0.5)
     for layer in model.mixers:
         layer.initialise()
     return model
@@ -156,14 +174,14 @@ def train(
     task: Task = Recall(),
     training: TrainConfig = TRAINING,
     *,
-    n_mixers: int = 1,
+    n_mixers: int | None = None,
     every: int = 20,
     until: float | None = None,
     n_texts: int = 512,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Run:
-    """Train ``new_model(mixer)`` on the task. The seed draws weights and texts; mixers share the texts.
+    """Train ``new_model(mixer, task)``. The seed draws weights and texts; mixers share the texts.
 
     Of ``training`` the length is not used: it is the task's. With ``until`` the run ends as soon as that
     share of the answers was right over ``every`` steps.
@@ -207,6 +225,6 @@ def answer(model: Decoder, texts: Texts) -> tuple[Tensor, Tensor]:
     """Loss in nats an answer, and the share of answers that are right."""
     texts = Texts(*(part.to(model.embed.weight.device) for part in texts))
     hidden = model.hidden(texts.tokens)
-    logits = model.head(hidden.gather(1, texts.asked[..., None].expand(-1, -1, hidden.shape[-1])))
+    logits = model.logits(hidden.gather(1, texts.asked[..., None].expand(-1, -1, hidden.shape[-1])))
     loss = F.cross_entropy(logits.flatten(0, 1), texts.answers.flatten())
     return loss, (logits.argmax(-1) == texts.answers).float().mean()

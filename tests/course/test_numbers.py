@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvlearn.measure import results
+from kvlearn.measure import MODELS, results
 from kvlearn.study import base_model, corpus
 from kvlearn.study.routing import compare
 
@@ -111,3 +111,24 @@ def test_a_channel_of_mamba_is_a_matrix_over_all_pairs_and_each_channel_another(
     matrices = torch.einsum("tn, tsen, sn, se -> ets", C, decay, B, dt).tril()
     torch.testing.assert_close(torch.einsum("ets, se -> te", matrices, x), torch.stack(y))
     assert not torch.allclose(matrices[0], matrices[1])
+
+
+def test_predictions_of_chapter_07() -> None:
+    """Windows in 24 of 32 layers; one million tokens on 24 GB; the reach of four windows of 8."""
+    n, window = 131_072, 1024
+    assert 32 * n / (8 * n + 24 * window) == pytest.approx(3.9, abs=0.01)
+    left = 24e9 - 2 * MODELS["Llama 3.1 8B"].n_parameters
+    assert [int(left // (bytes_a_token * 2**20)) for bytes_a_token in (4096, 1152)] == [1, 6]
+    assert 4 * (8 - 1) == 28
+    places = [(asked, 2 * pair) for asked in range(16, 64) for pair in range(8)]
+    assert sum(asked - key > 28 + 3 for asked, key in places) / len(places) == pytest.approx(0.5, abs=0.03)
+    text = "\n".join(cells("notebooks/07_hybrids.ipynb", "markdown"))
+    for said in ("3.9 times smaller", "16.1 GB of weights", "reach 28 tokens back", "4096 bytes", "1152"):
+        assert said in text
+
+
+def test_eight_of_thirteen_models_of_chapter_07_have_two_kinds_of_layers() -> None:
+    (source,) = (cell for cell in cells("notebooks/07_hybrids.ipynb", "code") if "layer_stripes" in cell)
+    names = [name for name in MODELS if f'"{name}"' in source]
+    mixed = [name for name in names if len({MODELS[name].layer(i).kind for i in range(60)}) == 2]
+    assert (len(mixed), len(names)) == (8, 13)

@@ -17,6 +17,7 @@ from kvlearn.measure import (
     elements_per_token,
     index_key_bytes,
     read_bytes,
+    state_bytes,
     users,
     weights_bytes,
 )
@@ -89,6 +90,46 @@ def test_every_second_layer_of_gpt_oss_has_a_window_of_128() -> None:
     assert cache_bytes(MODELS["gpt-oss-120b"], K) == 2 * 2 * 8 * 64 * 18 * (128 + K)
 
 
+def test_jamba_at_256k_needs_an_eighth_of_mixtral_and_some_states() -> None:
+    jamba, mixtral = MODELS["Jamba v0.1"], MODELS["Mixtral 8x7B"]
+    n = 256 * K
+    assert cache_bytes(mixtral, n) == 32 * GIB
+    states = 28 * (4 * 8192 * 16 + 2 * 8192 * 3)
+    assert state_bytes(jamba) == states
+    assert cache_bytes(jamba, n) == 4 * GIB + states
+    assert elements_per_token(jamba) == 4 * 2 * 8 * 128
+
+
+def test_hybrids_with_a_delta_rule() -> None:
+    qwen, kimi = MODELS["Qwen3-Next 80B-A3B"], MODELS["Kimi Linear 48B-A3B"]
+    assert elements_per_token(qwen) == 12 * 2 * 2 * 256
+    assert [i for i in range(27) if kimi.layer(i).kind == "latent"] == [3, 7, 11, 15, 19, 23, 26]
+    assert elements_per_token(kimi) == 7 * 576
+    assert state_bytes(kimi) == 20 * (4 * 32 * 128 * 128 + 2 * 3 * 3 * 4096)
+    # The paper: up to 75% less cache than with attention in all layers.
+    latents = replace(kimi, layers=(kimi.layer(3),))
+    assert round(100 * (1 - cache_bytes(kimi, K * K) / cache_bytes(latents, K * K))) == 74
+
+
+def test_a_state_is_there_before_the_first_token_and_never_grows() -> None:
+    layer = LayerShape(state=100, conv=7)
+    model = replace(MODELS["Llama 3.1 8B"], layers=(layer,), n_layers=1)
+    assert cache_bytes(model, 0) == cache_bytes(model, 5000) == read_bytes(model, 1) == 4 * 100 + 2 * 7
+    assert cache_bytes(model, 9, dtype=torch.float32) == 4 * 107  # the state is fp32 in any case
+    assert cache_bytes(model, 9, batch=3) == 3 * (400 + 14)
+    assert elements_per_token(model) == elements_per_token(model, 50) == 0
+
+
+def test_a_state_beside_a_window_is_both() -> None:
+    window, state = LayerShape(window=64), LayerShape(state=100, conv=7)
+    both = LayerShape(window=64, state=100, conv=7, beside=True)
+    one = replace(MODELS["Llama 3.1 8B"], n_layers=1)
+    for n in (10, 1000):
+        parts = [cache_bytes(replace(one, layers=(layer,)), n) for layer in (window, state)]
+        assert cache_bytes(replace(one, layers=(both,)), n) == sum(parts)
+    assert [layer.kind for layer in (window, state, both)] == ["window", "state", "window + state"]
+
+
 def test_pythia_needs_328_kb_a_token() -> None:
     assert round(elements_per_token(MODELS["Pythia 2.8B"]) * 2 / 1000) == 328
 
@@ -117,6 +158,8 @@ shapes = st.builds(
             head_dim=st.none() | st.integers(1, 8),
             latent=st.none() | st.integers(1, 8),
             shared=st.booleans(),
+            state=st.none() | st.integers(1, 9),
+            beside=st.just(False),
         ),
         max_size=4,
     ),
@@ -130,7 +173,7 @@ shapes = st.builds(
 @given(shapes, st.integers(1, 100))
 def test_the_whole_is_the_sum_of_what_each_token_adds(model: ModelShape, length: int) -> None:
     added = sum(elements_per_token(model, place) for place in range(1, length + 1))
-    assert cache_bytes(model, length) == 2 * added
+    assert cache_bytes(model, length) == state_bytes(model) + 2 * added
 
 
 @given(shapes, st.integers(0, 100), st.integers(1, 5))
@@ -153,6 +196,8 @@ def test_wrong_shapes_are_named_at_the_door() -> None:
         replace(LLAMA, n_kv_heads=7)
     with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         LayerShape(window=0)
+    with pytest.raises(ValueError, match="state: expected a number with beside or conv"):
+        LayerShape(conv=3)
     with pytest.raises(ValueError, match="length: expected at least 0, got -1"):
         cache_bytes(LLAMA, -1)
     with pytest.raises(TypeError, match="batch: expected an integer"):

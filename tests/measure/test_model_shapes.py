@@ -21,19 +21,37 @@ E2B = {
     "use_double_wide_mlp": True,
     "layer_types": 7 * (4 * ["sliding_attention"] + ["full_attention"]),
 }
+MINIMAX = {
+    "hidden_size": 6144,
+    "intermediate_size": 9216,
+    "vocab_size": 200_064,
+    "num_local_experts": 32,
+    "layer_types": 10 * (7 * ["linear_attention"] + ["full_attention"]),
+}
+KIMI = {
+    "layer_types": [
+        "full_attention" if n in (3, 7, 11, 15, 19, 23, 26) else "linear_attention" for n in range(27)
+    ]
+}
 # Family in transformers, and what its configuration needs beside layers and heads.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3.1 8B": ("Llama", {"hidden_size": 4096, "intermediate_size": 14_336, "vocab_size": 128_256}),
     "Llama 3.1 70B": ("Llama", {"hidden_size": 8192, "intermediate_size": 28_672, "vocab_size": 128_256}),
     "Llama 3.1 405B": ("Llama", {"hidden_size": 16_384, "intermediate_size": 53_248, "vocab_size": 128_256}),
     "Mistral 7B v0.1": ("Mistral", {}),  # defaults are the published configuration, here and below
+    "Mistral 7B v0.2": ("Mistral", {"sliding_window": None}),
     "Mixtral 8x7B": ("Mixtral", {}),
     "Qwen3 32B": ("Qwen3", {"hidden_size": 5120, "intermediate_size": 25_600}),
+    "Gemma 2 27B": ("Gemma2", {"hidden_size": 4608, "intermediate_size": 36_864, "sliding_window": 4096}),
     "Gemma 3 27B": ("Gemma3Text", WINDOWS_5_TO_1),
     "Gemma 4 E2B": ("Gemma4Text", E2B),
     "gpt-oss-120b": ("GptOss", {}),
     "DeepSeek-V3": ("DeepseekV3", {}),
     "DeepSeek-V3.2": ("DeepseekV32", {}),
+    "Jamba v0.1": ("Jamba", {}),
+    "MiniMax-Text-01": ("MiniMax", MINIMAX),
+    "Qwen3-Next 80B-A3B": ("Qwen3Next", {}),
+    "Kimi Linear 48B-A3B": ("KimiLinear", KIMI),
     "Pythia 2.8B": ("GPTNeoX", {"hidden_size": 2560, "intermediate_size": 10_240, "vocab_size": 50_304}),
 }
 

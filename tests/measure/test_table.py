@@ -47,6 +47,12 @@ def test_the_running_table_shows_options() -> None:
     assert row["KiB a token"] == "256"
 
 
+def test_the_running_table_tells_two_mechanisms_in_one_layer() -> None:
+    parts = ["gated_delta", Spec("window", window=512)]
+    (row,) = running_table(Spec("parallel", parts=parts)).rows
+    assert row["mechanism"] == "gated_delta + window (window=512)"
+
+
 def test_the_calculator_says_what_a_card_holds() -> None:
     text = repr(memory_table("Llama 3.1 405B", 32_768, 2, "16 bit", "8 × 141 GB"))
     assert "15.75 GiB" in text

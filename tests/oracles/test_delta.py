@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from attention_tools import close, draw, redraw
 from torch import Tensor
-from transformers import Qwen3NextConfig
+from transformers import OlmoHybridConfig, Qwen3NextConfig
 from transformers.cache_utils import DynamicCache
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextGatedDeltaNet,
     torch_chunk_gated_delta_rule,
@@ -160,3 +161,33 @@ def test_the_ungated_layer_is_their_rule_without_decay_between_projections() -> 
     heads = theirs("recurrent", q, k, v, beta, torch.zeros_like(beta), None)[0] * K**0.5  # q as it is
     normed = F.rms_norm(heads, (V,), layer.norm.weight, 1e-6).transpose(1, 2).flatten(2)
     close(layer(x), layer.o_proj(normed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", [False, True], ids=["beta to 1", "beta to 2"])
+def test_negative_eigenvalues_are_olmo_hybrids(negative: bool) -> None:
+    """In a pass, and token by token."""
+    config = OlmoHybridConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=VALUE_HEADS,
+        linear_num_key_heads=VALUE_HEADS,
+        linear_key_head_dim=K,
+        linear_value_head_dim=V,
+        linear_allow_neg_eigval=negative,
+    )
+    layer = redraw(OlmoHybridGatedDeltaNet(config, 0))
+    layer.A_log -= 2
+    beta_max = 2.0 if negative else 1.0
+    ours = GatedDeltaNet(WIDTH, VALUE_HEADS, head_dim=V, key_dim=K, beta_max=beta_max, norm_eps=1e-5).eval()
+    names = {"conv1d.weight": "conv.weight", "o_norm.weight": "norm.weight"}
+    ours.load_state_dict({names.get(name, name): weight for name, weight in layer.state_dict().items()})
+    x = draw(BATCH, 20, WIDTH)
+    expected = layer(x)
+    assert expected.std() > 0.1
+    close(ours(x), expected)
+    cache, their_cache = ours.new_cache(BATCH, 20), DynamicCache(config=config)
+    for part in x.split(1, dim=1):
+        close(ours(part, cache), layer(part, cache_params=their_cache))

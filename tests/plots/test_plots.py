@@ -150,6 +150,7 @@ PICTURES = {
     "cone": lambda: plots.cone([3, None], n_tokens=8),
     "influence": lambda: plots.influence({"full": ([1, 2], [1.0, 0.1])}, reaches={"full": 4}),
     "beyond_the_window": lambda: plots.beyond_the_window(sink_rows(), window=16),
+    "layer_stripes": lambda: plots.layer_stripes([MODELS["Jamba v0.1"], MODELS["Gemma 4 E2B"]]),
     "gallery": lambda: plots.gallery({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12, block=4),
     "lifetimes": lambda: plots.lifetimes({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12),
     "scaling": lambda: plots.scaling(window_rows()),

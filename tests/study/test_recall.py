@@ -12,7 +12,7 @@ from kvlearn.attention import Mamba, ShortConvolution
 from kvlearn.model import Decoder, Spec
 from kvlearn.study import TrainConfig, recall, study_recall
 from kvlearn.study.capacity import DESIGNS, compare
-from kvlearn.study.recall import LIVE, Recall, Texts, answer, new_model
+from kvlearn.study.recall import LIVE, STACK_TASK, STACKS, Recall, Texts, answer, new_model
 from kvlearn.study.report import recall_table
 
 SMALL = Recall(n_pairs=2, length=8, n_keys=4, n_values=4)
@@ -188,3 +188,37 @@ def test_the_best_rate_is_that_of_the_best_mean_over_the_seeds() -> None:
     ]
     (cell,) = compare(rows)
     assert (cell.lr, cell.accuracy, cell.error) == (0.02, pytest.approx(0.7), pytest.approx(0.1))
+
+
+def test_a_stack_has_one_convolution_and_its_mixers() -> None:
+    for name, layers in STACKS.items():
+        model = new_model(layers, STACK_TASK)
+        names = [mixer.name for mixer in model.mixers]
+        assert names == ["short_conv", *(spec.name for spec in layers)]
+        stored = model.table(STACK_TASK.length)[-1]["stored"]
+        if name == "full":
+            full = stored
+    mix = new_model(STACKS["3 linear : 1 full"], STACK_TASK).table(STACK_TASK.length)[-1]["stored"]
+    assert 0.25 < mix / full < 0.3  # a quarter, and three states
+
+
+def test_what_several_mixers_add_starts_smaller_and_that_of_one_as_before() -> None:
+    torch.manual_seed(0)
+    one, four = new_model(LIVE["full"], SMALL), new_model(STACKS["full"], SMALL)
+    sizes = [model.mixers[1].o_proj.weight.std().item() for model in (one, four)]  # type: ignore[union-attr]
+    assert sizes[0] == pytest.approx(32**-0.5, rel=0.1)
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
+
+
+def test_four_windows_do_not_reach_most_questions_and_one_full_layer_does() -> None:
+    """What the answer at a place depends on, by the gradient."""
+    for layers, reached in ((STACKS["window"], 32), (STACKS["3 window : 1 full"], 64)):
+        torch.manual_seed(0)
+        model = new_model(layers, STACK_TASK)
+        x = torch.randn(1, 64, 64, requires_grad=True)
+        y = x
+        for block in model.blocks:
+            y = block(y, None, {})
+        y[0, -1].sum().backward()
+        assert x.grad is not None
+        assert int((x.grad[0].abs().sum(-1) > 0).sum()) == reached
