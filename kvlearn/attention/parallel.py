@@ -177,6 +177,7 @@ def new_part(part: Part, d_model: int, n_heads: int, given: Mapping[str, Any]) -
     validate.one_of("parts", name, REGISTRY)
     allowed = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
     options = {**{key: value for key, value in given.items() if key in allowed}, **own}
+    allowed = [each for each in allowed if each not in ("reader", "value_residual")]  # no part has a source
     for option in options:
-        validate.one_of(f"parts: option of {name!r}", option, [each for each in allowed if each != "reader"])
+        validate.one_of(f"parts: option of {name!r}", option, allowed)
     return REGISTRY[name](d_model, options.pop("n_heads", n_heads), **options)
