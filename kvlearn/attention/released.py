@@ -122,8 +122,8 @@ class ReleasedAttention(Mechanism):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        self.check_inputs(x, cache, Cache, source)
-        self.check_cache(cache)
+        self.check_inputs(x, cache, RingCache if isinstance(cache, RingCache) else KVCache, source)
+        self.check_window(cache)
         positions = token_positions(x, cache)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "width":
@@ -148,12 +148,9 @@ class ReleasedAttention(Mechanism):
             heads = heads * split_heads(torch.sigmoid(self.gate_proj(x)), self.n_heads)
         return self.o_proj(merge_heads(heads))
 
-    def check_cache(self, cache: Cache | None) -> None:
-        """Raise TypeError for a cache of another mechanism, ValueError for one for another window."""
-        if cache is None:
-            return
-        validate.instance("cache", cache, (KVCache, RingCache))
-        if (window := getattr(cache, "window", None)) != self.window:
+    def check_window(self, cache: Cache | None) -> None:
+        """Raise ValueError for a cache for another window."""
+        if cache is not None and (window := getattr(cache, "window", None)) != self.window:
             raise ValueError(
                 f"cache: expected shapes for window={self.window}, got those for window={window}"
             )

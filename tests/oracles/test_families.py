@@ -31,7 +31,7 @@ FIRST = {
 }
 SECOND = {
     **FIRST,
-    "hidden_size": 35,
+    "hidden_size": 60,
     "intermediate_size": 52,
     "num_hidden_layers": 2,
     "num_attention_heads": 5,
@@ -55,7 +55,7 @@ LATENT = {
 LATENT_2 = {
     **LATENT,
     "num_key_value_heads": 5,
-    "kv_lora_rank": 9,
+    "kv_lora_rank": 10,
     "v_head_dim": 6,
     "n_routed_experts": 6,
     "n_shared_experts": 1,
