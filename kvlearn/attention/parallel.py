@@ -1,10 +1,10 @@
 """Several mechanisms in one layer: each reads the same tokens, and their outputs are added.
 
     y = Σ_i mixer_i(x)                              Falcon-H1: attention and Mamba-2
-    y = 1/n Σ_i w_i ⊙ RMSNorm(mixer_i(x))           Hymba: no output is louder than another's by its size
+    y = 1/n Σ_i w_i ⊙ RMSNorm(mixer_i(x))           Hymba: no output dominates by its size
 
-Attention keeps a few tokens exactly, a state keeps a summary of all; side by side, a layer has both. The
-layer's cache is the caches of its parts, and so are its bytes: both are sums.
+Attention to a window keeps a few tokens exactly, a state keeps a summary of all; such a layer has both. Its
+cache is the caches of its parts, and its bytes are the sum of theirs.
 """
 
 import functools
@@ -177,6 +177,7 @@ def new_part(part: Part, d_model: int, n_heads: int, given: Mapping[str, Any]) -
     validate.one_of("parts", name, REGISTRY)
     allowed = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
     options = {**{key: value for key, value in given.items() if key in allowed}, **own}
+    allowed = [each for each in allowed if each not in ("reader", "value_residual")]  # no part has a source
     for option in options:
-        validate.one_of(f"parts: option of {name!r}", option, [each for each in allowed if each != "reader"])
+        validate.one_of(f"parts: option of {name!r}", option, allowed)
     return REGISTRY[name](d_model, options.pop("n_heads", n_heads), **options)

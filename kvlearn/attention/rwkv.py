@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kvlearn import validate
-from kvlearn.attention.base import KV, Cache, Mechanism, register
+from kvlearn.attention.base import KV, Cache, Mechanism, register, token_positions
 from kvlearn.attention.core import merge_heads, split_heads, upcast
 from kvlearn.attention.delta import generalised_delta_rule
 from kvlearn.attention.recurrent import FORMS, StateCache, load_state, state_dtype, store_state
@@ -355,8 +355,9 @@ class Rwkv7(Mechanism):
     a, the in-context learning rate, is a number for each feature. The key of the removal, κ, and the key of
     the write, k̃, differ. A decay is never below e^{-0.607} = 0.545. The norm is LayerNorm of each head.
     ``rank`` is that of decay and rate, the published code's for this d_model unless given; the gate's is
-    twice as much. The paper's residual of values is left out: there, all layers but the first mix the first
-    one's v into theirs, and layers here know of no other.
+    twice as much. With ``value_residual`` the layer reads the values v¹ of the first layer, as ``source``,
+    and mixes them into its own: v + σ(low-rank of x^v) ⊙ (v¹ - v). In a model of n layers:
+    ``["rwkv7", *(n - 1) * [Spec("rwkv7", reads="last")]]``.
 
     Cache: B · (H · D² + d_model) numbers: one matrix per head, and the last token's input; every step reads
     all of it. RWKV-7-2.9B, with 40 heads of 64 and d_model 2560, keeps 166,400 of them per layer, 0.67 MB in
@@ -370,10 +371,17 @@ class Rwkv7(Mechanism):
     no_weight_decay = ("time_mix",)
 
     def __init__(
-        self, d_model: int, n_heads: int, *, head_dim: int | None = None, rank: int | None = None
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        head_dim: int | None = None,
+        rank: int | None = None,
+        value_residual: bool = False,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         width = self.n_heads * self.head_dim
+        self.value_residual = value_residual
         suggested = max(32, round(2.5 * d_model**0.5 / 32) * 32)
         self.rank = validate.positive("rank", suggested if rank is None else rank)
         self.time_mix = nn.Parameter(torch.empty(6, d_model))
@@ -385,6 +393,9 @@ class Rwkv7(Mechanism):
         self.decay_up = nn.Linear(self.rank, width)
         self.rate_down = nn.Linear(d_model, self.rank, bias=False)
         self.rate_up = nn.Linear(self.rank, width)
+        if value_residual:
+            self.value_down = nn.Linear(d_model, self.rank, bias=False)
+            self.value_up = nn.Linear(self.rank, width)
         self.gate_down = nn.Linear(d_model, 2 * self.rank, bias=False)
         self.gate_up = nn.Linear(2 * self.rank, width, bias=False)
         self.removal_scale = nn.Parameter(torch.empty(width))  # ξ
@@ -404,11 +415,15 @@ class Rwkv7(Mechanism):
         zigzag = in_head * in_head.abs()
         self.decay_up.bias.copy_(-5.5 + 6 * part ** (1 + depth**0.3) + 2.5 * zigzag)
         self.rate_up.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (part - 0.5))
-        for down, up in (
+        pairs = [
             (self.decay_down, self.decay_up),
             (self.rate_down, self.rate_up),
             (self.gate_down, self.gate_up),
-        ):
+        ]
+        if self.value_residual:
+            self.value_up.bias.copy_(0.73 - 0.4 * (part - 0.5))
+            pairs.append((self.value_down, self.value_up))
+        for down, up in pairs:
             nn.init.zeros_(down.weight)
             gain = 0.1 * max(1.0, up.in_features / up.out_features) ** 0.5
             up.weight.copy_(nn.init.orthogonal_(upcast(up.weight), gain))  # no half precision in its QR
@@ -419,11 +434,15 @@ class Rwkv7(Mechanism):
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
-        self.check_inputs(x, cache, StateCache, source)
+        self.check_inputs(x, cache, StateCache)
+        self.check_values(x, source)
         state, form = load_state(self, x, cache)
         step = shift_tokens(x, state["last"]) - x
         xr, xw, xk, xv, xa, xg = (x + step * mix for mix in self.time_mix)
         r, k, v = upcast(self.r_proj(xr)), upcast(self.k_proj(xk)), upcast(self.v_proj(xv))
+        if self.value_residual and source is not None:
+            share = torch.sigmoid(upcast(self.value_up(self.value_down(xv))))
+            v = torch.lerp(v, merge_heads(source.v), share)
         speed = torch.sigmoid(upcast(self.decay_up(torch.tanh(self.decay_down(xw)))))
         rate = torch.sigmoid(upcast(self.rate_up(self.rate_down(xa))))
         gate = upcast(self.gate_up(torch.sigmoid(self.gate_down(xg))))
@@ -443,7 +462,23 @@ class Rwkv7(Mechanism):
         store_state(cache, {"last": upcast(x[:, -1]), "memory": memory}, x.shape[1])
         return y
 
-    def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+    def project_kv(self, x: Float[Tensor, "B T M"], cache: Cache | None = None) -> KV:
+        """The values of ``x``, for layers with ``value_residual``; there are no keys to read. Not cached."""
+        self.check_inputs(x, cache, StateCache)
+        before = load_state(self, x, cache)[0]["last"]
+        xv = x + (shift_tokens(x, before) - x) * self.time_mix[3]
+        v = split_heads(upcast(self.v_proj(xv)), self.n_heads)  # (B, H, T, D)
+        return KV(v, v, token_positions(x, cache))
+
+    def check_values(self, x: Float[Tensor, "B T M"], source: KV | None) -> None:
+        """Raise TypeError if ``value_residual`` is without a source, ValueError if the values do not fit."""
+        if source is None and not self.value_residual:
+            return
+        validate.instance("source", source, KV)
+        shape = (len(x), self.n_heads, x.shape[1], self.head_dim)
+        validate.tensor("source.v", source.v, shape, device=x.device)  # type: ignore[union-attr]
+
+    def naive(self, x: Float[Tensor, "B T M"], source: KV | None = None) -> Float[Tensor, "B T M"]:
         """The equations above, token by token, with the state's transition written out as a matrix."""
         B, H, D, wide = len(x), self.n_heads, self.head_dim, upcast(x)
         p = {name: upcast(weight) for name, weight in self.named_parameters()}
@@ -468,6 +503,10 @@ class Rwkv7(Mechanism):
                     a,
                 )
             )
+            if self.value_residual and source is not None:
+                share = xv @ p["value_down.weight"].T @ p["value_up.weight"].T + p["value_up.bias"]
+                share = torch.sigmoid(share).reshape(B, H, D)
+                v = (1 - share) * v + share * source.v[:, :, t]
             kappa = k * xi
             kappa = kappa / kappa.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
             k = k * (1 - alpha + a * alpha)

@@ -36,19 +36,22 @@ class Spec:
     Spec("mamba2", n_heads=16)])``.
 
     With ``reads`` the layer reads the keys and values of an earlier layer of the same kind: at that offset
-    (-1 is the layer before), or of the "last" one that has its own.
+    (-1 is the layer before), or of the "last" one that has its own. It then stores none; RWKV-7 still has its
+    state, and mixes the other layer's values into its own.
     """
 
     def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
         self.name = validate.one_of("layers", name, REGISTRY)
         self.parameters = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
-        if reads is not None and "reader" not in self.parameters:
+        ways = ("reader", "value_residual")  # options that a layer has if it can read another
+        self.reading = next((option for option in ways if option in self.parameters), None)
+        if reads is not None and self.reading is None:
             raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
         if isinstance(reads, int):
             validate.at_most("layers: reads", reads, -1, "an earlier layer; -1 is the one before")
         elif reads is not None:
             validate.one_of("layers: reads", reads, ["last"])
-        allowed = [parameter for parameter in self.parameters if parameter != "reader"]
+        allowed = [parameter for parameter in self.parameters if parameter != self.reading]
         for option in options:
             validate.one_of(f"layers: option of {name!r}", option, allowed)
         self.reads = reads

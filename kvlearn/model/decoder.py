@@ -113,8 +113,8 @@ class Decoder(nn.Module):
         for number, spec in enumerate(config.specs):
             common = {"head_dim": config.head_dim, "rope": config.rope}
             options: dict[str, Any] = {k: v for k, v in common.items() if k in spec.parameters} | spec.options
-            if spec.reads is not None:
-                options["reader"] = True
+            if spec.reads is not None and spec.reading is not None:
+                options[spec.reading] = True
             n_heads = options.pop("n_heads", config.n_heads)
             mixer = REGISTRY[spec.name](config.d_model, n_heads, **options)
             self.blocks.append(Block(mixer, config, number))

@@ -22,36 +22,10 @@ from kvlearn.model.families import (
     decoder_config,
     expect,
     has_angles,
-    of_layers,
     rope,
 )
+from kvlearn.model.mixtures import EXPERTS
 from kvlearn.model.moe import MoEConfig
-
-# In files each expert has three matrices of its own, in memory all have two together.
-EXPERTS = {
-    **of_layers(
-        "mlp.experts.{}.",
-        "mlp.",
-        {
-            "gate_proj.weight": "gate_up_proj.weight[{}, 0/2]",
-            "up_proj.weight": "gate_up_proj.weight[{}, 1/2]",
-            "down_proj.weight": "down_proj.weight[{}]",
-        },
-    ),
-    **of_layers(
-        "mlp.",
-        "mlp.",
-        {
-            "gate.weight": "router.weight",
-            "gate.e_score_correction_bias": "correction",
-            "experts.gate_up_proj": "gate_up_proj.weight",
-            "experts.down_proj": "down_proj.weight",
-            "shared_experts.gate_proj.weight": "shared.gate_proj.weight",
-            "shared_experts.up_proj.weight": "shared.up_proj.weight",
-            "shared_experts.down_proj.weight": "shared.down_proj.weight",
-        },
-    ),
-}
 
 DEEPSEEK = {
     **LLAMA,

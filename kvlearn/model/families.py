@@ -154,6 +154,10 @@ def rope(parameters: Mapping[str, Any], max_len: int | None = None) -> RopeConfi
             case "yarn":
                 options = ("beta_fast", "beta_slow", "attention_factor", "truncate")
                 given = {name: left.pop(name) for name in options if name in left}
+                if "mscale" in left and "mscale_all_dim" in left:
+                    ratio = yarn_growth(left["factor"], left.pop("mscale"))
+                    ratio /= yarn_growth(left["factor"], left.pop("mscale_all_dim"))
+                    given.setdefault("attention_factor", ratio)
                 scaling = YarnScaling(left.pop("factor"), original, **given)
             case "longrope":
                 scaling = longrope(left, original, max_len)
@@ -166,6 +170,17 @@ def rope(parameters: Mapping[str, Any], max_len: int | None = None) -> RopeConfi
     for name, value in left.items():
         raise ValueError(f"rope_parameters: {name}={value!r} is not supported with rope_type={kind!r}")
     return RopeConfig(theta, scaling)
+
+
+def ropes(theirs: Any) -> dict[str, RopeConfig]:
+    """RoPE of each type of layer, where these differ."""
+    kinds = set(theirs.layer_types)
+    return {kind: rope(theirs.rope_parameters[kind], theirs.max_position_embeddings) for kind in kinds}
+
+
+def yarn_growth(factor: float, mscale: float) -> float:
+    """0.1 · mscale · ln(factor) + 1. Source: Peng et al., "YaRN" (2023), section 3.4, for mscale 1."""
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1
 
 
 def longrope(left: dict[str, Any], original: int, max_len: int | None) -> LongRopeScaling:
@@ -232,6 +247,14 @@ def mistral(theirs: Any) -> ModelConfig:
     return decoder_config(theirs, attention(theirs, window=theirs.sliding_window))
 
 
+def ministral3(theirs: Any) -> ModelConfig:
+    """Ministral 3: a Mistral whose queries grow with their position."""
+    parameters = dict(theirs.rope_parameters)
+    growth = (parameters.pop("llama_4_scaling_beta"), parameters["original_max_position_embeddings"], 0)
+    layer = attention(theirs, window=theirs.sliding_window, query_growth=growth)
+    return decoder_config(theirs, layer, rope=rope(parameters, theirs.max_position_embeddings))
+
+
 def qwen2(theirs: Any) -> ModelConfig:
     """Qwen 2 and 2.5: biases of queries, keys and values; a window in the upper layers, if any."""
     return decoder_config(
@@ -249,6 +272,7 @@ def qwen3(theirs: Any) -> ModelConfig:
 
 FAMILIES["llama"] = Family(LLAMA, llama, ignore=has_angles)
 FAMILIES["mistral"] = Family(LLAMA, mistral, ignore=has_angles)
+FAMILIES["ministral3"] = Family(LLAMA, ministral3)
 FAMILIES["qwen2"] = Family(LLAMA, qwen2, ignore=has_angles)
 FAMILIES["qwen3"] = Family(LLAMA, qwen3)
 
@@ -276,7 +300,20 @@ def olmo2(theirs: Any) -> ModelConfig:
     return decoder_config(theirs, layer, norms="post")
 
 
+def olmo3(theirs: Any) -> ModelConfig:
+    """OLMo 3: three layers with a window, and a RoPE of their own, per full one."""
+    bias, angles = theirs.attention_bias, ropes(theirs)
+    layers = by_layer_type(
+        theirs,
+        lambda kind, window: attention(
+            theirs, window=window, rope=angles[kind], qk_norm="width", qkv_bias=bias, o_bias=bias
+        ),
+    )
+    return decoder_config(theirs, layers, rope=None, norms="post")
+
+
 FAMILIES["olmo2"] = Family(OLMO2, olmo2)
+FAMILIES["olmo3"] = Family(OLMO2, olmo3)
 
 
 # Phi 3: one matrix for queries, keys and values, one for gate and up; LongRoPE, partial from Phi 4 mini on.

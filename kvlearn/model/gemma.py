@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): norms around both parts of a layer, embeddings multiplied by √d_model, GeGLU.
+"""Gemma 1, 2 and 3 (text): embeddings multiplied by √d_model, GeGLU; norms around both parts from 2 on.
 
 Their RMSNorm multiplies by 1 + w, ours by w: 1 is added when the weights are loaded.
 """
@@ -11,6 +11,7 @@ from kvlearn.model.config import ModelConfig
 from kvlearn.model.families import (
     ATTENTION,
     FAMILIES,
+    LLAMA,
     MLP,
     OUTSIDE,
     Family,
@@ -20,7 +21,7 @@ from kvlearn.model.families import (
     decoder_config,
     expect,
     of_layers,
-    rope,
+    ropes,
 )
 
 GEMMA = {
@@ -44,21 +45,25 @@ def gemma2(theirs: Any) -> ModelConfig:
     """Gemma 2: every other layer has a window; scores and logits are capped."""
     options = {**common(theirs), "softcap": theirs.attn_logit_softcapping}
     layers = by_layer_type(theirs, lambda _, window: attention(theirs, window=window, **options))
-    return like_gemma(theirs, layers, rope=rope(theirs.rope_parameters, theirs.max_position_embeddings))
+    return like_gemma(theirs, layers)
 
 
 def gemma3(theirs: Any) -> ModelConfig:
     """Gemma 3: queries and keys are normalised; RoPE differs between layer types."""
     expect(theirs, attn_logit_softcapping=None)
-    options = {**common(theirs), "qk_norm": "head"}
-    angles = {
-        kind: rope(theirs.rope_parameters[kind], theirs.max_position_embeddings)
-        for kind in set(theirs.layer_types)
-    }
+    options, angles = {**common(theirs), "qk_norm": "head"}, ropes(theirs)
     layers = by_layer_type(
         theirs, lambda kind, window: attention(theirs, window=window, rope=angles[kind], **options)
     )
     return like_gemma(theirs, layers, rope=None)
+
+
+def gemma1(theirs: Any) -> ModelConfig:
+    """Gemma 1: norms before the parts only."""
+    if theirs.use_bidirectional_attention:
+        raise ValueError("config: use_bidirectional_attention=True is not supported, expected False")
+    layer = attention(theirs, qkv_bias=theirs.attention_bias, o_bias=theirs.attention_bias)
+    return decoder_config(theirs, layer, embed_scale=theirs.hidden_size**0.5)
 
 
 def common(theirs: Any) -> dict[str, Any]:
@@ -89,5 +94,6 @@ def add_one(name: str, tensor: Tensor, theirs: Any) -> Tensor:
     return tensor + 1 if "norm" in name else tensor
 
 
+FAMILIES["gemma"] = Family(LLAMA, gemma1, add_one)
 FAMILIES["gemma2"] = Family(GEMMA, gemma2, add_one)
 FAMILIES["gemma3_text"] = Family(GEMMA, gemma3, add_one)

@@ -1,4 +1,4 @@
-"""Mixtral and gpt-oss: a mixture of experts as the feed-forward of every layer."""
+"""Mixtral, Qwen 3's mixtures and gpt-oss: a mixture of experts as the feed-forward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from kvlearn.model.config import ModelConfig
 from kvlearn.model.families import (
     ATTENTION,
     FAMILIES,
+    LLAMA,
     OUTSIDE,
     PRE_NORMS,
     Family,
@@ -22,6 +23,31 @@ from kvlearn.model.families import (
 from kvlearn.model.moe import MoEConfig
 
 # In files each expert has three matrices of its own, in memory all have two together.
+EXPERTS = {
+    **of_layers(
+        "mlp.experts.{}.",
+        "mlp.",
+        {
+            "gate_proj.weight": "gate_up_proj.weight[{}, 0/2]",
+            "up_proj.weight": "gate_up_proj.weight[{}, 1/2]",
+            "down_proj.weight": "down_proj.weight[{}]",
+        },
+    ),
+    **of_layers(
+        "mlp.",
+        "mlp.",
+        {
+            "gate.weight": "router.weight",
+            "gate.e_score_correction_bias": "correction",
+            "experts.gate_up_proj": "gate_up_proj.weight",
+            "experts.down_proj": "down_proj.weight",
+            "shared_experts.gate_proj.weight": "shared.gate_proj.weight",
+            "shared_experts.up_proj.weight": "shared.up_proj.weight",
+            "shared_experts.down_proj.weight": "shared.down_proj.weight",
+        },
+    ),
+}
+
 MIXTRAL = {
     **OUTSIDE,
     **ATTENTION,
@@ -36,15 +62,7 @@ MIXTRAL = {
             "w2.weight": "down_proj.weight[{}]",
         },
     ),
-    **of_layers(
-        "mlp.",
-        "mlp.",
-        {
-            "gate.weight": "router.weight",
-            "experts.gate_up_proj": "gate_up_proj.weight",
-            "experts.down_proj": "down_proj.weight",
-        },
-    ),
+    **EXPERTS,
 }
 
 
@@ -53,6 +71,22 @@ def mixtral(theirs: Any) -> ModelConfig:
     expect(theirs, hidden_act="silu")
     experts = MoEConfig(theirs.num_local_experts, theirs.num_experts_per_tok, theirs.intermediate_size)
     return decoder_config(theirs, attention(theirs, window=theirs.sliding_window), experts=experts)
+
+
+def qwen3_moe(theirs: Any) -> ModelConfig:
+    """Qwen 3's mixtures: every ``decoder_sparse_step``-th layer has experts, except ``mlp_only_layers``."""
+    expect(theirs, hidden_act="silu")
+    layers, step = range(theirs.num_hidden_layers), theirs.decoder_sparse_step
+    dense = tuple(n for n in layers if n in theirs.mlp_only_layers or (n + 1) % step)
+    experts = MoEConfig(
+        theirs.num_experts,
+        theirs.num_experts_per_tok,
+        theirs.moe_intermediate_size,
+        normalise=theirs.norm_topk_prob,
+    )
+    bias = theirs.attention_bias
+    mixer = attention(theirs, window=theirs.sliding_window, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    return decoder_config(theirs, mixer, experts=experts, dense_layers=dense)
 
 
 GPT_OSS = {
@@ -108,4 +142,5 @@ def untangle(name: str, tensor: Tensor, theirs: Any) -> Tensor | Sequence[Tensor
 
 
 FAMILIES["mixtral"] = Family(MIXTRAL, mixtral)
+FAMILIES["qwen3_moe"] = Family({**LLAMA, **EXPERTS}, qwen3_moe)
 FAMILIES["gpt_oss"] = Family(GPT_OSS, gpt_oss, untangle, wide=NORMS)

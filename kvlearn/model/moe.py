@@ -34,8 +34,8 @@ class MoEConfig:
     (u + 1) · g · sigmoid(alpha · g).
 
     ``n_groups``: only experts of the ``topk_groups`` best groups can be chosen; a group's score is the sum
-    of its ``group_best`` best experts. ``correction`` adds a bias per expert to the scores that choose, not
-    to those that weigh. ``d_ff_shared``: the width of a SwiGLU for every token; ``shared_gate`` multiplies
+    of its ``group_best`` best experts. ``correction`` adds a bias per expert to the scores for the choice,
+    not to the weights. ``d_ff_shared``: the width of a SwiGLU for every token; ``shared_gate`` multiplies
     it by sigmoid(x w). ``bias``: biases in router and experts.
 
         Mixtral        MoEConfig(8, 2, 14336)

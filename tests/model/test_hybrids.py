@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvlearn.measure import running_table
@@ -108,6 +109,23 @@ def test_a_large_number_keeps_its_digits() -> None:
     assert [short(n) for n in (1000, 4096, 2**20, 3 * 2**20)] == ["1000", "4K", "1M", "3M"]
 
 
+@torch.no_grad()
+def test_a_decode_step_does_the_attention_of_a_layer_of_two_parts() -> None:
+    lengths_seen = []
+
+    def step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        lengths_seen.append(lengths.tolist())
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        used = torch.arange(k.shape[2]) < lengths[:, None, None, None]
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=used).squeeze(2)
+
+    model = decoder("attention and a state in one layer")
+    expected = model.generate(prompt(), 4)
+    model.decode_with(step)
+    assert torch.equal(model.generate(prompt(), 4), expected)
+    assert lengths_seen == [[n, n] for n in (10, 11, 12) for _ in range(4)]  # 4 layers
+
+
 def test_tables_name_the_parts_of_a_layer() -> None:
     assert decoder("memory and a window in one layer").table(8)[0]["mechanism"] == "mhc + window"
     pair = Spec("parallel", parts=["full", Spec("window", window=512)])
@@ -119,7 +137,7 @@ EXPERTS = MoEConfig(4, 2, 16, d_ff_shared=8)
 
 
 @torch.no_grad()
-def test_experts_stand_where_the_configuration_says(tmp_path: Path) -> None:
+def test_experts_are_where_the_configuration_says(tmp_path: Path) -> None:
     model = decoder("3 to 1", experts=EXPERTS, dense_layers=[0])
     assert [type(block.mlp).__name__ for block in model.blocks] == ["SwiGLU", "MoE", "MoE", "MoE"]
     expected = model.generate(prompt(), 8, use_cache=False)

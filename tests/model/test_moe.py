@@ -110,7 +110,7 @@ def test_softmax_of_chosen_logits_is_the_chosen_probabilities_over_their_sum() -
     torch.testing.assert_close(weights, moe.router(x).gather(1, chosen).softmax(-1))
 
 
-def test_the_correction_chooses_and_does_not_weigh() -> None:
+def test_the_correction_changes_the_choice_and_not_the_weights() -> None:
     config = MoEConfig(6, 2, 8, "sigmoid", correction=True, normalise=False)
     moe, x = layer(config), tokens().flatten(0, 1)
     moe.correction.copy_(torch.tensor([9.0, 0, 0, 7.0, 0, 0]))

@@ -79,6 +79,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.5,
+}
 # Family -> the class of its models, and of its configurations, and its options besides FIRST and SECOND.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "llama": (
@@ -147,6 +154,55 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
             "layer_types": ["full_attention", "sliding_attention"],
             "final_logit_softcapping": 3.0,
             "attention_bias": True,
+        },
+    ),
+    "gemma": (
+        "Gemma",
+        "Gemma",
+        {"head_dim": 10},
+        {"head_dim": 6, "attention_bias": True, "hidden_act": "gelu"},
+    ),
+    "olmo3": (
+        "Olmo3",
+        "Olmo3",
+        {"num_hidden_layers": 5, "sliding_window": 7},
+        {
+            "head_dim": 6,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "attention_bias": True,
+        },
+    ),
+    "ministral3": (
+        "Ministral3",
+        "Ministral3",
+        {"head_dim": 10, "sliding_window": None, "rope_parameters": GROWING},
+        {
+            "head_dim": 6,
+            "sliding_window": 7,
+            "rope_parameters": {**GROWING, "mscale": 0.7, "mscale_all_dim": 1.2, "llama_4_scaling_beta": 0.9},
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        "Qwen3Moe",
+        {
+            "head_dim": 10,
+            "moe_intermediate_size": 20,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+        },
+        {
+            "head_dim": 6,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 5,
         },
     ),
     "mixtral": (
