@@ -59,9 +59,11 @@ def generate(
         if cache is None:
             hidden = model.hidden(out)
         else:
+            size = chunk
             if switch is not None and 0 < cache.length <= switch < out.shape[1]:
-                cache.reset()  # the text becomes long: its keys need LongRoPE's other angles
-            for piece in out[:, cache.length :].split(chunk, dim=1):
+                cache.reset()  # the text becomes long: its keys need LongRoPE's other angles, all together
+                size = out.shape[1]
+            for piece in out[:, cache.length :].split(size, dim=1):
                 hidden = model.hidden(piece, cache)
         token = sample(model.logits(hidden[:, -1]), temperature, top_p, generator)
         if stop:
