@@ -110,7 +110,7 @@ def test_greedy_generation_is_mistrals_far_past_the_window(chunk: int | None) ->
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=45, do_sample=False, eos_token_id=None
     )
     assert len(expected[0].unique()) > 5  # not one token over and over
-    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 45, chunk=chunk), expected)
+    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 45, chunk=chunk, stop=()), expected)
 
 
 @pytest.mark.parametrize(("n_kv_heads", "name"), [(6, "full"), (2, "gqa")])
