@@ -132,9 +132,9 @@ def test_a_mistral_is_loaded_from_its_folder(tmp_path: object) -> None:
 @pytest.mark.parametrize(
     ("option", "names"),
     [
-        ({"hidden_act": "gelu"}, "expected a Mistral with SiLU, got 'gelu'"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of one kind, got layer_types"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type: expected default"),
+        ({"hidden_act": "tanh"}, "hidden_act='tanh'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "short_factor is missing"),
         ({"sliding_window": 0}, "window: expected at least 1, got 0"),
     ],
 )
