@@ -191,7 +191,7 @@ def message_of(status: str, outcomes: list[Outcome], rows: Sequence[Row], named:
     failed = next((row for row in rows if row.status not in ("passed", "not attempted")), None)
     if failed is None:
         missing = next(row for row in rows if row.status == "not attempted")
-        return f"What is there is right. Not attempted yet: {missing.name} ({missing.came})."
+        return f"All that ran is right. Still open: {missing.name}: {missing.came}."
     came = failed.came.split("\n")[0]
     if failed.status == "raised":
         return f"{failed.name}: your code raised {came}"
