@@ -1105,11 +1105,11 @@ model = Exercise(
         "`generate` has two loops. Both call the model with new tokens only and advance `start` by as many. "
         "After the prompt, the logits of its last token, `logits[:, -1:]`, choose the first new one.",
         "`attention` in order: split_qkv(x @ layer.qkv.T, layer.n_heads), rotate q and k, cache.append, "
-        "causal_mask(T, S, [0]), attend, merge_heads, and at the end `@ layer.out.T`. Without a cache the keys "
-        "and values are those of this call, and S = T.",
-        "`generate` in order: reset every cache; start = 0; for each piece of `tokens.split(chunk, dim=1)` call "
-        "the model, then add the piece's size to start. Then n_new times: take the most likely token, append it "
-        "to `tokens`, and, but for the last one, call the model with it alone and add 1 to start.",
+        "causal_mask(T, S, [0]), attend, merge_heads, and at the end `@ layer.out.T`. Without a cache the "
+        "keys and values are those of this call, and S = T.",
+        "`generate` in order: reset every cache; start = 0; for each piece of `tokens.split(chunk, dim=1)` "
+        "call the model, then add the piece's size to start. Then n_new times: take the most likely token "
+        "and append it to `tokens`; except for the last one, call the model with it alone and add 1 to start.",
     ),
 )
 
@@ -1190,7 +1190,8 @@ def at_once(t: CheckContext, attention: Answer, generate: Answer) -> None:
 
 @model.requirement(1, "generate, the prompt in chunks; a second text", rounds=2)
 def chunks_and_second_text(t: CheckContext, attention: Answer, generate: Answer) -> None:
-    """identical tokens with the prompt in chunks, the last one shorter, in caches that hold an earlier text"""
+    """identical tokens with the prompt in chunks, the last one shorter, in caches that hold an earlier
+    text"""
     prompt, want = prompt_and_text(t, 4)
     # None of these divides the prompt, and with each of them wrong positions change the text.
     chunk = t.random.choice(((9, 11, 14, 15), (9, 12, 17, 18))[t.round])
