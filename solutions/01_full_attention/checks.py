@@ -1109,7 +1109,7 @@ model = Exercise(
         "keys and values are those of this call, and S = T.",
         "`generate` in order: reset every cache; start = 0; for each piece of `tokens.split(chunk, dim=1)` "
         "call the model, then add the piece's size to start. Then n_new times: take the most likely token "
-        "and append it to `tokens`; except for the last one, call the model with it alone and add 1 to start.",
+        "and append it to `tokens`; but for the last, call the model with it alone and add 1 to start.",
     ),
 )
 
