@@ -225,8 +225,9 @@ def compare_values(got: Tensor, want: Tensor, what: str, tolerance: float | None
     n_nan = int((got.isnan() & ~want.isnan()).sum())
     if n_nan:
         return Difference(what, expected, f"{came}; {n_nan} of {wrong.numel()} elements are NaN")
-    gap = (got.double() - want.double()).abs().nan_to_num(torch.inf).masked_fill(~wrong, 0.0)
-    worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+    gap = (got.double() - want.double()).abs().masked_fill(~wrong, 0.0)
+    gap = gap.nan_to_num(torch.inf, posinf=torch.inf)
+    worst = tuple(int(i) for i in (gap == gap.max()).nonzero()[0])  # unravel_index takes 0.3 s to import
     largest = f"the largest difference is {float(gap[worst]):.3g}" + (f" at {list(worst)}" if worst else "")
     return Difference(what, expected, f"{came}; {largest}; {share}")
 

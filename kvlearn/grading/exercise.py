@@ -35,13 +35,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Requirement:
-    """One thing that an answer must do, and the points it earns."""
+    """One thing that an answer must do, and the points it earns.
+
+    ``reads_answers``: it runs the answers to other exercises too, so what it sees names no mistake of this
+    one.
+    """
 
     name: str
     points: int
     expected: str
     script: Callable[..., None]
     rounds: int
+    reads_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,14 @@ class Exercise:
         code = mistakes.compiled(self.solution, f"<solution {self.id}>")
         return mistakes.run(code, self.set_up, {}, self.answers)
 
-    def requirement(self, points: int, name: str, *, rounds: int = 3) -> Callable[[F], F]:
+    def requirement(
+        self, points: int, name: str, *, rounds: int = 3, reads_answers: bool = False
+    ) -> Callable[[F], F]:
         """Decorator: the function draws inputs ``rounds`` times; its docstring says what is expected."""
 
         def add(script: F) -> F:
-            self.requirements.append(Requirement(name, points, paragraph(script), script, rounds))
+            expected = paragraph(script)
+            self.requirements.append(Requirement(name, points, expected, script, rounds, reads_answers))
             return script
 
         return add

@@ -107,8 +107,7 @@ def judge(
     try:
         with quiet(), one_thread():
             outcomes = run_checks(exercise, answers, seed)
-            shown = with_our_parts(exercise, answers, outcomes, seed) if name else []
-            named = name_mistakes(exercise, shown, seed)
+            named = name_mistakes(exercise, outcomes, seed) if name else []
     except (KeyboardInterrupt, Interrupted):
         return score(0, status="error", message=INTERRUPTED, rows=rows)
     except Exception as error:
@@ -148,26 +147,15 @@ def misfit(exercise: Exercise, answers: Sequence[Any]) -> str:
     return "; ".join(f"{n}: expected a function or a class, came {shorten(describe(a))}" for n, a in wrong)
 
 
-def with_our_parts(
-    exercise: Exercise, answers: Sequence[Any], outcomes: list[Outcome], seed: int
-) -> list[Outcome]:
-    """The outcomes where our solutions stand for the answers to other exercises: a mistake keeps its name
-    whatever those are."""
-    if not exercise.reads_answers or {outcome.status for outcome in outcomes} <= {"passed", "not attempted"}:
-        return outcomes
-    notebook_names.set(None)
-    return run_checks(exercise, answers, seed)
-
-
 def name_mistakes(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Mistake]:
-    if {outcome.status for outcome in outcomes} <= {"passed", "not attempted"}:  # nothing wrong was seen
-        return []
     if any(outcome.borrowed for outcome in outcomes):
         return []
+    # What runs the answers to other exercises is left out: a mistake keeps its name whatever those are.
+    own = {i: outcomes[i] for i, r in enumerate(exercise.requirements) if not r.reads_answers}
+    if {outcome.status for outcome in own.values()} <= {"passed", "not attempted"}:  # nothing wrong was seen
+        return []
     try:
-        return [
-            Mistake.one_of([(m.name, m.why) for m in alike]) for alike in diagnose(exercise, outcomes, seed)
-        ]
+        return [Mistake.one_of([(m.name, m.why) for m in alike]) for alike in diagnose(exercise, own, seed)]
     except Exception:  # a name is a help; the score stands without it
         return []
 
@@ -200,7 +188,10 @@ def message_of(status: str, outcomes: list[Outcome], rows: Sequence[Row], named:
         return f"Your answer calls {borrowed}, which does the work that this exercise asks you to do."
     if named:
         return named[0].sentence
-    failed = next(row for row in rows if row.status != "passed")
+    failed = next((row for row in rows if row.status not in ("passed", "not attempted")), None)
+    if failed is None:
+        missing = next(row for row in rows if row.status == "not attempted")
+        return f"All that ran is right. Still open: {missing.name}: {missing.came}."
     came = failed.came.split("\n")[0]
     if failed.status == "raised":
         return f"{failed.name}: your code raised {came}"
@@ -279,7 +270,7 @@ class Candidate:
     """A misconception that the answer may show. It runs on the answer's inputs, no further than needed."""
 
     def __init__(
-        self, exercise: Exercise, misconception: Misconception, outcomes: Sequence[Outcome], seed: int
+        self, exercise: Exercise, misconception: Misconception, outcomes: Mapping[int, Outcome], seed: int
     ) -> None:
         self.exercise, self.misconception = exercise, misconception
         self.outcomes, self.seed = outcomes, seed
@@ -328,19 +319,19 @@ def is_wrong(round: int, i: int, theirs: Observation | None) -> bool:
     return theirs is not None and theirs.difference is not None
 
 
-def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[list[Misconception]]:
+def diagnose(exercise: Exercise, outcomes: Mapping[int, Outcome], seed: int) -> list[list[Misconception]]:
     """The misconceptions an answer shows, the one that explains most first; empty where none fits. Those that
-    nothing tells apart stand together.
+    nothing tells apart stand together. ``outcomes`` by the requirement's number.
 
     A misconception that agrees with the answer in all requirements is it; each of the others is out at its
     first contradiction. Where none agrees in all of them, several may explain a part each.
     """
     candidates = [Candidate(exercise, m, outcomes, seed) for m in exercise.misconceptions]
-    failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
+    failed = {i for i, outcome in outcomes.items() if not outcome.passed}
     wrong = {i: values for i in failed if (values := wrong_values(outcomes[i]))}
     # What contradicts soonest comes first: what takes little time, and rather wrong values, of which the
     # first may differ, than a requirement that a candidate need only pass.
-    order = sorted(range(len(outcomes)), key=lambda i: outcomes[i].seconds * (1 if i in wrong else 3))
+    order = sorted(outcomes, key=lambda i: outcomes[i].seconds * (1 if i in wrong else 3))
     left = candidates
     for i in order:
         left = [candidate for candidate in left if candidate.agrees(i)]
@@ -358,7 +349,7 @@ def diagnose(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[lis
 
 
 def explained(
-    candidate: Candidate, outcomes: Sequence[Outcome], wrong: dict[int, list[Any]]
+    candidate: Candidate, outcomes: Mapping[int, Outcome], wrong: dict[int, list[Any]]
 ) -> tuple[frozenset[int], int]:
     """The failed requirements that it explains, by giving the same *wrong* values, and how many others it
     fails; they may not be more than those.
@@ -369,11 +360,11 @@ def explained(
     """
     nothing: frozenset[int] = frozenset()
     rows = frozenset(i for i in wrong if candidate.agrees(i))
-    failed = {i for i, outcome in enumerate(outcomes) if not outcome.passed}
+    failed = {i for i, outcome in outcomes.items() if not outcome.passed}
     if not rows or not telling(wrong, rows, failed):
         return nothing, 0
     n_others = 0
-    for i, ours in enumerate(outcomes):
+    for i, ours in outcomes.items():
         if i in rows:
             continue
         if ours.status == "raised" and not candidate.raises(i):

@@ -148,7 +148,8 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
         length = min(len(losses) for losses in curves.values())
         for edge in range(chunk, length, chunk):
             axes.axvline(edge, color="#8a8a8a", lw=1, ls=":")
-        axes.text(chunk * 1.03, 0.15, "second chunk", fontsize=9)
+        above = axes.get_xaxis_transform()  # above the axes, where no curve can be
+        axes.text(chunk, 1.01, "second chunk", fontsize=9, va="bottom", transform=above)
         at = np.arange(width / 2, length - length % width, width)
         wrong = (name for name in curves if name != "right")
         styles = line_styles(
@@ -165,7 +166,7 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
         axes.set_xlim(0, length * 1.28)
         axes.set_xticks(range(0, length + 1, chunk))
         axes.set_xlabel("position in the context")
-        axes.set_ylabel("loss, nats a byte")
+        axes.set_ylabel("loss, nats per byte")
     listed = "; ".join(f"{name} {losses.mean():.2f}" for name, losses in curves.items())
     first = "; ".join(f"{name} {losses[:chunk].mean():.2f}" for name, losses in curves.items())
     alt = (

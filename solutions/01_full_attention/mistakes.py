@@ -23,6 +23,11 @@ attend.mistakes(
     The scores are divided by D. Variances add up, so the sum of D products has variance D and spread √D: the
     square root belongs to the formula.
 
+    multiplied by √D
+        q.shape[-1] ** -0.5 → q.shape[-1] ** 0.5
+    The scores are multiplied by √D. A sum of D products has a spread of √D already: divide by it, and the
+    spread is 1.
+
     scaled by √T
         q.shape[-1] → q.shape[2]
     The scores are divided by the root of dimension 2, the number of queries. A score is a sum over the D
@@ -47,6 +52,19 @@ attend.mistakes(
         total.masked_fill(total == 0, 1.0) → total
     The weights of a query without keys are all 0 and so is their sum: 0 / 0 is NaN. Divide by 1 there; the
     output is then 0, as asked.
+
+    a small number added to the sum
+        total = weights.sum(dim=-1, keepdim=True) → total = weights.sum(dim=-1, keepdim=True) + 1e-6
+    1e-6 was added to the sum of the weights, so that nothing is divided by 0. The output survives it, but
+    the lse of a query without keys is then log(1e-6) ≈ −14 in place of −∞. Treat that query by itself.
+
+    lse 0 for a query without keys
+        largest = largest.masked_fill(largest == -torch.inf, 0.0) →
+        total.masked_fill(total == 0, 1.0) → total
+        out.to(q.dtype), (largest + total.log())
+            → out.nan_to_num().to(q.dtype), (largest + total.log()).nan_to_num()
+    nan_to_num made 0 of every NaN. For the output that is right; an lse of 0 is that of one key with score 0,
+    and in a merge such a query would count as if it had seen something. It is log 0 = −∞.
 
     a very negative number in place of −∞
         ~mask, -torch.inf → ~mask, torch.finfo(scores.dtype).min
@@ -105,6 +123,13 @@ attend.mistakes(
         weights @ v.float() / total.masked_fill(total == 0, 1.0) → (weights / total).nan_to_num() @ v.float()
     exp(89) is infinite in fp32, and nan_to_num turns the ∞/∞ that follows into 0: the NaN is gone and the
     largest score has lost its weight. Subtract each query's largest score before the exponential.
+
+    the maximum over hidden keys too
+        * q.shape[-1] ** -0.5 → * q.shape[-1] ** -0.5
+            everything = scores
+        scores.amax(dim=-1, keepdim=True) → everything.amax(dim=-1, keepdim=True)
+    The largest score was taken before the mask was applied. If a hidden key has it, all visible scores may
+    lie 100 or more below, their exponentials are 0, and the query is lost. Mask first, then take the maximum.
 
     one maximum for all queries
         scores.amax(dim=-1, keepdim=True) → scores.amax()
@@ -228,6 +253,16 @@ mask.mistakes(
     The rows of padding queries are empty, but the columns of padding keys are open, so the real tokens attend
     to padding. It is the *keys* that must not be seen.
 
+    one of the two conditions is enough
+        (keys <= queries) & (keys >= padding) → (keys <= queries) | (keys >= padding)
+    The two conditions are joined by "or", so a key of the future is seen because it is no padding, and a
+    padding key because it is in the past. A key must meet both: `&`.
+
+    the number of a query compared with the padding
+        (keys >= padding) → (keys >= padding) & (torch.arange(n_queries)[:, None] >= padding)
+    Queries 0 … n − 1 of the chunk were taken for padding. But padding is counted in positions, and query t is
+    at position S − T + t. A padding query needs no condition of its own: no key meets the other two.
+
     the longest padding for all rows
         torch.as_tensor(padding)[ → torch.as_tensor(padding).max().expand(len(padding))[
     Every row was treated as if it had as much padding as the shortest text of the batch. The longer texts
@@ -247,7 +282,7 @@ heads.mistakes(
     r"""
     three blocks of all heads, as GPT-2 has them
         x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
-            → (y.view(B, T, n_heads, -1).transpose(1, 2) for y in x.chunk(3, dim=-1))
+            → [y.view(B, T, n_heads, -1).transpose(1, 2) for y in x.chunk(3, dim=-1)]
     x was cut into one block for q of all heads, one for k and one for v. That is GPT-2's layout; GPT-NeoX and
     Pythia put q, k and v of one head side by side. Every shape fits both layouts, only the numbers differ.
 
@@ -497,6 +532,34 @@ cache.mistakes(
     undo(n) took back the last n appends. A prompt is one append of many tokens, and what speculative decoding
     takes back is part of a chunk: n counts tokens.
 
+    undo counts appends
+        self.length = end → self.ends = [*getattr(self, "ends", []), self.length]
+            self.length = end
+        n > self.length → n > len(getattr(self, "ends", []))
+        self.length -= n → if n:
+                self.length = self.ends[-n]
+                del self.ends[-n:]
+    undo(n) took back the last n appends, and refused where there were fewer. A prompt is one append of many
+    tokens, and what speculative decoding takes back is part of a chunk: n counts tokens.
+
+    undo forgets the first tokens
+        self.length -= n → self.length -= n
+            self.k[:, :, : self.length] = self.k[:, :, n : n + self.length].clone()
+            self.v[:, :, : self.length] = self.v[:, :, n : n + self.length].clone()
+    The oldest n tokens were forgotten, as a sliding window does. undo takes back what came *last*: the length
+    is all that changes.
+
+    undo keeps n tokens
+        self.length -= n → self.length = n
+    The length was set to n: n tokens stayed. n is the number of tokens to forget.
+
+    a refused undo leaves its mark
+        self.length -= n → pass
+        if n > self.length: → self.length -= n
+            if self.length < 0:
+    The length was lowered before it was compared, so it is negative when ValueError is raised, and the cache
+    has lost its tokens. Compare first, then lower it.
+
     undo of too many tokens is not refused
         n > self.length → False
     Nothing compares n with the length. It becomes negative, and a negative slice counts from the end of the
@@ -526,6 +589,30 @@ cache.mistakes(
     The fork has a length of its own and the same tensors (`copy.copy`, or `other.k = self.k`), so both write
     into the same slots and each finds the other's tokens. Give the fork memory of its own and copy the
     tokens.
+
+    the fork shares the list of sizes
+        class KVCache(BrokenCache):
+            def append(self, k, v):
+                n_new, start = k.shape[2], sum(self.sizes)
+                if start + n_new > self.kv.shape[3]:
+                    raise ValueError(n_new)
+                self.sizes.append(n_new)
+                self.kv[0, :, :, start : start + n_new] = k
+                self.kv[1, :, :, start : start + n_new] = v
+                return self.kv[0, :, :, : start + n_new], self.kv[1, :, :, : start + n_new]
+
+            def undo(self, n):
+                if n > sum(self.sizes):
+                    raise ValueError(n)
+                self.sizes = [sum(self.sizes) - n]
+
+            def fork(self):
+                other = copy.copy(self)
+                other.kv = self.kv.clone()
+                return other
+    The fork has memory of its own, but both caches hold the same list of sizes (`copy.copy`, or
+    `other.sizes = self.sizes`), so an append to one makes the other longer too. Copy the list as well, or
+    keep the length as a number.
 
     the fork is the cache itself
         return other → return self
@@ -762,6 +849,33 @@ merge.mistakes(
     What prompt gave, (H, B·T, D), was viewed as (B, H, T, D). The shape fits, but the heads come first in
     memory: view it as (H, B, T, D) and swap the first two dimensions.
 
+    one length for all rows
+        < lengths[ → < lengths.max().expand(len(lengths))[
+    Every row was read up to the longest row's length, so the shorter rows attend to leftovers. Each row has a
+    length of its own: `lengths[:, None, None, None]` against the slot numbers.
+
+    empty slots score 0
+        ~written, -torch.inf → ~written, 0.0
+    Empty slots got the score 0 in place of −∞. exp(0) = 1 is a weight like any other, so they count in the
+    log-sum-exp. Only −∞ becomes the weight 0.
+
+    −1e9 in place of −∞
+        ~written, -torch.inf → ~written, -1e9
+    Empty slots got the score −1e9. A row of length 0 then has an lse of about −1e9, a number, and with an
+    empty prompt it is returned as if there had been keys. Only with −∞ is "no keys" the same as log 0.
+
+    the maximum of two empty parts
+        lse = torch.logaddexp(lse_a, lse_b) → largest = torch.maximum(lse_a, lse_b)
+            lse = largest + (torch.exp(lse_a - largest) + torch.exp(lse_b - largest)).log()
+        lse.masked_fill(lse == -torch.inf, 0.0) → lse
+    The larger log-sum-exp is subtracted first, which is right. But without prompt and own keys it is −∞, and
+    −∞ − (−∞) is NaN, in out and in lse. Subtract a finite number there.
+
+    lse 0 where there are no keys
+        * out_b, lse → * out_b, lse.masked_fill(lse == -torch.inf, 0.0)
+    Without any key the lse came back as 0 (nan_to_num does that). An lse of 0 is that of one key with score
+    0, so the next merge would give this empty part weight. It is log 0 = −∞.
+
     empty slots attended to
         < lengths[ → < torch.full_like(lengths, k.shape[2])[
     All S slots of a row were used, also those behind its length. They hold leftovers of an earlier answer:
@@ -890,6 +1004,28 @@ model.mistakes(
     The keys were rotated and the queries were not. A score depends on the distance of two tokens only if both
     are turned, each by its own position.
 
+    keys not rotated
+        q, k = parts.rotate(q, positions, layer.theta), parts.rotate(k, positions, layer.theta)
+            → q = parts.rotate(q, positions, layer.theta)
+    The queries were rotated and the keys were not. A score depends on the distance of two tokens only if both
+    are turned, each by its own position.
+
+    nothing rotated
+        q, k = parts.rotate(q, positions, layer.theta), parts.rotate(k, positions, layer.theta) →
+    Neither queries nor keys were rotated, so the order of earlier tokens is unknown to the scores. The model
+    was trained with RoPE: rotate q and k to the tokens' positions before the keys go into the cache.
+
+    all tokens of a call at one position
+        torch.arange(start, start + T) → torch.full((T,), start)
+    All T tokens were rotated to position `start`. With one token per call that is right; in a chunk token t
+    is at position start + t.
+
+    theta not passed on
+        parts.rotate(q, positions, layer.theta), parts.rotate(k, positions, layer.theta)
+            → parts.rotate(q, positions), parts.rotate(k, positions)
+    `rotate` was called without the layer's theta. This model was trained with the default, 10000, so its text
+    is right by luck; a layer with another base gets wrong positions.
+
     each call sees its own tokens only
         out, _ = parts.attend(q, keys, values, mask) → mask = parts.causal_mask(T, T, [0])
             out, _ = parts.attend(q, k, v, mask)
@@ -900,6 +1036,16 @@ model.mistakes(
         return parts.merge_heads(out) @ layer.out.T → return parts.merge_heads(out)
     The heads were put side by side and returned. H · D happens to equal M here, so nothing complains. The
     output matrix mixes the heads and brings them back into the model's width: `@ layer.out.T`.
+
+    the output projection not transposed
+        @ layer.out.T → @ layer.out
+    The result was multiplied by `layer.out` itself. H · D happens to equal M here, so the shapes fit. `out`
+    is (M, H·D), and x @ W.T is what a linear layer computes: `@ layer.out.T`.
+
+    the heads joined by reshape alone
+        parts.merge_heads(out) → out.reshape(1, T, -1)
+    (1, H, T, D) was reshaped to (1, T, H·D) as it is. The shape fits, but a token's row then holds several
+    tokens of the same head. `parts.merge_heads` puts the heads of a token side by side.
 
     the caches not reset
         cache.reset() → pass
@@ -919,9 +1065,24 @@ model.mistakes(
     token is at position T.
 
     start not advanced in the prompt
-        start += piece.shape[1] → start = tokens.shape[1]
+        logits = model(piece, caches, start) → logits = model(piece, caches, 0)
     Every chunk of the prompt was fed with start = 0, so tokens of different chunks seem to stand at the same
     place. After each chunk, `start` grows by its size.
+
+    start not advanced in decode
+        start += 1 → pass
+    Every new token was fed at the same position, the first one behind the prompt. After each step `start`
+    grows by 1.
+
+    start advanced by chunk, not by the tokens fed
+        start += piece.shape[1] → start += chunk
+    `start` grew by `chunk` after each piece of the prompt. The last piece may be shorter, and then all new
+    tokens are too far: add the piece's own size, `piece.shape[1]`.
+
+    chunk is not used
+        tokens.split(chunk, dim=1) → [tokens]
+    The whole prompt went through the model at once. The text is the same, but the matrix of scores is as
+    large as the prompt is long, T × T: that is what chunks avoid.
 
     the last token of the prompt fed twice
         for _ in range(n_new - 1): → logits = model(tokens[:, -1:], caches, start)
