@@ -112,7 +112,7 @@ class KV:
     """
 
     k: Float[Tensor, "B G S D"]
-    v: Float[Tensor, "B G S D"]
+    v: Float[Tensor, "B G S Dv"]
     positions: Int[Tensor, "#B T"]
     slot_positions: Int[Tensor, "#B S"] | None = None
 
@@ -128,25 +128,35 @@ class KV:
 
 
 class KVCache(Cache):
-    """Keys and values of all tokens so far, in memory that is allocated once; slot s holds position s."""
+    """Keys and values of all tokens so far, in memory that is allocated once; slot s holds position s.
+
+    Values are as wide as keys, ``head_dim``, unless ``v_head_dim`` is given.
+    """
 
     def __init__(
-        self, batch: int, n_heads: int, max_len: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        n_heads: int,
+        max_len: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        v_head_dim: int | None = None,
     ) -> None:
         super().__init__(batch, max_len, device)
         validate.floating("dtype", dtype)
         # Zeros, since a masked slot has weight 0, and 0 · NaN would be NaN.
         self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.v = torch.zeros(*self.k.shape[:3], v_head_dim or head_dim, dtype=dtype, device=device)
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v]
 
-    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
+    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T Dv"]) -> KV:
         """Write new keys and values after the old ones; return views of all of them, never a copy."""
-        n_heads, head_dim = self.k.shape[1], self.k.shape[3]
-        for name, new in (("k", k), ("v", v)):
-            validate.tensor(name, new, (self.batch, n_heads, k.shape[2], head_dim), device=self.device)
+        for name, new, buffer in (("k", k, self.k), ("v", v, self.v)):
+            shape = (self.batch, buffer.shape[1], k.shape[2], buffer.shape[3])
+            validate.tensor(name, new, shape, device=self.device)
         self.check_room(k.shape[2])
         positions = self.positions(k.shape[2])
         for buffer, new in ((self.k, k), (self.v, v)):

@@ -132,11 +132,18 @@ def attend_partial(
     v: Float[Tensor, "B H S Dv"],
     mask: Bool[Tensor, "..."] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Partial:
-    """Attention over these keys alone, in fp32 at least, with the log-sum-exp that ``merge`` needs."""
+    """Attention over these keys alone, in fp32 at least, with the log-sum-exp that ``merge`` needs.
+
+    ``softcap`` keeps the scores between -softcap and softcap: softcap · tanh(score / softcap).
+    Source: Gemma Team, "Gemma 2" (2024), section 2, "Logit soft-capping".
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = upcast(q), upcast(k), upcast(v)
     scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1)
@@ -150,12 +157,13 @@ def grouped_partial(
     v: Float[Tensor, "B G S Dv"],
     mask: Bool[Tensor, "#B 1 #T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Partial:
     """``attend_partial`` of H query heads over G KV heads: the heads of a pool are the rows of one matrix."""
     B, H, T, _ = q.shape
     n = H // k.shape[1]
     rows = None if mask is None else mask.expand(-1, -1, T, -1).repeat(1, 1, n, 1)
-    out, lse = attend_partial(q.reshape(B, -1, n * T, q.shape[3]), k, v, rows, scale)
+    out, lse = attend_partial(q.reshape(B, -1, n * T, q.shape[3]), k, v, rows, scale, softcap)
     return Partial(out.reshape(B, H, T, -1), lse.reshape(B, H, T))
 
 

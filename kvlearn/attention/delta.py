@@ -204,7 +204,10 @@ class DeltaNet(Mechanism):
         [q k v]_t = silu(conv([W_q x, W_k x, W_v x]))_t,   q, k divided by their lengths,   β_t = σ(W_b x_t)
         S_t = S_{t-1} + β_t k_t (v_t - S_{t-1}ᵀ k_t)ᵀ,   y_t = W_o [RMSNorm(S_tᵀ q_t) of each head]
 
-    With |k| = 1 and 0 < β < 1 a token moves the state's value for its key towards v_t, by the share β.
+    With |k| = 1 and 0 < β < 1 a token moves the state's value for its key towards v_t, by the share β. With
+    ``beta_max`` of 2, β = 2 σ(W_b x_t) can exceed 1: I - β k kᵀ then has the negative eigenvalue 1 - β, so
+    that a token can change the sign of what is stored, and a layer can compute parity (Grazzi et al.,
+    "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", 2024, section 4).
     ``conv`` is the width of the short convolution, None for none. Keys have ``key_dim`` numbers, head_dim
     unless given; with ``n_key_heads`` below ``n_heads``, each key and query head serves n_heads / n_key_heads
     neighbouring states. Raises ValueError where n_key_heads does not divide n_heads, and for a conv below 2.
@@ -228,8 +231,11 @@ class DeltaNet(Mechanism):
         key_dim: int | None = None,
         n_key_heads: int | None = None,
         conv: int | None = 4,
+        beta_max: float = 1.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
+        self.beta_max = check_beta_max(beta_max)
         self.key_dim = validate.positive("key_dim", self.head_dim if key_dim is None else key_dim)
         n_key_heads = self.n_heads if n_key_heads is None else n_key_heads
         self.n_key_heads = validate.divides("n_key_heads", n_key_heads, "n_heads", self.n_heads)
@@ -242,7 +248,7 @@ class DeltaNet(Mechanism):
         self.conv = (
             None if conv is None else ShortConvolution(sum(self.widths), validate.at_least("conv", conv, 2))
         )
-        self.norm = HeadNorm(self.head_dim)
+        self.norm = HeadNorm(self.head_dim, norm_eps)
         self.o_proj = nn.Linear(values, d_model, bias=False)
 
     def forward(
@@ -256,7 +262,7 @@ class DeltaNet(Mechanism):
         q, k, v = F.silu(upcast(qkv)).split(self.widths, dim=-1)
         q, k = (l2_normalize(split_heads(part, self.n_key_heads)) for part in (q, k))
         q, k, v = expand_heads(q, self.n_heads), expand_heads(k, self.n_heads), split_heads(v, self.n_heads)
-        beta = torch.sigmoid(upcast(self.b_proj(x))).mT  # (B, H, T)
+        beta = self.beta_max * torch.sigmoid(upcast(self.b_proj(x))).mT  # (B, H, T)
         out, state["memory"] = delta_rule(
             q, k, v, beta, None, state["memory"], form=form, chunk=self.chunk
         )  # (B, H, T, V)
@@ -265,7 +271,7 @@ class DeltaNet(Mechanism):
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         q, k, v = naive_qkv(self, x, self.n_key_heads)
-        beta = torch.sigmoid(naive_linear(x, self.b_proj))
+        beta = torch.sigmoid(naive_linear(x, self.b_proj)) * self.beta_max
         heads = rms_norm_naive(naive_delta_rule(q, k, v, beta, torch.ones_like(k)), self.norm)
         return naive_linear(heads.flatten(2), self.o_proj).to(x.dtype)
 
@@ -326,14 +332,22 @@ class GatedDeltaNet(DeltaNet):
         key_dim: int | None = None,
         n_key_heads: int | None = None,
         conv: int | None = 4,
+        beta_max: float = 1.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(
-            d_model, n_heads, head_dim=head_dim, key_dim=key_dim, n_key_heads=n_key_heads, conv=conv
+            d_model,
+            n_heads,
+            head_dim=head_dim,
+            key_dim=key_dim,
+            n_key_heads=n_key_heads,
+            conv=conv,
+            beta_max=beta_max,
         )
         self.a_proj = nn.Linear(d_model, self.n_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GatedNorm(self.head_dim)
+        self.norm = GatedNorm(self.head_dim, norm_eps)
         self.g_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         self.initialise()
 
@@ -353,7 +367,7 @@ class GatedDeltaNet(DeltaNet):
         q, k, v = F.silu(upcast(qkv)).split(self.widths, dim=-1)
         q, k = (l2_normalize(split_heads(part, self.n_key_heads)) for part in (q, k))
         q, k, v = expand_heads(q, self.n_heads), expand_heads(k, self.n_heads), split_heads(v, self.n_heads)
-        beta = torch.sigmoid(upcast(self.b_proj(x))).mT  # (B, H, T)
+        beta = self.beta_max * torch.sigmoid(upcast(self.b_proj(x))).mT  # (B, H, T)
         step = F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))
         log_decay = -(upcast(self.A_log).exp() * step).mT  # (B, H, T)
         out, state["memory"] = delta_rule(
@@ -365,7 +379,7 @@ class GatedDeltaNet(DeltaNet):
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         q, k, v = naive_qkv(self, x, self.n_key_heads)
-        beta = torch.sigmoid(naive_linear(x, self.b_proj))
+        beta = torch.sigmoid(naive_linear(x, self.b_proj)) * self.beta_max
         step = naive_softplus(naive_linear(x, self.a_proj) + upcast(self.dt_bias))
         decay = torch.exp(-torch.exp(upcast(self.A_log)) * step)[..., None].expand_as(k)
         heads = rms_norm_naive(naive_delta_rule(q / self.key_dim**0.5, k, v, beta, decay), self.norm)
@@ -402,9 +416,11 @@ class KimiDeltaAttention(Mechanism):
         head_dim: int | None = None,
         rank: int | None = None,
         conv: int = 4,
+        beta_max: float = 1.0,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
+        self.beta_max = check_beta_max(beta_max)
         width = self.n_heads * self.head_dim
         rank = validate.positive("rank", self.head_dim if rank is None else rank)
         self.q_proj = nn.Linear(d_model, width, bias=False)
@@ -437,7 +453,8 @@ class KimiDeltaAttention(Mechanism):
         qkv, state["past"] = self.conv.run(qkv, state["past"])
         q, k, v = (split_heads(part, self.n_heads) for part in F.silu(upcast(qkv)).chunk(3, dim=-1))
         q, k = l2_normalize(q) * self.head_dim**-0.5, l2_normalize(k)
-        beta_k = torch.sigmoid(upcast(self.b_proj(x))).mT[..., None] * k  # (B, H, T, K)
+        beta = self.beta_max * torch.sigmoid(upcast(self.b_proj(x))).mT  # (B, H, T)
+        beta_k = beta[..., None] * k  # (B, H, T, K)
         step = F.softplus(upcast(self.decay_up(self.decay_down(x))) + upcast(self.dt_bias))
         log_decay = -upcast(self.A_log).exp()[:, None, None] * split_heads(step, self.n_heads)  # (B, H, T, K)
         # S_t = diag(a) S - β k (a ⊙ k)ᵀ S + β k vᵀ
@@ -451,7 +468,7 @@ class KimiDeltaAttention(Mechanism):
 
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         q, k, v = naive_qkv(self, x, self.n_heads)
-        beta = torch.sigmoid(naive_linear(x, self.b_proj))
+        beta = torch.sigmoid(naive_linear(x, self.b_proj)) * self.beta_max
         step = naive_linear(naive_linear(x, self.decay_down), self.decay_up) + upcast(self.dt_bias)
         rate = torch.exp(upcast(self.A_log))[:, None]
         decay = torch.exp(-rate * naive_softplus(step).reshape(k.shape))
@@ -484,6 +501,13 @@ class KimiDeltaAttention(Mechanism):
     @classmethod
     def tiny(cls) -> "KimiDeltaAttention":
         return cls(d_model=24, n_heads=3, head_dim=8, rank=5)
+
+
+def check_beta_max(beta_max: float) -> float:
+    """Raise ValueError unless the rule is stable: the eigenvalues of I - β k kᵀ are within [-1, 1]."""
+    if not 0 < beta_max <= 2:
+        raise ValueError(f"beta_max: expected a number above 0 and at most 2, got {beta_max}")
+    return float(beta_max)
 
 
 # The naive forms of the three layers, in fp32 at least and with the dimension of heads after time.

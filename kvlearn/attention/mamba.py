@@ -15,7 +15,7 @@ sections 6 and 7.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from kvlearn import validate
 from kvlearn.attention.base import KV, Cache, Mechanism, register
-from kvlearn.attention.core import merge_heads, split_heads, upcast
+from kvlearn.attention.core import merge_heads, rms_norm_naive, split_heads, upcast
 from kvlearn.attention.linear import linear_attention
 from kvlearn.attention.recurrent import (
     FORMS,
@@ -203,7 +203,8 @@ class Mamba(Mechanism):
 
     A model of Mamba has no MLP beside it: ``ModelConfig(d_ff=0, layers=("mamba",))``. There are no heads:
     ``n_heads`` must divide d_model and has no other effect. ``conv`` is the width of the convolution,
-    ``dt_rank`` is d_model / 16, rounded up, unless given. By default it has about 6 · d_model² weights.
+    ``dt_rank`` is d_model / 16, rounded up, unless given. By default it has about 6 · d_model² weights. With
+    ``norms``, dt', B and C each have an RMSNorm, as in Jamba and Falcon-Mamba.
 
     Cache: B · E · (N + conv - 1) numbers: 38 · d_model by default.
     Source: Gu & Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), algorithm 2
@@ -225,6 +226,8 @@ class Mamba(Mechanism):
         conv: int = 4,
         conv_bias: bool = True,
         dt_rank: int | None = None,
+        norms: bool = False,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(d_model, n_heads, None)
         self.d_inner = validate.positive("expand", expand) * self.d_model
@@ -233,6 +236,8 @@ class Mamba(Mechanism):
         self.in_proj = nn.Linear(self.d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, validate.at_least("conv", conv, 2), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
+        sizes = {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state}
+        self.norms = nn.ModuleDict({k: nn.RMSNorm(n, norm_eps) for k, n in sizes.items()}) if norms else None
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))
@@ -256,6 +261,8 @@ class Mamba(Mechanism):
         u, past = self.conv.run(u, state["past"])
         u = F.silu(u)
         dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        if self.norms is not None:
+            dt, B, C = self.norms["dt"](dt), self.norms["B"](B), self.norms["C"](C)
         # The bias is added in fp32: near -7 half precision would change the step by percents.
         dt = F.softplus(upcast(F.linear(dt, self.dt_proj.weight)) + upcast(self.dt_proj.bias))  # (B, T, E)
         A = -upcast(self.A_log).exp()
@@ -269,8 +276,13 @@ class Mamba(Mechanism):
         u, gate = self.conv.naive(projected[..., :E]), projected[..., E:]
         u = u * torch.sigmoid(u)
         mixed = u @ upcast(self.x_proj.weight).T
-        B, C = mixed[..., R : R + N], mixed[..., R + N :]
-        dt = naive_softplus(mixed[..., :R] @ upcast(self.dt_proj.weight).T + upcast(self.dt_proj.bias))
+        dt, B, C = mixed[..., :R], mixed[..., R : R + N], mixed[..., R + N :]
+        if self.norms is not None:
+            dt, B, C = (
+                rms_norm_naive(part, self.norms[name])  # type: ignore[arg-type]
+                for part, name in ((dt, "dt"), (B, "B"), (C, "C"))
+            )
+        dt = naive_softplus(dt @ upcast(self.dt_proj.weight).T + upcast(self.dt_proj.bias))
         A, D = -torch.exp(upcast(self.A_log)), upcast(self.D)
         h, ys = u.new_zeros(len(x), E, N), []
         for t in range(x.shape[1]):
@@ -306,17 +318,25 @@ class Mamba(Mechanism):
         return cls(d_model=24, n_heads=3, d_state=4, dt_rank=3)
 
 
-class GateThenNorm(nn.Module):
-    """w ⊙ RMSNorm(y ⊙ silu(gate)), the norm over each of ``n_groups`` parts of y; fp32 at least."""
+class GateAndNorm(nn.Module):
+    """w ⊙ RMSNorm(y ⊙ silu(gate)), the norm over each of ``n_groups`` parts of y; fp32 at least.
 
-    def __init__(self, width: int, n_groups: int, eps: float) -> None:
+    ``kind`` "norm_gate" is w ⊙ RMSNorm(y) ⊙ silu(gate), "gate" is y ⊙ silu(gate).
+    """
+
+    def __init__(self, width: int, n_groups: int, eps: float, kind: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.kind = validate.one_of("norm", kind, ("gate_norm", "norm_gate", "gate"))
+        self.weight = None if kind == "gate" else nn.Parameter(torch.ones(width))
         self.n_groups, self.eps = n_groups, eps
 
     def forward(self, y: Float[Tensor, "B T E"], gate: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
-        parts = (upcast(y) * F.silu(upcast(gate))).unflatten(-1, (self.n_groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * upcast(self.weight)
+        y, gate = upcast(y), F.silu(upcast(gate))
+        if self.weight is None:
+            return y * gate
+        parts = (y * gate if self.kind == "gate_norm" else y).unflatten(-1, (self.n_groups, -1))
+        y = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * upcast(self.weight)
+        return y if self.kind == "gate_norm" else y * gate
 
 
 @register("mamba2")
@@ -329,8 +349,9 @@ class Mamba2(Mechanism):
 
     A head has P = head_dim numbers, expand · d_model / n_heads unless given. B and C, of N = d_state numbers,
     are shared by the heads of each of ``n_groups`` groups, as keys and values are in grouped-query attention;
-    the norm, too, is over a group. ``conv`` is the width of the convolution. A model of Mamba-2 has no MLP
-    beside it: ``ModelConfig(d_ff=0, layers=("mamba2",))``.
+    the norm, too, is over a group. ``norm`` "norm_gate" gates after the norm, "gate" has no norm (Falcon-H1);
+    ``dt_limit`` clamps dt to [least, most]. ``conv`` is the width of the convolution. A model of Mamba-2 has
+    no MLP beside it: ``ModelConfig(d_ff=0, layers=("mamba2",))``.
 
     Cache: B · (H · N · P + (conv - 1) · (H · P + 2 · n_groups · N)) numbers; by default, with d_model of 768,
     196 608 and 5376.
@@ -353,11 +374,16 @@ class Mamba2(Mechanism):
         n_groups: int = 1,
         conv: int = 4,
         conv_bias: bool = True,
+        norm: Literal["gate_norm", "norm_gate", "gate"] = "gate_norm",
         norm_eps: float = 1e-5,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         if head_dim is None:
             self.head_dim *= validate.positive("expand", expand)
+        if not 0 <= dt_limit[0] < dt_limit[1]:
+            raise ValueError(f"dt_limit: expected 0 ≤ least < most, got {dt_limit}")
+        self.dt_limit = float(dt_limit[0]), float(dt_limit[1])
         self.d_state = validate.positive("d_state", d_state)
         self.n_groups = validate.divides("n_groups", n_groups, "n_heads", self.n_heads)
         self.d_inner, shared = self.n_heads * self.head_dim, self.n_groups * self.d_state
@@ -367,7 +393,7 @@ class Mamba2(Mechanism):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GateThenNorm(self.d_inner, self.n_groups, norm_eps)
+        self.norm = GateAndNorm(self.d_inner, self.n_groups, norm_eps, norm)
         self.o_proj = nn.Linear(self.d_inner, self.d_model, bias=False)
         self.initialise()
 
@@ -388,7 +414,7 @@ class Mamba2(Mechanism):
         heads, B, C = F.silu(mixed).split(self.widths, dim=-1)
         v = upcast(split_heads(heads, self.n_heads))  # (B, H, T, P)
         B, C = (expand_heads(upcast(split_heads(part, self.n_groups)), self.n_heads) for part in (B, C))
-        dt = F.softplus(upcast(dt) + upcast(self.dt_bias)).mT  # (B, H, T)
+        dt = F.softplus(upcast(dt) + upcast(self.dt_bias)).clamp(*self.dt_limit).mT  # (B, H, T)
         log_decay = -upcast(self.A_log).exp()[:, None] * dt
         y, memory = linear_attention(
             C, B, dt[..., None] * v, log_decay, state["memory"], form=form, chunk=self.chunk
@@ -405,7 +431,9 @@ class Mamba2(Mechanism):
         mixed = mixed * torch.sigmoid(mixed)
         v = mixed[..., :E].reshape(b, T, H, -1)
         B, C = mixed[..., E:].reshape(b, T, 2, self.n_groups, N).unbind(2)
+        least, most = self.dt_limit
         dt = naive_softplus(dt + upcast(self.dt_bias))
+        dt = torch.where(dt < least, least, torch.where(dt > most, most, dt))
         decay, D = torch.exp(-torch.exp(upcast(self.A_log)) * dt), upcast(self.D)
         y = torch.zeros_like(v)
         for h in range(H):
@@ -414,9 +442,16 @@ class Mamba2(Mechanism):
                 written = torch.einsum("bn, b, bp -> bnp", B[:, t, g], dt[:, t, h], v[:, t, h])
                 S = decay[:, t, h, None, None] * S + written
                 y[:, t, h] = torch.einsum("bnp, bn -> bp", S, C[:, t, g]) + D[h] * v[:, t, h]
-        y = (y.flatten(2) * gate * torch.sigmoid(gate)).reshape(b, T, self.n_groups, -1)
-        y = y / torch.sqrt((y**2).mean(-1, keepdim=True) + self.norm.eps)
-        return (y.flatten(2) * upcast(self.norm.weight) @ upcast(self.o_proj.weight).T).to(x.dtype)
+        y, gate = y.flatten(2), gate * torch.sigmoid(gate)
+        if self.norm.kind != "norm_gate":
+            y = y * gate
+        if self.norm.weight is not None:
+            y = y.reshape(b, T, self.n_groups, -1)
+            y = y / torch.sqrt((y**2).mean(-1, keepdim=True) + self.norm.eps)
+            y = y.flatten(2) * upcast(self.norm.weight)
+        if self.norm.kind == "norm_gate":
+            y = y * gate
+        return (y @ upcast(self.o_proj.weight).T).to(x.dtype)
 
     def new_cache(
         self,

@@ -285,6 +285,10 @@ class ShortConvolutionMixer(Mechanism):
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
     ) -> Float[Tensor, "B T M"]:
         self.check_inputs(x, cache, StateCache, source)
+        return self.convolve(x, cache)
+
+    def convolve(self, x: Float[Tensor, "B T M"], cache: Cache | None) -> Float[Tensor, "B T M"]:
+        """The convolution of ``x`` after the tokens in ``cache``."""
         state, form = load_state(self, x, cache)
         if form == "chunked":
             y, state["past"] = self.conv.run(x, state["past"])
@@ -324,3 +328,37 @@ class ShortConvolutionMixer(Mechanism):
     @classmethod
     def tiny(cls) -> "ShortConvolutionMixer":
         return cls(d_model=24, n_heads=3)
+
+
+@register("gated_conv")
+class GatedShortConvolution(ShortConvolutionMixer):
+    """A short convolution between two gates; most layers of LFM2 are of this kind, the others attention.
+
+        b, c, u = W_in x;   y = W_o (c ⊙ conv(b ⊙ u))              M numbers each
+
+    ``bias`` adds biases to both projections and to the convolution. ``n_heads`` must divide d_model and has
+    no other effect.
+
+    Cache: B · (width - 1) · d_model numbers.
+    Source: Liquid AI, "LFM2 Technical Report" (2025), on its gated short convolution blocks.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, *, width: int = 3, bias: bool = False) -> None:
+        super().__init__(d_model, n_heads, width=width)
+        self.conv = ShortConvolution(d_model, width, bias=bias)
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.o_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(
+        self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
+    ) -> Float[Tensor, "B T M"]:
+        self.check_inputs(x, cache, StateCache, source)
+        before, after, u = self.in_proj(x).chunk(3, dim=-1)  # (B, T, M) each
+        return self.o_proj(after * self.convolve(before * u, cache))
+
+    def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        M, bias = self.d_model, 0 if self.in_proj.bias is None else upcast(self.in_proj.bias)
+        gated = upcast(x) @ upcast(self.in_proj.weight).T + bias
+        y = self.conv.naive(gated[..., :M] * gated[..., 2 * M :]) * gated[..., M : 2 * M]
+        y = y @ upcast(self.o_proj.weight).T
+        return (y if self.o_proj.bias is None else y + upcast(self.o_proj.bias)).to(x.dtype)

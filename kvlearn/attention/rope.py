@@ -63,6 +63,48 @@ class YarnScaling:
         _check_factor(self.factor)
 
 
+@dataclass(frozen=True)
+class DynamicScaling:
+    """A base that grows with the length, so that slow angles stay within those of training (dynamic NTK).
+
+        theta' = theta · (factor · L / original_max_len - (factor - 1))^(D / (D - 2)),   L > original_max_len
+
+    L is the number of tokens up to the last one of a call, and theta' holds for all tokens of that call;
+    keys in the cache keep the angles that they got. So a text fed whole and fed in chunks differ past
+    ``original_max_len``. transformers does the same. Raises ValueError for a ``factor`` below 1.
+    Source: Peng et al., "YaRN" (2023), section 3.3 and appendix A.1.
+    """
+
+    factor: float
+    original_max_len: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """Each angle divided by a factor of its own, one set of factors for short texts and one for long ones.
+
+    A call with a token past ``original_max_len`` divides the angles of all its tokens by ``long_factor``,
+    other calls by ``short_factor``; keys in the cache keep the angles that they got, as in transformers
+    (``generate`` recomputes the cache where a text becomes long, as they do). ``attention_factor``
+    multiplies queries and keys. Source: Ding et al., "LongRoPE" (2024), section 3.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_len: int
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("short_factor", "long_factor"):  # lists, as read from JSON, become tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
+
+
 def _check_factor(factor: float) -> None:
     if not factor >= 1:
         raise ValueError(f"factor: expected a number of at least 1, got {factor}")
@@ -73,14 +115,26 @@ class RopeConfig:
     """The base of the angles, and their scaling for contexts longer than those of training."""
 
     theta: float = 10_000.0
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: Scaling | None = None
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether angles depend on how many tokens there are."""
+        return isinstance(self.scaling, DynamicScaling | LongRopeScaling)
 
 
 def angular_frequencies(
-    head_dim: int, config: RopeConfig, dtype: torch.dtype = torch.float32
+    head_dim: int,
+    config: RopeConfig,
+    dtype: torch.dtype = torch.float32,
+    length: int | Int[Tensor, ""] = 1,
 ) -> tuple[Float[Tensor, "half_D"], float]:
-    """ω_i = theta^(-2i/D) in radians per token, scaled; and the factor on queries and keys."""
-    exponents = torch.arange(0, head_dim, 2, dtype=dtype) / head_dim
+    """ω_i = theta^(-2i/D) in radians per token, scaled; and the factor on queries and keys.
+
+    ``length`` is the number of tokens up to the last one, for the scalings that depend on it.
+    """
+    device = length.device if isinstance(length, Tensor) else None
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     omega = config.theta**-exponents
     match config.scaling:
         case None:
@@ -105,6 +159,13 @@ def angular_frequencies(
             keep = 1 - ramp.clamp(0, 1)
             sharper = 0.1 * math.log(factor) + 1 if attention_factor is None else attention_factor
             return keep * omega + (1 - keep) * omega / factor, sharper
+        case DynamicScaling(factor, original):
+            longest = torch.as_tensor(length).clamp_min(original).to(dtype)
+            stretch = (factor * longest / original - (factor - 1)) ** (head_dim / (head_dim - 2))
+            return (config.theta * stretch) ** -exponents, 1.0
+        case LongRopeScaling(short, long, original, factor):
+            divisors = torch.tensor((short, long), dtype=dtype, device=device)
+            return omega / torch.where(torch.as_tensor(length) > original, divisors[1], divisors[0]), factor
         case other:
             raise TypeError(f"config.scaling: expected one of rope.py's scalings, got {type(other).__name__}")
 
@@ -133,6 +194,14 @@ class Rope(nn.Module):
             raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
         if not config.theta > 1:
             raise ValueError(f"rope.theta: expected a number above 1, got {config.theta}")
+        if isinstance(config.scaling, DynamicScaling) and head_dim == 2:
+            raise ValueError("head_dim: expected at least 4 for DynamicScaling, got 2")
+        if isinstance(config.scaling, LongRopeScaling):
+            for name in ("short_factor", "long_factor"):
+                if (n := len(getattr(config.scaling, name))) != head_dim // 2:
+                    raise ValueError(
+                        f"rope.scaling.{name}: expected {head_dim // 2} numbers, one per pair, got {n}"
+                    )
         omega, self.factor = angular_frequencies(head_dim, config)
         self.register_buffer("omega", omega, persistent=False)
 
@@ -151,8 +220,10 @@ class Rope(nn.Module):
         """x · cos(mω) + rotate_half(x) · sin(mω), in fp32 at least, whatever x's dtype."""
         if self.config is None:
             return x
-        wide = torch.promote_types(x.dtype, torch.float32)
-        angles = positions[:, None, :, None].to(wide) * self.omega  # (#B, 1, T, D/2)
+        wide, omega = torch.promote_types(x.dtype, torch.float32), self.omega
+        if self.config.depends_on_length:
+            omega = angular_frequencies(self.head_dim, self.config, omega.dtype, positions.max() + 1)[0]
+        angles = positions[:, None, :, None].to(wide) * omega  # (#B, 1, T, D/2)
         cos, sin = (torch.cat((wave, wave), dim=-1) * self.factor for wave in (angles.cos(), angles.sin()))
         return (x.to(wide) * cos + rotate_half(x.to(wide)) * sin).to(x.dtype)
 
@@ -168,14 +239,14 @@ def rotate_naive(
     """
     if config is None:
         return x
-    half = x.shape[-1] // 2
+    half, at = x.shape[-1] // 2, range(x.shape[1]) if positions is None else positions
     if config.scaling is None:
         omega, factor = [config.theta ** (-i / half) for i in range(half)], 1.0
     else:
-        scaled, factor = angular_frequencies(2 * half, config, torch.float64)
+        scaled, factor = angular_frequencies(2 * half, config, torch.float64, max(at) + 1)
         omega = scaled.tolist()
     rotated = torch.empty_like(x)
-    for t, m in enumerate(range(x.shape[1]) if positions is None else positions):
+    for t, m in enumerate(at):
         for i in range(half):
             a, b = x[:, t, :, i], x[:, t, :, i + half]
             cos, sin = math.cos(m * omega[i]) * factor, math.sin(m * omega[i]) * factor

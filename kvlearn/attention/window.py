@@ -42,7 +42,8 @@ class SlotCache(Cache):
     """Keys and values in ``n_slots`` slots, which are reused when their token is no longer needed.
 
     The slot of a token depends on its position alone, so every row of a batch and every division of a
-    sequence into chunks leads to the same content. With ``shared`` the values are the keys, stored once.
+    sequence into chunks leads to the same content. With ``shared`` the values are the keys, stored once; else
+    they are as wide as the keys, ``head_dim``, unless ``v_head_dim`` is given.
 
     ``slot_positions`` is the position that each slot holds, -1 for none (8 bytes per slot, not counted).
     ``first_reuse`` is the first position whose token takes a slot that was taken before.
@@ -59,12 +60,14 @@ class SlotCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         shared: bool = False,
+        v_head_dim: int | None = None,
     ) -> None:
         super().__init__(batch, max_len, device)
         validate.floating("dtype", dtype)
         self.n_slots, self.first_reuse = validate.positive("n_slots", n_slots), first_reuse
         self.k = torch.zeros(batch, n_heads, n_slots, head_dim, dtype=dtype, device=device)
-        self.v = self.k if shared else torch.zeros_like(self.k)
+        v_shape = (*self.k.shape[:3], v_head_dim or head_dim)
+        self.v = self.k if shared else torch.zeros(v_shape, dtype=dtype, device=device)
         self.slot_positions = torch.full((1, n_slots), -1, device=device)  # one row per differing row
 
     @abstractmethod
@@ -83,17 +86,16 @@ class SlotCache(Cache):
     def tensors(self) -> list[Tensor]:
         return [self.k] if self.v is self.k else [self.k, self.v]
 
-    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]) -> KV:
+    def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T Dv"]) -> KV:
         """Write new keys and values; return those that the new tokens may attend to.
 
         One token: views of the slots in use, in the order of storage, its own included. Several: a copy of
         the earlier ones, in the order of positions, and then the new ones. The first new tokens may still
         need slots that the last ones overwrite, so nothing is dropped before they have attended.
         """
-        B, n_heads, _, head_dim = self.k.shape
         T = k.shape[2]
-        for name, new in (("k", k), ("v", v)):
-            validate.tensor(name, new, (B, n_heads, T, head_dim), device=self.device)
+        for name, new, buffer in (("k", k, self.k), ("v", v, self.v)):
+            validate.tensor(name, new, (*buffer.shape[:2], T, buffer.shape[3]), device=self.device)
         self.check_room(T)
         positions = self.positions(T)
         past_and_new = None if T == 1 else self._in_order(k, v, positions)
@@ -109,8 +111,11 @@ class SlotCache(Cache):
         if not self.length:
             return KV(k, v, positions, positions)
         kept, order = self.slot_positions[:, : self.used(self.length)].sort(dim=-1)
-        at = order[:, None, :, None].expand(len(k), k.shape[1], -1, k.shape[3])
-        k, v = (torch.cat((old.gather(2, at).to(n.dtype), n), dim=2) for old, n in ((self.k, k), (self.v, v)))
+        at = order[:, None, :, None].expand(len(k), k.shape[1], -1, 1)
+        k, v = (
+            torch.cat((old.gather(2, at.expand(-1, -1, -1, old.shape[3])).to(n.dtype), n), dim=2)
+            for old, n in ((self.k, k), (self.v, v))
+        )
         rows = max(len(kept), len(positions))
         return KV(k, v, positions, torch.cat((kept.expand(rows, -1), positions.expand(rows, -1)), dim=-1))
 
@@ -164,10 +169,11 @@ class RingCache(SlotCache):
         dtype: torch.dtype,
         device: torch.device,
         shared: bool = False,
+        v_head_dim: int | None = None,
     ) -> None:
         self.window, self.n_sinks = window, n_sinks
-        n_slots = min(max_len, n_sinks + window)
-        super().__init__(batch, n_heads, n_slots, head_dim, max_len, n_sinks + window, dtype, device, shared)
+        sizes = (min(max_len, n_sinks + window), head_dim, max_len, n_sinks + window)
+        super().__init__(batch, n_heads, *sizes, dtype, device, shared, v_head_dim)
 
     def slots(self, positions: Int[Tensor, "#B T"]) -> Int[Tensor, "#B T"]:
         in_ring = self.n_sinks + (positions - self.n_sinks) % self.window

@@ -6,15 +6,34 @@ from inspect import signature
 from typing import Any, Literal
 
 from kvlearn import validate
-from kvlearn.attention import REGISTRY, LinearScaling, Llama3Scaling, Pattern, RopeConfig, YarnScaling
+from kvlearn.attention import (
+    REGISTRY,
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Pattern,
+    RopeConfig,
+    YarnScaling,
+)
+from kvlearn.model.feed_forward import ACTIVATIONS
+from kvlearn.model.moe import MoEConfig
 
-SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
+SCALINGS = {
+    "linear": LinearScaling,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+    "dynamic": DynamicScaling,
+    "longrope": LongRopeScaling,
+}
 
 
 class Spec:
     """A mechanism by its name in the registry, with its options: ``Spec("window", window=512)``.
 
-    A ``Pattern`` among them is kept as its spec, a list as a tuple.
+    ``n_heads`` and ``head_dim`` are the model's unless given. A ``Pattern`` among the options is kept as its
+    text, a list as a tuple, and a ``Spec`` as (name, options): ``Spec("parallel", parts=["gqa",
+    Spec("mamba2", n_heads=16)])``.
 
     With ``reads`` the layer reads the keys and values of an earlier layer of the same kind: at that offset
     (-1 is the layer before), or of the "last" one that has its own.
@@ -22,7 +41,7 @@ class Spec:
 
     def __init__(self, name: str, *, reads: int | Literal["last"] | None = None, **options: Any) -> None:
         self.name = validate.one_of("layers", name, REGISTRY)
-        self.parameters = list(signature(REGISTRY[name]).parameters)[2:]  # after d_model and n_heads
+        self.parameters = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
         if reads is not None and "reader" not in self.parameters:
             raise ValueError(f"layers: a layer of kind {name!r} cannot read another's keys and values")
         if isinstance(reads, int):
@@ -33,10 +52,7 @@ class Spec:
         for option in options:
             validate.one_of(f"layers: option of {name!r}", option, allowed)
         self.reads = reads
-        self.options: dict[str, Any] = {
-            k: str(v) if isinstance(v, Pattern) else tuple(v) if isinstance(v, list) else v
-            for k, v in options.items()
-        }
+        self.options: dict[str, Any] = {name: _frozen(value) for name, value in options.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The options, ``reads`` among them where it is set."""
@@ -60,6 +76,18 @@ class ModelConfig:
     ``["window", "window", "full"]`` every third layer is full. ``head_dim`` is d_model / n_heads and ``d_ff``
     is 8/3 · d_model, rounded up to a multiple of 32, unless given; with 0 a layer has only its mechanism.
     ``norm`` is "rms" or "layer"; ``embed_norm`` adds one after the embedding.
+
+    What only some released models have:
+
+    - ``norms``: where each part of a layer is normalised: its input ("pre"), its output ("post", OLMo 2) or
+      both ("both", Gemma 2).
+    - ``activation`` of the gated feed-forward, and its ``mlp_bias``.
+    - ``experts``: a mixture of experts as the feed-forward of every layer, except of the ``dense_layers``
+      (by number from 0), which have one of width ``d_ff``.
+    - ``embed_scale`` multiplies the embeddings; ``head_bias`` is added to the logits, and ``logit_softcap``
+      keeps them between its negative and itself: cap · tanh(logits / cap).
+    - ``stop_tokens`` end a generated text, which is then filled up with ``pad_token`` (None: the first of
+      them), if other texts of the batch go on.
     """
 
     vocab_size: int = 256
@@ -74,6 +102,16 @@ class ModelConfig:
     norm_eps: float = 1e-5
     embed_norm: bool = False
     tied: bool = True
+    norms: Literal["pre", "post", "both"] = "pre"
+    activation: str = "silu"
+    mlp_bias: bool = False
+    experts: MoEConfig | None = None
+    dense_layers: Sequence[int] = ()
+    embed_scale: float = 1.0
+    head_bias: bool = False
+    logit_softcap: float | None = None
+    stop_tokens: Sequence[int] = ()
+    pad_token: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
@@ -83,6 +121,14 @@ class ModelConfig:
         if self.d_ff is not None:
             validate.at_least("d_ff", self.d_ff, 0)
         validate.one_of("norm", self.norm, ("rms", "layer"))
+        validate.one_of("norms", self.norms, ("pre", "post", "both"))
+        validate.one_of("activation", self.activation, ACTIVATIONS)
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            raise ValueError(f"logit_softcap: expected a number above 0, got {self.logit_softcap}")
+        for name in ("dense_layers", "stop_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for layer in self.dense_layers:
+            validate.one_of("dense_layers", layer, range(self.n_layers))
         validate.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
         pattern = tuple(layer if isinstance(layer, Spec) else Spec(layer) for layer in self.layers)
         if not pattern:
@@ -142,12 +188,27 @@ class ModelConfig:
         return cls(**fields)
 
 
+def _frozen(value: Any) -> Any:
+    """An option in the form that JSON gives back: texts and tuples in place of patterns, lists and specs."""
+    if isinstance(value, Pattern):
+        return str(value)
+    if isinstance(value, Spec):
+        return (value.name, value.to_dict())
+    return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
+
+
 def _same_kind(a: Spec, b: Spec) -> bool:
     return (a.name, a.options) == (b.name, b.options)
 
 
 def _plain(value: Any) -> Any:
-    """A RopeConfig as a dictionary with the name of its scaling; any other value unchanged."""
+    """A RopeConfig as a dictionary with the name of its scaling; a MoEConfig as one with its fields."""
+    if isinstance(value, MoEConfig):
+        return asdict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
     if not isinstance(value, RopeConfig):
         return value
     kind = next((name for name, scaling in SCALINGS.items() if isinstance(value.scaling, scaling)), None)
@@ -156,7 +217,13 @@ def _plain(value: Any) -> Any:
 
 def _rich(value: Any) -> Any:
     """The inverse of ``_plain``."""
-    if not (isinstance(value, dict) and "theta" in value):
+    if isinstance(value, list):
+        return [_rich(each) for each in value]
+    if not isinstance(value, dict):
         return value
+    if "n_experts" in value:
+        return MoEConfig(**value)
+    if "theta" not in value:
+        return {name: _rich(each) for name, each in value.items()}
     scaling = SCALINGS[value["kind"]](**value["scaling"]) if value["kind"] else None
     return RopeConfig(value["theta"], scaling)

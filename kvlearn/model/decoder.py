@@ -1,46 +1,44 @@
 """A decoder language model that takes any mechanism of the course in any layer.
 
-RMSNorm before each part and no bias (LayerNorm as an option); SwiGLU; RoPE inside the mechanisms; the output
-shares its weights with the embedding. The cache of the model is a list of its layers' caches.
+RMSNorm before each part and no bias; SwiGLU; RoPE inside the mechanisms; the output shares its weights with
+the embedding. ``ModelConfig`` has what other models do instead. The cache of the model is a list of its
+layers' caches.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.attention import KV, REGISTRY, Cache, DecodeStep, LatentStep, Mechanism, NoCache
 from kvlearn.model.config import ModelConfig
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)). Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6."""
-
-    def __init__(self, d_model: int, d_ff: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-
-    def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from kvlearn.model.feed_forward import SwiGLU
+from kvlearn.model.moe import MoE
+from kvlearn.model.table import LENGTHS, BytesTable
 
 
 def new_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
-    """The norm before every part: RMSNorm, or LayerNorm with its bias."""
+    """RMSNorm, or LayerNorm with its bias."""
     kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm]
     return kind(config.d_model, eps=config.norm_eps)
 
 
-class Block(nn.Module):
-    """One layer: the mechanism mixes tokens, then SwiGLU works on each; both add to the residual stream.
+def norm_at(where: str, config: ModelConfig) -> nn.Module:
+    """The norm of a part's input ("pre") or output ("post"), if this model has one there."""
+    return new_norm(config) if config.norms in (where, "both") else nn.Identity()
 
-    With ``d_ff`` of 0 there is no SwiGLU: a Mamba block is its own feed-forward, RWKV's is a separate layer.
-    ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one reads, ``is_read``
-    says whether later layers read this one's.
+
+class Block(nn.Module):
+    """One layer: the mechanism mixes tokens, then a feed-forward works on each; both add to the stream.
+
+        x = x + norm(mixer(norm(x))),    x = x + norm(mlp(norm(x)))
+
+    of which most models have only the inner norms (``ModelConfig.norms``). The feed-forward is SwiGLU or a
+    mixture of experts. With ``d_ff`` of 0 there is none: a Mamba block is its own feed-forward, RWKV's is a
+    separate layer. ``number`` counts layers from 0, ``owner`` is the layer whose keys and values this one
+    reads, ``is_read`` says whether later layers read this one's.
     """
 
     def __init__(self, mixer: Mechanism, config: ModelConfig, number: int) -> None:
@@ -48,10 +46,15 @@ class Block(nn.Module):
         assert config.d_ff is not None
         self.number, self.owner = number, config.owners[number]
         self.is_read = config.owners.count(number) > 1
-        self.mixer_norm = new_norm(config)
+        self.mixer_norm, self.mixer_post_norm = norm_at("pre", config), norm_at("post", config)
         self.mixer = mixer
-        self.mlp_norm = new_norm(config) if config.d_ff else None
-        self.mlp = SwiGLU(config.d_model, config.d_ff) if config.d_ff else None
+        self.mlp: SwiGLU | MoE | None = None
+        if config.experts is not None and number not in config.dense_layers:
+            self.mlp = MoE(config.d_model, config.experts)
+        elif config.d_ff:
+            self.mlp = SwiGLU(config.d_model, config.d_ff, config.activation, config.mlp_bias)
+        if self.mlp is not None:
+            self.mlp_norm, self.mlp_post_norm = norm_at("pre", config), norm_at("post", config)
 
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None, shared: dict[int, KV]
@@ -60,8 +63,8 @@ class Block(nn.Module):
         mixed = self.mixer_norm(x)
         if self.is_read:
             shared[self.number] = self.mixer.project_kv(mixed, cache)
-        x = x + self.mixer(mixed, cache, shared.get(self.owner))
-        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
+        x = x + self.mixer_post_norm(self.mixer(mixed, cache, shared.get(self.owner)))
+        return x if self.mlp is None else x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class DecoderCache:
@@ -112,10 +115,11 @@ class Decoder(nn.Module):
             options: dict[str, Any] = {k: v for k, v in common.items() if k in spec.parameters} | spec.options
             if spec.reads is not None:
                 options["reader"] = True
-            mixer = REGISTRY[spec.name](config.d_model, config.n_heads, **options)
+            n_heads = options.pop("n_heads", config.n_heads)
+            mixer = REGISTRY[spec.name](config.d_model, n_heads, **options)
             self.blocks.append(Block(mixer, config, number))
         self.norm = new_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.apply(self._initialise)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):  # up to 2 · n_layers of them add up
@@ -134,12 +138,17 @@ class Decoder(nn.Module):
         self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T V"]:
         """Logits (batch, time, vocabulary) for the token after each of ``tokens``."""
-        return self.head(self.hidden(tokens, cache))
+        return self.logits(self.hidden(tokens, cache))
+
+    def logits(self, hidden: Float[Tensor, "... M"]) -> Float[Tensor, "... V"]:
+        """Logits of the next token, from ``hidden``."""
+        logits, cap = self.head(hidden), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def hidden(
         self, tokens: Integer[Tensor, "B T"], cache: DecoderCache | None = None
     ) -> Float[Tensor, "B T M"]:
-        """The last layer's output for each token, normalised: all of ``forward`` but the output matrix."""
+        """The last layer's output for each token, normalised: all of ``forward`` but ``logits``."""
         validate.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
@@ -154,7 +163,10 @@ class Decoder(nn.Module):
             lengths = [owner.length for owner in cache.owners]
             if len(set(lengths)) > 1:  # a forward was interrupted between two layers
                 raise ValueError(f"cache: expected layers of one length, got {lengths}; reset it")
-        x, shared = self.embed_norm(self.embed(tokens.long())), dict[int, KV]()
+        x, shared = self.embed(tokens.long()), dict[int, KV]()
+        if self.config.embed_scale != 1:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to it, as when trained
+        x = self.embed_norm(x)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache.layers[i], shared)
         return self.norm(x)
@@ -168,6 +180,13 @@ class Decoder(nn.Module):
     def n_parameters(self) -> int:
         """Trained numbers, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def n_active_parameters(self) -> int:
+        """Trained numbers that one token uses: without the experts that are not chosen for it."""
+        mixtures = [part for part in self.modules() if isinstance(part, MoE)]
+        idle = sum(sum(p.numel() for p in moe.parameters()) - moe.n_active_parameters for moe in mixtures)
+        return self.n_parameters - idle
 
     def new_cache(
         self,
@@ -189,31 +208,38 @@ class Decoder(nn.Module):
             ("step", step, "decode"),
             ("latent_step", latent_step, "decode_latent_step"),
         ):
-            able = [mixer for mixer in self.mixers if hasattr(mixer, attribute)]
+            able = [
+                part for part in self.modules() if isinstance(part, Mechanism) and hasattr(part, attribute)
+            ]
             if given is not None and not able:
                 raise ValueError(f"{name}: no layer of {self.config.layers} can decode by another's function")
             for mixer in able:
                 setattr(mixer, attribute, given)
 
-    def table(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> list[dict[str, Any]]:
-        """Bytes STORED at ``length`` tokens and READ by a step there: one row per layer, then the total.
+    def table(self, *lengths: int, batch: int = 1, dtype: torch.dtype | None = None) -> BytesTable:
+        """Bytes STORED at each of ``lengths`` and READ by a step there: one row per layer, then the total.
 
-        A layer that reads another's keys and values stores none, and reads as many as its owner.
+        The lengths are 4K, 32K, 128K and 1M unless given. With a single one the columns are "stored" and
+        "read". A layer that reads another's keys and values stores none, and reads as many as its owner.
         """
-        rows: list[dict[str, Any]] = [
-            {
-                "layer": i,
-                "mechanism": mixer.name if owner == i else f"{mixer.name}, reads layer {owner}",
-                "stored": mixer.cache_bytes(length, batch=batch, dtype=dtype),
-                "read": mixer.read_bytes(length, batch=batch, dtype=dtype),
-            }
+        lengths = lengths or LENGTHS
+        layers = [
+            (
+                mixer.name if owner == i else f"{mixer.name}, reads layer {owner}",
+                [
+                    (
+                        mixer.cache_bytes(length, batch=batch, dtype=dtype),
+                        mixer.read_bytes(length, batch=batch, dtype=dtype),
+                    )
+                    for length in lengths
+                ],
+            )
             for i, (mixer, owner) in enumerate(zip(self.mixers, self.config.owners, strict=True))
         ]
-        total = {column: sum(row[column] for row in rows) for column in ("stored", "read")}
-        return [*rows, {"layer": "all", "mechanism": "", **total}]
+        return BytesTable(layers, lengths)
 
-    def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B T+{n_new}"]:
-        """``tokens`` continued by ``n_new``; see ``kvlearn.model.generation`` for the options."""
+    def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B _"]:
+        """``tokens`` continued by up to ``n_new``; see ``kvlearn.model.generation`` for the options."""
         from kvlearn.model.generation import generate
 
         return generate(self, tokens, n_new, **options)

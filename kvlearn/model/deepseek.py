@@ -74,7 +74,7 @@ def deepseek(theirs: Any) -> ModelConfig:
         head_dim=theirs.qk_nope_head_dim,
         d_ff=theirs.intermediate_size,
         layers=(mixer,),
-        rope=rope(parameters),
+        rope=rope(parameters, theirs.max_position_embeddings),
         norm_eps=theirs.rms_norm_eps,
         tied=theirs.tie_word_embeddings,
     )

@@ -1,6 +1,7 @@
 """Generation: prefill the prompt, whole or in chunks, then one token per step."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -19,15 +20,18 @@ def generate(
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    stop: Sequence[int] | None = None,
     seed: int | None = None,
     chunk: int | None = None,
     use_cache: bool = True,
     progress: bool = False,
-) -> Int[Tensor, "B T+{n_new}"]:
-    """``tokens`` followed by ``n_new`` generated ones.
+) -> Int[Tensor, "B _"]:
+    """``tokens`` followed by ``n_new`` generated ones, or fewer if every row has met a stop token.
 
     ``temperature`` 0 is greedy; above, logits are divided by it and sampled from the smallest set of tokens
-    that holds ``top_p`` of the probability. ``seed`` makes sampling repeatable. ``chunk`` tokens of the
+    that holds ``top_p`` of the probability. ``seed`` makes sampling repeatable. A row ends with the first
+    token of ``stop`` that it generates (the model's ``stop_tokens`` unless given; () for none); it is filled
+    up with the model's ``pad_token`` or the first of ``stop`` while other rows go on. ``chunk`` tokens of the
     prompt are fed at a time (all at once by default). ``use_cache=False`` computes all tokens again at every
     step: the same result, at the cost of having no cache.
     """
@@ -44,14 +48,23 @@ def generate(
     generator.seed() if seed is None else generator.manual_seed(seed)
     cache = model.new_cache(len(tokens), tokens.shape[1] + n_new) if use_cache else None
     out = tokens
+    stop = model.config.stop_tokens if stop is None else stop
+    ends = torch.tensor(list(stop), dtype=tokens.dtype, device=tokens.device)
+    pad = model.config.pad_token if model.config.pad_token is not None or not stop else stop[0]
+    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in tqdm(range(n_new), desc="generate", unit="token", disable=not progress):
         if cache is None:
             hidden = model.hidden(out)
         else:
             for piece in out[:, cache.length :].split(chunk, dim=1):
                 hidden = model.hidden(piece, cache)
-        token = sample(model.head(hidden[:, -1]), temperature, top_p, generator)
+        token = sample(model.logits(hidden[:, -1]), temperature, top_p, generator)
+        if stop:
+            token = token.masked_fill(done, pad)
+            done |= torch.isin(token, ends)
         out = torch.cat((out, token[:, None]), dim=1)
+        if stop and bool(done.all()):
+            break
     return out
 
 

@@ -1,10 +1,13 @@
-"""Mamba and Mamba-2 of transformers as decoders whose layers have only a mixer.
+"""Mamba, Falcon-Mamba and Mamba-2 of transformers as decoders whose layers have only a mixer.
 
 Weights are loaded unchanged. In half precision their residual stream is in fp32 by default, ours is not.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from kvlearn.model.config import ModelConfig, Spec
 from kvlearn.model.families import FAMILIES, Family
@@ -34,6 +37,12 @@ def of_mixer(*names: str) -> dict[str, str]:
 
 
 MAMBA = {**BOTH, **of_mixer("x_proj.weight", "dt_proj.weight", "dt_proj.bias")}
+FALCON_MAMBA: dict[str, str | Sequence[str]] = {
+    **MAMBA,
+    "backbone.layers.{}.mixer.x_proj.weight": [
+        f"blocks.{{}}.mixer.{ours}.weight" for ours in ("x_proj", "norms.dt", "norms.B", "norms.C")
+    ],
+}
 MAMBA2 = {**BOTH, **of_mixer("dt_bias", "norm.weight")}
 
 
@@ -42,13 +51,27 @@ def mamba(theirs: Any) -> ModelConfig:
     return of_mixers(theirs, Spec("mamba", **options_of(theirs), dt_rank=theirs.time_step_rank), n_heads=1)
 
 
+def falcon_mamba(theirs: Any) -> ModelConfig:
+    """The shape of a Falcon-Mamba: a Mamba with norms on dt, B and C, which have no weights of their own."""
+    norms = {"norms": True, "norm_eps": theirs.mixer_rms_eps}
+    mixer = Spec("mamba", **options_of(theirs), dt_rank=theirs.time_step_rank, **norms)
+    return of_mixers(theirs, mixer, n_heads=1)
+
+
+def with_unit_norms(name: str, tensor: Tensor, theirs: Any) -> Tensor | list[Tensor]:
+    """With the projection of dt, B and C the weights of their norms, which are 1."""
+    if not name.endswith("x_proj.weight"):
+        return tensor
+    sizes = (theirs.time_step_rank, theirs.state_size, theirs.state_size)
+    return [tensor, *(tensor.new_ones(size) for size in sizes)]
+
+
 def mamba2(theirs: Any) -> ModelConfig:
     """The shape of a Mamba-2, from its configuration in transformers."""
-    low, high = theirs.time_step_limit
-    if low > 0 or high < math.inf:
-        raise ValueError(f"model_or_path: expected time_step_limit (0, inf), got {theirs.time_step_limit}")
-    groups = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
-    mixer = Spec("mamba2", **options_of(theirs), **groups)
+    options: dict[str, Any] = {"n_groups": theirs.n_groups, "norm_eps": theirs.layer_norm_epsilon}
+    if tuple(theirs.time_step_limit) != (0, math.inf):
+        options["dt_limit"] = tuple(float(bound) for bound in theirs.time_step_limit)
+    mixer = Spec("mamba2", **options_of(theirs), **options)
     return of_mixers(theirs, mixer, theirs.num_heads, theirs.head_dim)
 
 
@@ -82,4 +105,8 @@ def of_mixers(theirs: Any, mixer: Spec, n_heads: int, head_dim: int | None = Non
     )
 
 
-FAMILIES.update(mamba=Family(MAMBA, mamba), mamba2=Family(MAMBA2, mamba2))
+FAMILIES.update(
+    mamba=Family(MAMBA, mamba),
+    falcon_mamba=Family(FALCON_MAMBA, falcon_mamba, with_unit_norms),
+    mamba2=Family(MAMBA2, mamba2),
+)

@@ -175,6 +175,6 @@ def train(
 def answer(model: Decoder, texts: Texts) -> tuple[Tensor, Tensor]:
     """Loss in nats an answer, and the share of answers that are right."""
     hidden = model.hidden(texts.tokens)
-    logits = model.head(hidden.gather(1, texts.asked[..., None].expand(-1, -1, hidden.shape[-1])))
+    logits = model.logits(hidden.gather(1, texts.asked[..., None].expand(-1, -1, hidden.shape[-1])))
     loss = F.cross_entropy(logits.flatten(0, 1), texts.answers.flatten())
     return loss, (logits.argmax(-1) == texts.answers).float().mean()

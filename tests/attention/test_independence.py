@@ -91,6 +91,8 @@ BLOCKS: dict[str, list[tuple[str, Break]]] = {
         ("routed.split_heads", swapped_heads),
         ("routed.one_hot_choice", lambda real: lambda logits: real(-logits)),
     ],
+    "parallel": [NO_ROTATION, NO_NORM, NO_CONVOLUTION, NO_GATE],
+    "gated_conv": [NO_CONVOLUTION],
     "mla": [
         NO_ROTATION,
         NO_NORM,
@@ -118,6 +120,14 @@ BLOCKS: dict[str, list[tuple[str, Break]]] = {
         ("window.split_heads", swapped_heads),
         ("window.Window.visible", lambda real: lambda self, q, k: q - k < self.size - 1),
         ("window.with_sinks", lambda real: lambda part, sink_logits: part.out),
+    ],
+    "released": [
+        NO_ROTATION,
+        NO_NORM,
+        ("released.split_heads", swapped_heads),
+        ("window.Window.visible", lambda real: lambda self, q, k: q - k < self.size - 1),
+        ("released.with_sinks", lambda real: lambda part, sink_logits: part.out),
+        ("torch.sigmoid", lambda real: torch.relu),
     ],
     "sparse": [
         NO_ROTATION,
@@ -204,7 +214,7 @@ BLOCKS: dict[str, list[tuple[str, Break]]] = {
     ],
     "mamba2": [
         NO_CONVOLUTION,
-        ("mamba.GateThenNorm.forward", lambda real: lambda self, y, gate: y * F.silu(gate) * self.weight),
+        ("mamba.GateAndNorm.forward", lambda real: lambda self, y, gate: y * F.silu(gate) * self.weight),
         ("mamba.expand_heads", lambda real: lambda x, n_heads: real(x.flip(1), n_heads)),
         ("linear.decay_mask", lambda real: lambda log_decay: real(torch.zeros_like(log_decay))),
         ("mamba.F.softplus", lambda real: torch.relu),

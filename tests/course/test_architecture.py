@@ -155,6 +155,7 @@ def test_a_mechanism_file_holds_its_forward_its_naive_form_and_its_cache() -> No
         allowed = home | {
             "mhc": {"kvlearn.attention.mla"},
             "mhc_transformer": {"kvlearn.attention.mla"},
+            "released": {"kvlearn.attention.window"},
             "sparse": {"kvlearn.attention.patterns"},
         }.get(name, set())
         assert cache in allowed, f"{name}: its cache is in {cache}"

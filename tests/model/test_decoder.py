@@ -240,7 +240,8 @@ def test_impossible_models_are_refused_by_name(fields: dict[str, object], names:
 
 
 def test_an_option_that_a_mechanism_lacks_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="layers: option of 'full': expected one of 'head_dim', 'rope'"):
+    names = "expected one of 'n_heads', 'head_dim', 'rope'"
+    with pytest.raises(ValueError, match=f"layers: option of 'full': {names}"):
         Spec("full", window=3)
 
 

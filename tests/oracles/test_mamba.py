@@ -122,7 +122,7 @@ def test_after_their_prefill_both_decode_alike(kind: str) -> None:
     expected = theirs.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
-    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 12), expected)
+    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 12, stop=()), expected)
 
 
 @every_model
@@ -153,13 +153,23 @@ def test_models_are_loaded_from_their_folders(kind: str, tmp_path: object) -> No
         ("mamba2", {"use_bias": True}, "use_bias"),
         ("mamba", {"hidden_act": "gelu"}, "hidden_act"),
         ("mamba2", {"hidden_act": "gelu"}, "hidden_act"),
-        ("mamba2", {"time_step_limit": (0.0, 0.5)}, "time_step_limit"),
-        ("mamba2", {"time_step_limit": (0.01, float("inf"))}, "time_step_limit"),
     ],
 )
 def test_unsupported_options_are_refused_by_name(kind: str, options: dict[str, Any], names: str) -> None:
     with pytest.raises(ValueError, match=names):
         kvlearn.from_transformers(theirs_of(kind, **options))
+
+
+@pytest.mark.parametrize("limits", [(0.0, 0.2), (0.3, float("inf")), (0.1, 0.3)])
+@torch.no_grad()
+def test_the_limits_of_a_step_are_theirs(limits: tuple[float, float]) -> None:
+    """In a pass over a sequence. (Their step of one token has no limits, ours has the same ones.)"""
+    theirs, tokens = theirs_of("mamba2", time_step_limit=limits), prompt()
+    ours, expected = kvlearn.from_transformers(theirs), theirs(tokens).logits
+    assert (expected - theirs_of("mamba2")(tokens).logits).abs().max() > 1e-2
+    cache = ours.new_cache(2, TIME)
+    same(ours(tokens), expected)
+    same(torch.cat([ours(token, cache) for token in tokens.split(1, dim=1)], dim=1), expected)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])

@@ -1,0 +1,271 @@
+"""Models of transformers as decoders of kvlearn: read, rename, and give each tensor to its module.
+
+A family (families.py) has a table from their tensors' names to ours. Tensors of a folder are views of the
+files: nothing is copied but what is stored in another form, such as fused projections of experts. Tensors of
+a model in memory are copied once, so that the two models are independent. Pickled weights are never loaded.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvlearn.model.config import ModelConfig
+from kvlearn.model.decoder import Decoder
+from kvlearn.model.families import FAMILIES, Family
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class Checkpoint:
+    """A model of transformers: its configuration, its tensors, and what ends a text that it generates."""
+
+    config: Any
+    tensors: Iterable[tuple[str, Tensor]]
+    stop_tokens: int | Sequence[int] | None
+    pad_token: int | None
+    in_memory: bool
+
+
+def from_transformers(model_or_path: Any) -> Decoder:
+    """A decoder with the weights of a transformers model, given as the model or as a folder that has one.
+
+    A folder has config.json and safetensors files, one or several with an index; transformers reads the
+    configuration, not the weights. Families: those of ``FAMILIES``. The decoder is in evaluation mode, has
+    the weights' dtype and device, and the model's ``stop_tokens``.
+
+    Raises FileNotFoundError for a missing folder or config.json; ValueError that names the field of the
+    configuration that is not supported, or the tensor that is missing, not expected, or of another shape or
+    dtype, or the file that is damaged or holds pickled weights.
+    """
+    if isinstance(model_or_path, str | os.PathLike):
+        checkpoint = read_folder(Path(model_or_path))
+    else:
+        checkpoint = read_model(model_or_path)
+    family = FAMILIES[checkpoint.config.model_type]
+    config = family.configure(checkpoint.config)
+    stop = checkpoint.stop_tokens
+    stop = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+    config = replace(config, stop_tokens=stop, pad_token=checkpoint.pad_token)
+    with torch.device("meta"):  # no memory, no random numbers
+        decoder = Decoder(config)
+    wanted = {name: t.shape for name, t in decoder.state_dict().items()}
+    return assign(decoder, rename(checkpoint, family, config, wanted)).eval()
+
+
+# Reading
+
+
+def check_family(model_type: Any) -> str:
+    """``model_type``, if it is one of ``FAMILIES``."""
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_or_path: expected a model of {known}; got model_type {model_type!r}")
+    return model_type
+
+
+def read_model(model: Any) -> Checkpoint:
+    """A model in memory."""
+    config = getattr(model, "config", None)
+    family = FAMILIES[check_family(getattr(config, "model_type", type(model).__name__))]
+    tensors = family.weights(model) if family.weights else model.state_dict()
+    generation = getattr(model, "generation_config", None) or config
+    return Checkpoint(config, tensors.items(), generation.eos_token_id, generation.pad_token_id, True)
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """A folder with config.json, safetensors files, and generation_config.json if there is one."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model_or_path: no folder at {folder}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model_or_path: no config.json in {folder}")
+    fields = read_json(folder / "config.json")
+    check_family(fields.get("model_type"))
+    if fields.get("quantization_config") is not None:
+        raise ValueError("config.json: quantization_config is not supported, expected unquantised weights")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # their validation has many types of error
+        raise ValueError(f"config.json: transformers refuses it: {error}") from error
+    generation = folder / "generation_config.json"
+    ends = read_json(generation) if generation.is_file() else {}
+    stop, pad = (ends.get(name, getattr(config, name, None)) for name in ("eos_token_id", "pad_token_id"))
+    return Checkpoint(config, read_files(files_of(folder)), stop, pad, False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: expected JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those that its index names, or all."""
+    if (folder / INDEX).is_file():
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{INDEX}: expected a weight_map of tensor names to files, got {names!r}")
+        files = [folder / name for name in sorted(set(names.values()))]
+        for file in files:
+            if file.parent != folder or file.suffix != ".safetensors" or not file.is_file():
+                raise ValueError(f"{INDEX}: no safetensors file {file.name!r} in {folder}")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    found = f"{pickled[0]}, which is pickled and never loaded" if pickled else "none"
+    raise ValueError(f"model_or_path: expected safetensors files in {folder}, got {found}")
+
+
+def read_files(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of safetensors files, as views of the files (copied only where they are written to)."""
+    seen: dict[str, str] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in seen:
+                        raise ValueError(f"{path.name}: tensor {name!r} is also in {seen[name]}")
+                    seen[name] = path.name
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path.name}: damaged, or no safetensors file: {error}") from error
+
+
+# Renaming
+
+
+def rename(
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, wanted: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Their tensors by our names, in our form. Raises ValueError for a name, shape or dtype that is wrong."""
+    weights: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}  # where a tensor of ours came from, for messages
+    filled: dict[str, int] = {}  # numbers written to tensors that are put together from several
+    seen: set[str] = set()
+    dtype: torch.dtype | None = None
+    for name, tensor in checkpoint.tensors:
+        seen.add(name)
+        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
+        if family.ignore is not None and family.ignore(name, checkpoint.config):
+            continue
+        if pattern not in family.names:
+            raise ValueError(
+                f"model_or_path: tensor {name!r} is not expected in a model of {checkpoint.config.model_type}"
+            )
+        targets = targets_of(family.names[pattern], numbers)
+        if config.tied and targets == ["head.weight"]:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"model_or_path: tensor {name!r} expected of floating point, got {tensor.dtype}")
+        if pattern not in family.wide:
+            dtype = dtype or tensor.dtype
+            if tensor.dtype != dtype:
+                raise ValueError(
+                    f"model_or_path: tensor {name!r} expected as {dtype}, like others, got {tensor.dtype}"
+                )
+        given = family.adapt(pattern, tensor, checkpoint.config) if family.adapt else tensor
+        pieces = [given] if isinstance(given, Tensor) else list(given)
+        for target, piece in zip(targets, pieces, strict=True):
+            ours, _, place = target.partition("[")
+            if ours not in wanted:
+                raise ValueError(
+                    f"model_or_path: tensor {name!r} is not expected with this configuration (as {ours!r})"
+                )
+            sources.setdefault(ours, name)
+            if not place:
+                if checkpoint.in_memory and shares_memory(piece, tensor):
+                    piece = piece.clone()
+                weights[ours] = piece
+                continue
+            if ours not in weights:
+                weights[ours] = torch.empty(wanted[ours], dtype=piece.dtype, device=piece.device)
+            slot = part_of(weights[ours], place.rstrip("]"))
+            check_shape(name, piece.shape, slot.shape)
+            slot.copy_(piece)
+            filled[ours] = filled.get(ours, 0) + piece.numel()
+    for ours, shape in wanted.items():
+        complete = ours in weights and filled.get(ours, shape.numel()) == shape.numel()
+        if not complete and not (config.tied and ours == "head.weight"):
+            theirs = next(names_for(ours, family, wanted, seen), ours)
+            raise ValueError(f"model_or_path: tensor {theirs!r} is missing")
+    for ours, weight in weights.items():
+        check_shape(sources[ours], weight.shape, wanted[ours])
+    return weights
+
+
+def targets_of(targets: str | Sequence[str], numbers: Sequence[str]) -> list[str]:
+    """Our names for a tensor of theirs, by the numbers in its name."""
+    n = int(numbers[0]) if numbers else 0
+    listed = [targets] if isinstance(targets, str) else targets
+    return [target.format(*numbers, twice=(2 * n, 2 * n + 1)) for target in listed]
+
+
+def part_of(whole: Tensor, place: str) -> Tensor:
+    """The part at ``place``: "3" is whole[3], "1/2" the second half of its rows, "3, 1/2" those of [3]."""
+    part = whole
+    for step in place.split(","):
+        number, _, count = step.partition("/")
+        part = (part.unflatten(0, (int(count), -1)) if count else part)[int(number)]
+    return part
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether one tensor is a view of the other's memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def check_shape(name: str, got: torch.Size, expected: torch.Size) -> None:
+    if got != expected:
+        raise ValueError(
+            f"model_or_path: tensor {name!r} expected with shape {tuple(expected)}, got {tuple(got)}"
+        )
+
+
+def names_for(ours: str, family: Family, wanted: Mapping[str, torch.Size], seen: set[str]) -> Iterator[str]:
+    """Their names, not ``seen``, of tensors that would make ours."""
+    layer = next((part for part in ours.split(".") if part.isdigit()), "0")
+    for pattern, targets in family.names.items():
+        for n in {layer, str(int(layer) // 2)}:
+            for e in range(wanted[ours][0] if pattern.count("{}") > 1 else 1):
+                if ours in (t.partition("[")[0] for t in targets_of(targets, (n, str(e)))):
+                    theirs = pattern.format(n, e)
+                    if theirs not in seen:
+                        yield theirs
+
+
+# Loading
+
+
+def assign(decoder: Decoder, weights: Mapping[str, Tensor]) -> Decoder:
+    """``weights`` as the parameters of a decoder on "meta", without a copy."""
+    decoder.load_state_dict(dict(weights), strict=False, assign=True)  # strict would require the tied head
+    if decoder.config.tied:
+        decoder.head.weight = decoder.embed.weight
+    device = decoder.embed.weight.device
+
+    def materialise(t: Tensor) -> Tensor:
+        return torch.empty_like(t, device=device) if t.is_meta else t
+
+    for module in decoder.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            module._apply(materialise)  # RoPE computes its angles again whenever it is moved
+    return decoder
