@@ -15,7 +15,7 @@ _LAZY = {
     "solution": "kvlearn.grading",
     "from_transformers": "kvlearn.model",
 }
-_ROOMS = ("attention", "grading", "measure", "model", "plots", "study")
+_ROOMS = ("attention", "grading", "measure", "model", "plots", "study", "workbench")
 
 
 def __getattr__(name: str) -> Any:

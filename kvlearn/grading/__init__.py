@@ -5,11 +5,19 @@ its requirements) and ``mistakes.py`` (known wrong answers). ``run_checks`` grad
 notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exercises/ from solutions/.
 """
 
-from kvlearn.grading.calls import CallWrapper, Made, Raised, largest_new_tensor, new_tensors, shorten
+from kvlearn.grading.calls import (
+    CallWrapper,
+    Made,
+    NotWritten,
+    Raised,
+    largest_new_tensor,
+    new_tensors,
+    shorten,
+)
 from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
 from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
 from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.run_checks import check, judge
+from kvlearn.grading.run_checks import check, judge, solved
 from kvlearn.grading.score import Row, Score
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "Exercise",
     "Made",
     "Misconception",
+    "NotWritten",
     "Raised",
     "Requirement",
     "Row",
@@ -39,5 +48,6 @@ __all__ = [
     "same",
     "shorten",
     "solution",
+    "solved",
     "units",
 ]

@@ -58,7 +58,7 @@ class Raised(Exception):
 
 
 class NotWritten(Exception):
-    """The answer is still the stub."""
+    """The answer is still the stub, or another answer that it needs is missing, as the message says."""
 
 
 class Interrupted(BaseException):
@@ -86,6 +86,8 @@ class CallWrapper:
                 result = self._target(*copies[0], **copies[1])
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted from None
+        except (Raised, NotWritten):  # of another answer, which this one has called
+            raise
         except BaseException as error:
             if is_stub(error):
                 raise NotWritten from None

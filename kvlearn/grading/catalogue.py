@@ -52,6 +52,12 @@ def nbgrader_of(cell: dict[str, Any]) -> dict[str, Any]:
     return mine if isinstance(mine, dict) else {}
 
 
+def shows_only(cell: dict[str, Any]) -> bool:
+    """Is a cell there to be looked at, so that nothing after it needs it (``kvlearn.shows_only``)?"""
+    ours = cell["metadata"].get("kvlearn")
+    return isinstance(ours, dict) and ours.get("shows_only") is True
+
+
 def read_solutions(exercises: tuple[Exercise, ...], folder: Path) -> None:
     """Give each exercise the source of its solution and of the set-up cells before it, from the notebook."""
     cells = [c for c in read_source(folder.name, folder.parent)["cells"] if c["cell_type"] == "code"]
@@ -64,7 +70,9 @@ def read_solutions(exercises: tuple[Exercise, ...], folder: Path) -> None:
         exercise.solution = "\n".join(
             x for x in lines if "BEGIN SOLUTION" not in x and "END SOLUTION" not in x
         )
-        before = [(nbgrader_of(cell), cell["source"]) for cell in cells[: places[answer]]]
+        before = [
+            (nbgrader_of(cell), cell["source"]) for cell in cells[: places[answer]] if not shows_only(cell)
+        ]
         exercise.set_up = tuple(
             code for mark, code in before if not (mark.get("solution") or mark.get("grade"))
         )

@@ -4,7 +4,8 @@ A comparison says the difference in words a learner can use, and never shows a w
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from kvlearn.grading.calls import CallRecord, Raised, shorten
 
 # Wide enough for any sound order of operations, computed in the dtype itself; narrow beside any mistake.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+# The notebook's names, while an exercise is checked that reads the answers to others; None: all are ours.
+notebook_names: ContextVar[Mapping[str, Any] | None] = ContextVar("notebook_names", default=None)
 
 
 class Difference(NamedTuple):
@@ -63,6 +68,14 @@ class CheckContext:
         self.observations: list[Observation] = []
         self.random = random.Random(f"{seed}/{round}")
         self.generator = torch.Generator().manual_seed(self.random.getrandbits(62))
+
+    @property
+    def notebook(self) -> Mapping[str, Any] | None:
+        """The names of the learner's notebook, for an exercise that reads the answers to others.
+
+        None where there is no notebook and our solutions take the place of those answers.
+        """
+        return notebook_names.get()
 
     def sizes(self) -> Sizes:
         """Fresh sizes, no two of them equal, so that no confusion of dimensions goes unseen.

@@ -69,6 +69,9 @@ class Exercise:
     ``forbidden`` are functions that do the exercise's work (``{function: how to call it by name}``; a method
     of tensors as ``Tensor.softmax``); calling one earns nothing for the requirement at hand. kvlearn's own
     modules are always forbidden unless ``may_use_kvlearn``.
+
+    ``wiring`` (a ``kvlearn.workbench.Wiring``) belongs to "Your model" alone: this exercise reads the answers
+    to others in its notebook.
     """
 
     id: str
@@ -78,6 +81,7 @@ class Exercise:
     hints: tuple[str, ...]
     forbidden: dict[Callable[..., Any], str] = field(default_factory=dict)
     may_use_kvlearn: bool = False
+    wiring: Any = None
     requirements: list[Requirement] = field(default_factory=list)
     misconceptions: list[Misconception] = field(default_factory=list)
     # From the unit's notebook, when the unit is loaded:
@@ -94,9 +98,26 @@ class Exercise:
         return f"u{self.id.replace('.', '-')}-{self.slug}"
 
     @property
+    def reads_answers(self) -> bool:
+        """Does the check look at the answers to other exercises of the notebook?"""
+        return self.wiring is not None
+
+    @property
     def call(self) -> str:
         """How the check of this exercise is written in the notebook."""
-        return f'kvlearn.check("{self.id}", {", ".join(self.answers)})'
+        notebook = ["notebook=globals()"] if self.reads_answers else []
+        return f'kvlearn.check("{self.id}", {", ".join([*self.answers, *notebook])})'
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Of its check cell, under ``kvlearn``."""
+        return {"exercise": self.id} | ({"reads_answers": True} if self.reads_answers else {})
+
+    @cached_property
+    def right(self) -> tuple[Any, ...]:
+        """Our own answers, as objects."""
+        code = mistakes.compiled(self.solution, f"<solution {self.id}>")
+        return mistakes.run(code, self.set_up, {}, self.answers)
 
     def requirement(self, points: int, name: str, *, rounds: int = 3) -> Callable[[F], F]:
         """Decorator: the function draws inputs ``rounds`` times; its docstring says what is expected."""

@@ -88,10 +88,18 @@ class Grader:
                 with clock.running():
                     results |= await self._together(unit, tasks, clock)
         rest = [task for task in tasks if task.id not in results]
-        alone = await asyncio.gather(
-            *(self._alone(unit, tasks[: tasks.index(task) + 1], clock, kernels) for task in rest)
-        )
-        results |= {result.id: result for result in alone}
+        for reads in (False, True):  # those that read the answers to others come when these are graded
+            passed = (
+                {result.id for result in results.values() if result.status == "passed"} if reads else set()
+            )
+            alone = await asyncio.gather(
+                *(
+                    self._alone(unit, tasks[: tasks.index(task) + 1], clock, kernels, passed)
+                    for task in rest
+                    if task.reads_answers is reads
+                )
+            )
+            results |= {result.id: result for result in alone}
         exercises = [results[task.id] for task in tasks]
         return Report(submitted.student, unit, exercises, submitted.shown)
 
@@ -124,8 +132,11 @@ class Grader:
                     break
         return results
 
-    async def _alone(self, unit: str, tasks: list[Task], clock: Clock, kernels: asyncio.Semaphore) -> Result:
-        """The last of ``tasks`` in a kernel that has seen no other answer, only the set-up of them all."""
+    async def _alone(
+        self, unit: str, tasks: list[Task], clock: Clock, kernels: asyncio.Semaphore, passed: set[str]
+    ) -> Result:
+        """The last of ``tasks`` in a kernel that has seen the set-up of them all, and of the other answers
+        only those to the exercises in ``passed``."""
         task = tasks[-1]
         async with kernels:
             if clock.end <= time.monotonic():
@@ -135,9 +146,14 @@ class Grader:
                     try:
                         setup = [source for each in tasks for source in each.setup]
                         baseline = await self._set_up(box, unit, setup, {}, first=True)
+                        for each in tasks[:-1]:
+                            for source in each.pieces if each.id in passed else ():
+                                await box.run(source, self.limits.seconds)
                         result = await self._attempt(box, unit, task, baseline, clock)
                     except Disturbed as disturbed:
                         result = disturbed.args[0]
+                    except TimedOut:
+                        result = _zero(task, _too_long(self.limits))
                     except KernelLost as lost:
                         result = _lost(task, lost, self.limits)
         return self._tell(result)

@@ -97,7 +97,8 @@ def _called(folder: Path) -> frozenset[str]:
     """What checks, references and misconceptions call: functions by full name, methods as ".name"."""
     home = Path(kvlearn.__file__).parent
     engine = [file for file in home.glob("grading/*.py") if file.stem not in NOT_IN_KERNELS]
-    given = [*home.glob("attention/*.py"), *home.glob("teaching/*.py")]
+    given = [file for room in ("attention", "model", "teaching") for file in home.glob(f"{room}/*.py")]
+    given.append(home / "workbench.py")
     files = [*engine, *given, *folder.glob("*.py")]
     edited = [each.source for exercise in load(folder).exercises for each in exercise.misconceptions]
     found = {"torch.Tensor"}

@@ -5,7 +5,7 @@ values is it.
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,9 +16,20 @@ from torch import Tensor
 
 from kvlearn.grading.calls import CallRecord, CallWrapper, Interrupted, NotWritten, Raised, quiet, shorten
 from kvlearn.grading.catalogue import find_exercise
-from kvlearn.grading.context import CheckContext, Difference, Observation, Stop, describe, same
+from kvlearn.grading.context import (
+    CheckContext,
+    Difference,
+    Observation,
+    Stop,
+    describe,
+    notebook_names,
+    same,
+)
 from kvlearn.grading.exercise import Exercise, Misconception, Requirement
 from kvlearn.grading.score import Mistake, Row, Score
+
+# Of each exercise that was checked in this process: the answers, and whether they earned all points.
+_checked: dict[str, tuple[tuple[Any, ...], bool]] = {}
 
 INTERRUPTED = "Stopped while your answer was running: is there a loop that does not end?"
 
@@ -43,18 +54,41 @@ class Outcome:
             self.status, self.came, self.expected = status, came, expected
 
 
-def check(exercise: str, *answers: Any) -> Score:
-    """Grade an answer: ``check("01.3", split_qkv, merge_heads)``.
+def check(exercise: str, *answers: Any, notebook: Mapping[str, Any] | None = None) -> Score:
+    """Grade an answer: ``check("01.7", merge)``. "Your model" reads other answers: ``notebook=globals()``.
 
     Draws fresh inputs each time. Returns the points as a number that shows a table in a notebook. It never
     raises on account of an answer and prints nothing; what the answer prints meanwhile is swallowed.
     TypeError or ValueError only if there is no such exercise.
     """
-    return judge(find_exercise(exercise), answers)
+    found = find_exercise(exercise)
+    _checked[found.id] = (answers, False)  # stays so if the answer never ends
+    score = judge(found, answers, notebook=notebook or {})
+    _checked[found.id] = (answers, score.status == "passed")
+    return score
 
 
-def judge(exercise: Exercise, answers: Sequence[Any], seed: int | None = None) -> Score:
-    """``check`` for an exercise at hand; ``seed`` repeats the draws of a run."""
+def solved(exercise: Exercise, answers: tuple[Any, ...]) -> bool:
+    """Do these answers earn all points? What ``check`` has found of the same objects is not run again."""
+    known, passed = _checked.get(exercise.id, ((), False))
+    if len(known) == len(answers) and all(a is b for a, b in zip(known, answers, strict=True)):
+        return passed
+    return judge(exercise, answers, name=False).status == "passed"
+
+
+def judge(
+    exercise: Exercise,
+    answers: Sequence[Any],
+    seed: int | None = None,
+    *,
+    notebook: Mapping[str, Any] | None = None,
+    name: bool = True,
+) -> Score:
+    """``check`` for an exercise at hand; ``seed`` repeats the draws of a run.
+
+    For an exercise that reads the answers to others, they are names of ``notebook``; without one, they are
+    ours. ``name=False`` leaves mistakes without their names.
+    """
     score = partial(Score, exercise=exercise.id, title=exercise.title, max_score=exercise.points)
     rows = tuple(Row(r.name, r.points, 0, "not attempted", r.expected, "–") for r in exercise.requirements)
     if all(answer is None or answer is ... for answer in answers):
@@ -64,15 +98,18 @@ def judge(exercise: Exercise, answers: Sequence[Any], seed: int | None = None) -
         return score(0, status="wrong", message=complaint, rows=rows)
     answers = [not_written if answer is None or answer is ... else answer for answer in answers]
     seed = secrets.randbits(48) if seed is None else seed
+    before = notebook_names.set(notebook)
     try:
         with quiet(), one_thread():
             outcomes = run_checks(exercise, answers, seed)
-            named = name_mistakes(exercise, outcomes, seed)
+            named = name_mistakes(exercise, outcomes, seed) if name else []
     except (KeyboardInterrupt, Interrupted):
         return score(0, status="error", message=INTERRUPTED, rows=rows)
     except Exception as error:
         message = f"The check itself broke on this answer ({type(error).__name__}: {shorten(str(error))})."
         return score(0, status="error", message=message, rows=rows)
+    finally:
+        notebook_names.reset(before)
     rows = tuple(row_of(r, o) for r, o in zip(exercise.requirements, outcomes, strict=True))
     points = sum(row.earned for row in rows)
     status = status_of(points, exercise.points, outcomes)
@@ -202,8 +239,8 @@ def run_round(
         requirement.script(context, *wrapped)
     except Stop:
         return None
-    except NotWritten:
-        return "not attempted", f"{record.name} is not written yet (NotImplementedError)"
+    except NotWritten as missing:
+        return "not attempted", str(missing) or f"{record.name} is not written yet (NotImplementedError)"
     except Raised as raised:
         return "raised", f"{raised.what}\nin {record.call}"
     except Exception as error:  # the script met something it could not work with

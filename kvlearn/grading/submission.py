@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvlearn.grading.catalogue import nbgrader_of, read_source, unit_names
+from kvlearn.grading.catalogue import nbgrader_of, read_source, shows_only, unit_names
 from kvlearn.grading.release import stub
 
 CHECK = re.compile(r"""kvlearn\.check\(\s*["'](\d\d\.\d+)["']""")
@@ -179,6 +179,7 @@ class Task:
     check: str
     pieces: list[str] = field(default_factory=list)
     missing: bool = True  # no answer cell was found
+    reads_answers: bool = False  # the check looks at the answers to the exercises before
 
     @property
     def untouched(self) -> bool:
@@ -202,9 +203,11 @@ def tasks_of(unit: str, solutions: Path) -> tuple[list[Task], dict[str, tuple[st
         if role == "check":
             called = CHECK.search(cell["source"])
             name = called.group(1) if called else str(marks["grade_id"])
-            tasks.append(Task(name, float(marks["points"]), setup, stubs, cell["source"]))
+            reads = bool(cell["metadata"].get("kvlearn", {}).get("reads_answers"))
+            points = float(marks["points"])
+            tasks.append(Task(name, points, setup, stubs, cell["source"], reads_answers=reads))
             setup, stubs = [], []
-        else:
+        elif not shows_only(cell):
             (stubs if role == "answer" else setup).append(stub(cell))
     return tasks, places
 

@@ -20,6 +20,7 @@ from kvlearn.plots.scaling import scaling
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
+from kvlearn.plots.workbench import time_per_token
 
 __all__ = [
     "COLOURS",
@@ -54,5 +55,6 @@ __all__ = [
     "state_memory",
     "step_times",
     "stored_and_read",
+    "time_per_token",
     "uptraining",
 ]

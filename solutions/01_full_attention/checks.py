@@ -1,19 +1,23 @@
 """Unit 01: requirements and hints of the exercises on full attention."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlearn.attention import KVCache
+from kvlearn import workbench
+from kvlearn.attention import KVCache, core
 from kvlearn.attention.rope import Rope, RopeConfig
 from kvlearn.grading import (
     Answer,
+    CallWrapper,
     CheckContext,
     Difference,
     Exercise,
+    NotWritten,
     Raised,
     Stop,
     compare,
@@ -434,16 +438,17 @@ def rope_half(t: CheckContext, rotate: Answer) -> None:
 cache = Exercise(
     id="01.5",
     slug="cache",
-    title="A KV cache that never copies",
+    title="Mend this cache, then give it undo and fork",
     answers=("KVCache",),
     hints=(
-        "Two buffers of shape (batch, n_heads, max_len, head_dim) and one integer, the length: that is all.",
-        "T new tokens go to the slots length … length + T − 1 of dimension 2, and the length grows by T "
-        "= `k.shape[2]`, not by 1.",
-        "Return `self.k[:, :, : self.length]`: slicing makes a view, which costs nothing. `torch.cat` "
-        "or `.clone()` would copy the whole past at every step.",
-        "Check `length + T > max_len` *before* you write, and raise ValueError: a slice that reaches "
-        "past the end is cut short without an error, and a single token would vanish in silence.",
+        "Which chunks does the picture show as right, and what is different about the first one that is not? "
+        "Feed a `BrokenCache` three tokens and then one, and look at what comes back.",
+        "Follow `start` by hand for chunks of 3, 3 and 1 tokens: in which slot does each begin, and in which "
+        "should it? T new tokens belong behind the old ones, in the slots length … length + T − 1.",
+        "With the length kept as an integer, `undo(n)` is one subtraction, after a comparison that may "
+        "raise. What is in the slots behind the length does not matter: the next append writes over it.",
+        "`fork` makes a new cache of the same sizes, copies the tokens that are there into its memory, and "
+        "sets its length. `copy.copy(self)` is not enough: both would write into the same tensors.",
     ),
 )
 
@@ -467,14 +472,14 @@ def cache_same_as(t: CheckContext, got: object, written: list[KV]) -> None:
 
 @cache.requirement(1, "the first append")
 def first(t: CheckContext, KVCache: Answer) -> None:
-    """the keys and values just written, no empty slots behind them, in the cache's dtype"""
-    dtype = t.pick(torch.float32, torch.bfloat16)
-    new, (B, H, D) = cache_draw(t, t.integer(3, 6), dtype=dtype)
+    """the keys and values just written, no empty slots behind them, in the cache's dtype whatever comes in"""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[t.round]
+    new, (B, H, D) = cache_draw(t, t.integer(3, 6))
     cache = KVCache(B, H, t.integer(8, 12), D, dtype)
-    cache_same_as(t, cache.append(*new[0]), new)
+    cache_same_as(t, cache.append(*new[0]), [(new[0][0].to(dtype), new[0][1].to(dtype))])
 
 
-@cache.requirement(2, "prefill, chunks and single tokens")
+@cache.requirement(2, "chunks of any sizes, and single tokens")
 def growing(t: CheckContext, KVCache: Answer) -> None:
     """after each append all keys and values so far, in order; two caches at a time do not mix"""
     new, (B, H, D) = cache_draw(t, t.integer(3, 5), 1, 1, t.integer(2, 4), 1)
@@ -491,11 +496,18 @@ def allocated_once(t: CheckContext, KVCache: Answer) -> None:
     new, (B, H, D) = cache_draw(t, t.integer(2, 4), 1, 2)
     cache = KVCache(B, H, 12, D, torch.float32)
     kept = [t.pair(cache.append(k, v), "append returns (keys, values)") for k, v in new]
+    same_memory(t, kept)
+    room = sum(
+        {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in kept[0]}.values()
+    )
+    t.true(room >= 2 * B * H * 12 * D * 4, "memory for max_len tokens at once", "memory for fewer tokens")
+
+
+def same_memory(t: CheckContext, kept: list[tuple[Tensor, Tensor]]) -> None:
+    """The keys of all pairs are in one memory, and so are the values."""
     for part in (0, 1):
         places = {pair[part].untyped_storage().data_ptr() for pair in kept}
         t.true(len(places) == 1, "a view of the same memory each time", "new memory at each append")
-    room = kept[0][0].untyped_storage().nbytes()
-    t.true(room >= B * H * 12 * D * 4, "memory for max_len tokens at once", "memory for fewer tokens")
 
 
 @cache.requirement(1, "a full cache")
@@ -535,6 +547,70 @@ def reset(t: CheckContext, KVCache: Answer) -> None:
     cache.reset()
     cache_same_as(t, cache.append(*new[1]), new[1:2])
     cache_same_as(t, cache.append(*new[2]), new[1:])
+
+
+@cache.requirement(1, "undo")
+def undo(t: CheckContext, KVCache: Answer) -> None:
+    """the last n tokens are forgotten, part of a chunk or several chunks; what follows goes in their place,
+    in the same memory"""
+    new, (B, H, D) = cache_draw(t, t.integer(5, 7), 2, 3, 1)
+    cache = KVCache(B, H, 13, D, torch.float32)
+    kept = [cache.append(*new[0]), cache.append(*new[1])]
+    n = (1, 3, 0)[t.round]  # part of the last chunk; all of it and one more; nothing
+    there = new[0][0].shape[2] + 2 - n
+    left = tuple(torch.cat(parts, dim=2)[:, :, :there] for parts in zip(*new[:2], strict=True))
+    undone(t, cache, n, there + n)
+    kept.append(cache.append(*new[2]))
+    cache_same_as(t, kept[-1], [(left[0], left[1]), new[2]])
+    undone(t, cache, there + 3, there + 3)
+    kept.append(cache.append(*new[3]))
+    cache_same_as(t, kept[-1], [new[3]])
+    same_memory(t, [t.pair(pair, "append returns (keys, values)") for pair in kept])
+
+
+def undone(t: CheckContext, cache: Any, n: int, length: int) -> None:
+    """An undo that is to be taken; the end of this round if it is refused."""
+    try:
+        cache.undo(n)
+    except Raised as raised:
+        if not isinstance(raised.error, ValueError):
+            raise
+        came = f"a ValueError at undo({n}) of {length} tokens"
+        t.note(f"refused: undo {'of all' if n == length else ''}", Difference("", "n tokens fewer", came))
+        raise Stop from None
+
+
+@cache.requirement(1, "undo of more tokens than there are")
+def undo_refused(t: CheckContext, KVCache: Answer) -> None:
+    """ValueError, and the cache is as it was; n may be as large as the number of tokens"""
+    new, (B, H, D) = cache_draw(t, t.integer(3, 5), 2, 1)
+    cache = KVCache(B, H, 12, D, torch.float32)
+    cache.append(*new[0])
+    cache.append(*new[1])
+    more = new[0][0].shape[2] + 2 + (1, 2, 9)[t.round]
+    if t.raises(ValueError, lambda: cache.undo(more), "when more tokens are to go than there are"):
+        cache_same_as(t, cache.append(*new[2]), new)
+
+
+@cache.requirement(2, "fork")
+def fork(t: CheckContext, KVCache: Answer) -> None:
+    """a cache with the same tokens, dtype and room; whatever is done to one of the two, the other keeps its
+    own"""
+    dtype = (torch.float32, torch.bfloat16, torch.float32)[t.round]
+    new, (B, H, D) = cache_draw(t, t.integer(3, 5), 2, 2, 1, 3, dtype=dtype)
+    max_len = new[0][0].shape[2] + 6
+    cache = KVCache(B, H, max_len, D, dtype)
+    cache.append(*new[0])
+    first, second = cache, CallWrapper(cache.fork(), "KVCache", t.record)
+    if t.round == 2:  # the original must be as independent as the fork
+        first, second = second, first
+    fits(t, first, [new[0], new[1]], "two tokens into one of the two")
+    fits(t, second, [new[0], new[2]], "two tokens into the other")
+    fits(t, first, [new[0], new[1], new[3]], "one token more")
+    fits(t, second, [new[0], new[2], new[3]], "one token more")
+    fits(t, second, [new[0], new[2], new[3], new[4]], "as many as max_len")
+    first.reset()
+    t.raises(ValueError, lambda: second.append(*new[3]), "when the fork is full")
 
 
 # 01.6: prefill in chunks through a cache, compared with one pass over the whole prompt
@@ -906,4 +982,265 @@ def gib(t: CheckContext, cache_size: Answer) -> None:
     t.number(field(t, got, "stored_gib"), want, "stored_gib")
 
 
-EXERCISES = (attend, mask, heads, rope, cache, prefill, merge, size)
+# 01.9: the answers in a trained model, compared with kvlearn's decoder
+
+
+@dataclass
+class Layer:
+    """What the attention of one layer of the base model needs."""
+
+    qkv: Tensor  # (3·H·D, M): for each head its D rows for q, its D for k, its D for v
+    out: Tensor  # (M, H·D)
+    n_heads: int
+    theta: float
+
+
+def weights(mixer: Any) -> Layer:
+    """The base model has q, k and v apart: fused here, head by head."""
+    H, D = mixer.n_heads, mixer.head_dim
+    each = [proj.weight.view(H, 1, D, -1) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    return Layer(torch.cat(each, dim=1).flatten(0, 2), mixer.o_proj.weight, H, mixer.rope.config.theta)
+
+
+def new_cache(parts: Any, layer: Layer, max_len: int) -> Any:
+    """An empty cache of one layer."""
+    return parts.KVCache(1, layer.n_heads, max_len, layer.out.shape[1] // layer.n_heads, torch.float32)
+
+
+class Tail:
+    """A KVCache as ``chunked_prefill`` expects it: it says at which positions the next tokens are."""
+
+    def __init__(self, cache: Any, start: int) -> None:
+        self.cache, self.length = cache, start
+
+    def positions(self, n: int) -> Tensor:
+        return torch.arange(self.length, self.length + n)[None]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        positions = self.positions(k.shape[2])
+        self.length += k.shape[2]
+        keys, values = self.cache.append(k, v)
+        return keys, values, positions
+
+
+def by_chunked_prefill(attention: Answer, chunk: int = 16) -> Answer:
+    """``attention``, but a prompt goes through the layer by ``chunked_prefill``."""
+
+    def layer_attention(x: Tensor, layer: Layer, cache: Any, start: int, parts: Any) -> Tensor:
+        if cache is None or x.shape[1] == 1:
+            return attention(x, layer, cache, start, parts)
+
+        def rope(x: Tensor, positions: Tensor) -> Tensor:
+            return parts.rotate(x, positions[0], layer.theta)
+
+        q, k, v = parts.split_qkv(x @ layer.qkv.T, layer.n_heads)
+        out = parts.chunked_prefill(q, k, v, Tail(cache, start), rope, chunk)
+        return parts.merge_heads(out) @ layer.out.T
+
+    return layer_attention
+
+
+def library_mask(n_queries: int, n_keys: int, padding: Any) -> Tensor:
+    keys = torch.arange(n_keys) >= torch.as_tensor(padding)[:, None, None, None]
+    return core.causal_mask(n_queries, n_keys) & keys
+
+
+def library_split(x: Tensor, n_heads: int) -> list[Tensor]:
+    return [part.transpose(1, 2) for part in x.unflatten(-1, (n_heads, 3, -1)).unbind(-2)]
+
+
+def library_rotate(x: Tensor, positions: Tensor, theta: float = 10_000.0) -> Tensor:
+    return Rope(x.shape[-1], RopeConfig(theta))(x, positions[None])
+
+
+class LibraryCache(KVCache):
+    def __init__(self, B: int, H: int, max_len: int, D: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(B, H, max_len, D, dtype, torch.device("cpu"))
+
+    def append(self, k: Tensor, v: Tensor) -> Any:
+        return tuple(super().append(k, v))[:2]
+
+
+def library_prefill(q: Tensor, k: Tensor, v: Tensor, cache: Any, rope: Answer, chunk: int) -> Tensor:
+    outputs = []
+    for new in zip(*(each.split(chunk, dim=2) for each in (q, k, v)), strict=True):
+        positions = cache.positions(new[0].shape[2])
+        keys, values, _ = cache.append(rope(new[1], positions), new[2])
+        outputs.append(core.causal_attention(rope(new[0], positions), keys, values, positions))
+    return torch.cat(outputs, dim=2)
+
+
+WIRING = workbench.Wiring(
+    parts={
+        "attend": ("01.1", core.attend_partial),
+        "causal_mask": ("01.2", library_mask),
+        "split_qkv": ("01.3", library_split),
+        "merge_heads": ("01.3", core.merge_heads),
+        "rotate": ("01.4", library_rotate),
+        "KVCache": ("01.5", LibraryCache),
+        "chunked_prefill": ("01.6", library_prefill),
+    },
+    weights=weights,
+    new_cache=new_cache,
+    variants={"the prompt by chunked_prefill": by_chunked_prefill},
+)
+
+model = Exercise(
+    id="01.9",
+    slug="model",
+    title="Your model",
+    answers=("attention", "generate"),
+    may_use_kvlearn=True,
+    wiring=WIRING,
+    hints=(
+        "Write down the shapes from x (1, T, M) to the result (1, T, M) and name the part that takes each to "
+        "the next. At which positions are the T tokens, and how many keys do they meet?",
+        "The tokens are at positions start … start + T − 1. Queries and keys are rotated there, once, before "
+        "the keys go into the cache. What the cache returns decides how wide the mask is.",
+        "`generate` has two loops. Both call the model with new tokens only and advance `start` by as many. "
+        "After the prompt, the logits of its last token, `logits[:, -1:]`, choose the first new one.",
+        "`attention` in order: split_qkv(x @ layer.qkv.T, layer.n_heads), rotate q and k, cache.append, "
+        "causal_mask(T, S, [0]), attend, merge_heads, and at the end `@ layer.out.T`.",
+    ),
+)
+
+
+def base_logits(tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return workbench.base_model()(tokens)
+
+
+def drawn_text(t: CheckContext, length: int) -> Tensor:
+    """Bytes that a text may hold, as tokens (1, length); no two alike, so that no confusion goes unseen."""
+    return torch.tensor([t.random.sample(range(33, 127), length)])
+
+
+def prompt_and_text(t: CheckContext, n_new: int) -> tuple[Tensor, Tensor]:
+    """A prompt, and it with ``n_new`` tokens that kvlearn's decoder appends."""
+    prompt = workbench.encode(workbench.PROMPTS[t.round][-40:])
+    return prompt, workbench.base_model().generate(prompt, n_new)
+
+
+def same_tokens(t: CheckContext, got: Any, want: Tensor, n_prompt: int) -> bool:
+    """The tokens of the text, (1, prompt + new)."""
+    if not isinstance(got, Tensor) or got.shape != want.shape:
+        return t.close(got, want, "tokens")
+    wrong = (got != want)[0].nonzero()
+    if not len(wrong):
+        return t.note(got, None)
+    text, come = (workbench.decode(each[:, n_prompt:]) for each in (want, got))
+    return t.note(got, Difference("", f"the text {text!r}", f"{come!r}"))
+
+
+@model.requirement(1, "attention, without a cache")
+def no_cache(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """the logits of kvlearn's decoder for a whole text; x is not changed"""
+    tokens = drawn_text(t, t.integer(9, 14))
+    yours = workbench.Model(WIRING, attention, workbench.library(WIRING))
+    t.close(yours(tokens), base_logits(tokens), "logits", tolerance=1e-3)
+    t.unchanged()
+
+
+@model.requirement(1, "attention, with a cache")
+def with_cache(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """the same when the text comes in pieces: a chunk, a shorter one, single tokens"""
+    pieces = (t.integer(4, 6), 3, 1, 1)
+    tokens = drawn_text(t, sum(pieces))
+    yours = workbench.Model(WIRING, attention, workbench.library(WIRING))
+    caches, start, logits = yours.new_caches(sum(pieces)), 0, []
+    for piece in tokens.split(pieces, dim=1):
+        logits.append(yours(piece, caches, start))
+        start += piece.shape[1]
+    t.close(torch.cat(logits, dim=1), base_logits(tokens), "logits", tolerance=1e-3)
+
+
+def our_model() -> workbench.Model:
+    return workbench.Model(WIRING, model.right[0], workbench.library(WIRING))
+
+
+@model.requirement(1, "generate, the prompt at once", rounds=2)
+def at_once(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """the prompt and n_new more tokens, each the most likely one: those of kvlearn's decoder"""
+    prompt, want = prompt_and_text(t, 4)
+    ours = our_model()
+    caches = ours.new_caches(want.shape[1])
+    same_tokens(t, generate(ours, caches, prompt, 4, want.shape[1]), want, prompt.shape[1])
+
+
+@model.requirement(1, "generate, the prompt in chunks; a second text", rounds=2)
+def chunks_and_second_text(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """identical tokens with the prompt in chunks, the last one shorter, also when the caches hold an earlier
+    text"""
+    prompt, want = prompt_and_text(t, 4)
+    chunk = t.pick(11, 12, 14, 15)  # none of them divides the prompt
+    ours = our_model()
+    caches = ours.new_caches(4 * want.shape[1])  # a text that is not forgotten shall fit as well
+    if same_tokens(t, generate(ours, caches, prompt, 4, chunk), want, prompt.shape[1]):
+        earlier = workbench.encode(workbench.TEXT[60:130])
+        generate(ours, caches, earlier, 1, 40)
+        same_tokens(t, generate(ours, caches, prompt, 4, chunk), want, prompt.shape[1])
+
+
+@model.requirement(1, "generate, the work of each step", rounds=2)
+def work(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """the prompt goes through the model in chunks of at most `chunk` tokens, then one token per step, each at
+    its position"""
+    prompt, chunk, n_new = drawn_text(t, 23), (10, 23)[t.round], 5
+    ours = our_model()
+    generate(ours, ours.new_caches(23 + n_new), prompt, n_new, chunk)
+    came = [(start, n) for start, n, _ in ours.steps]
+    chunks = [(start, min(chunk, 23 - start)) for start in range(0, 23, chunk)]
+    want = chunks + [(23 + i, 1) for i in range(n_new)]
+    t.true(came in (want, want[:-1]), f"calls (start, tokens) {want[:-1]}", f"calls {came[:9]}")
+
+
+def yours(t: CheckContext, *names: str) -> Any:
+    """The parts of these names from the notebook, the others from the library; the end of the requirement if
+    one of these is not the learner's."""
+    parts = workbench.choose(model, t.notebook)
+    for part in parts:
+        if part.name in names and not part.is_theirs:
+            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
+    return workbench.namespace(parts, names)
+
+
+def writes_the_same(t: CheckContext, attention: Answer, generate: Answer, parts: Any, chunk: int) -> None:
+    """Identical tokens with these parts, with and without a cache. The logits of a few tokens come first: a
+    mistake is seen in them at once."""
+    yours = workbench.Model(WIRING, attention, parts)
+    few, caches = drawn_text(t, 6), yours.new_caches(6)
+    logits = [yours(piece, caches, start) for start, piece in ((0, few[:, :4]), (4, few[:, 4:]))]
+    if not t.close(torch.cat(logits, dim=1), base_logits(few), "logits", tolerance=1e-3):
+        raise Stop
+    prompt, want = prompt_and_text(t, 4)
+    got = generate(yours, yours.new_caches(want.shape[1]), prompt, 4, chunk)
+    if not same_tokens(t, got, want, prompt.shape[1]):
+        raise Stop
+    same_tokens(t, workbench.without_cache(yours, prompt, 1), want[:, :-3], prompt.shape[1])
+
+
+@model.requirement(1, "your attend, causal_mask, split_qkv and merge_heads", rounds=1)
+def with_attend(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """01.1, 01.2 and 01.3 are solved, and the model with them writes identical tokens"""
+    parts = yours(t, "attend", "causal_mask", "split_qkv", "merge_heads")
+    writes_the_same(t, attention, generate, parts, 99)
+
+
+@model.requirement(1, "your rotate and KVCache", rounds=1)
+def with_rotate_and_cache(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """01.4 and 01.5 are solved, and the model with them writes identical tokens, the prompt in chunks"""
+    writes_the_same(t, attention, generate, yours(t, "rotate", "KVCache"), 16)
+
+
+@model.requirement(1, "all your parts together", rounds=1)
+def together(t: CheckContext, attention: Answer, generate: Answer) -> None:
+    """identical tokens with every part yours, the prompt in chunks; and by your chunked_prefill (01.6)"""
+    parts = yours(t, *WIRING.parts)
+    writes_the_same(t, attention, generate, parts, 16)
+    prompt, want = prompt_and_text(t, 3)
+    long = workbench.Model(WIRING, by_chunked_prefill(attention), parts)
+    got = generate(long, long.new_caches(want.shape[1]), prompt, 3, want.shape[1])
+    same_tokens(t, got, want, prompt.shape[1])
+
+
+EXERCISES = (attend, mask, heads, rope, cache, prefill, merge, size, model)

@@ -1,6 +1,8 @@
 """Unit 01: known mistakes, each as an edit of the solution."""
 
-from .checks import attend, cache, heads, mask, merge, prefill, rope, size
+import copy
+
+from .checks import attend, cache, heads, mask, merge, model, prefill, rope, size
 
 # 01.1: attention with a mask, and its log-sum-exp
 
@@ -381,7 +383,7 @@ rope.mistakes(
 )
 
 
-# 01.5: the preallocated KV cache
+# 01.5: the preallocated KV cache, with undo and fork
 
 cache.mistakes(
     r'''
@@ -428,8 +430,8 @@ cache.mistakes(
     append the length may be equal to max_len.
 
     a refused append leaves its mark
-        raise ValueError( → self.length = end
-            raise ValueError(
+        raise ValueError(f"k: → self.length = end
+            raise ValueError(f"k:
     The length (or the content) had grown already when ValueError was raised, so the cache takes itself for
     full although the tokens never came in. Compare first, then write and advance.
 
@@ -461,9 +463,91 @@ cache.mistakes(
               KVCache.length = 0
         self.length = end → KVCache.length = end
         self.length = 0 → KVCache.length = 0
+        self.length -= n → KVCache.length -= n
     Buffers and length belong to the class, so a second cache takes the place of the first. A model has a
     cache for each of its layers: keep the state on `self`, in `__init__`.
-    '''
+
+    the wrong line is still there
+        class KVCache(BrokenCache):
+            def undo(self, n):
+                if n > sum(self.sizes):
+                    raise ValueError(n)
+                while n:
+                    self.sizes[-1] -= (some := min(n, self.sizes[-1]))
+                    n -= some
+                    if not self.sizes[-1]:
+                        self.sizes.pop()
+
+            def fork(self):
+                return copy.deepcopy(self)
+    A chunk begins in the slot (number of earlier chunks) · (its own size). That is right while all chunks
+    have one size, which hides it; the shorter last chunk and every single token are written over earlier
+    ones, and the slots behind stay zero. They begin behind the tokens that are there: `start = n_old`.
+
+    dtype is ignored
+        max_len, head_dim, dtype=dtype) → max_len, head_dim)
+    The buffers have the default dtype, float32, whatever was asked for. A cache in bfloat16 takes half the
+    memory, and that is why it is asked for: pass `dtype` to `torch.zeros`.
+
+    undo forgets appends, not tokens
+        self.length = end → self.ends = [*getattr(self, "ends", []), self.length]
+            self.length = end
+        self.length -= n → for _ in range(min(n, len(self.ends))):
+                self.length = self.ends.pop()
+    undo(n) took back the last n appends. A prompt is one append of many tokens, and what speculative decoding
+    takes back is part of a chunk: n counts tokens.
+
+    undo of too many tokens is not refused
+        n > self.length → False
+    Nothing compares n with the length. It becomes negative, and a negative slice counts from the end of the
+    buffer: the next append returns nonsense without an error. Raise ValueError first.
+
+    undo refuses to forget all tokens
+        n > self.length → n >= self.length
+    An undo of exactly as many tokens as there are was refused: the comparison is >= where it should be >. The
+    length may become 0.
+
+    undo clears the slots and keeps the length
+        self.length -= n → self.k[:, :, self.length - n : self.length] = 0
+            self.v[:, :, self.length - n : self.length] = 0
+    The slots are zeros and still count as tokens, so they are attended to and the next append goes behind
+    them. Lower the length; what is in the slots behind it does not matter.
+
+    undo copies
+        self.length -= n → self.length -= n
+            self.k, self.v = self.k.clone(), self.v.clone()
+    The tokens that stay were copied into new memory. Forgetting needs no copy: lower the length, and the next
+    append writes over the slots.
+
+    the fork writes into the same memory
+        other = KVCache(batch, n_heads, max_len, head_dim, self.k.dtype)
+        other.append(self.k[:, :, : self.length], self.v[:, :, : self.length])
+            → other = copy.copy(self)
+    The fork has a length of its own and the same tensors (`copy.copy`, or `other.k = self.k`), so both write
+    into the same slots and each finds the other's tokens. Give the fork memory of its own and copy the
+    tokens.
+
+    the fork is the cache itself
+        return other → return self
+    fork returned the cache itself, so what is appended to one is appended to the other. Make a new cache.
+
+    the fork is empty
+        other.append(self.k[:, :, : self.length], self.v[:, :, : self.length]) →
+    The fork has memory and no tokens. It shall go on from where the cache is: copy the keys and values of all
+    tokens into it, and set its length.
+
+    the fork has no room
+        KVCache(batch, n_heads, max_len, head_dim, self.k.dtype)
+            → KVCache(batch, n_heads, self.length, head_dim, self.k.dtype)
+    The fork has room for the tokens that were there and for no more. Allocate max_len slots, as the cache
+    has.
+
+    the fork has the default dtype
+        KVCache(batch, n_heads, max_len, head_dim, self.k.dtype) → KVCache(batch, n_heads, max_len, head_dim)
+    dtype was not passed on, so the fork of a bfloat16 cache is float32 and takes twice the memory. Pass
+    `self.k.dtype`.
+    ''',
+    copy=copy,
 )
 
 
@@ -756,5 +840,105 @@ size.mistakes(
         config.get("head_dim", config["hidden_size"] // heads) → config["hidden_size"] // heads
     The head dim was always taken as hidden_size / num_attention_heads. Some models, Gemma and Qwen3 among
     them, choose it freely and say so in head_dim.
+    """
+)
+
+
+# 01.9: the model
+
+model.mistakes(
+    r"""
+    positions start at 0 in each call
+        torch.arange(start, start + T) → torch.arange(T)
+    Queries and keys were rotated to positions 0 … T − 1 in each call. The first chunk is right, which hides
+    it; in decode every token seems to stand at position 0. Count from `start`.
+
+    the mask of the first chunk used for all
+        parts.causal_mask(T, keys.shape[2], [0])
+            → parts.causal_mask(keys.shape[2], keys.shape[2], [0])[:, :, :T]
+    The mask treats the T tokens as the *first* of the S positions, as they are in the first chunk. From the
+    second on they see only the start of the text. They are the last T of S: causal_mask(T, S, [0]).
+
+    no mask
+        mask = parts.causal_mask(T, keys.shape[2], [0]) → mask = None
+    Every token sees the later ones of its chunk. One token at a time needs no mask, so decode looks right;
+    the prompt is read with a look at the answer, which the model never had in training.
+
+    keys rotated twice
+        out, _ = parts.attend( → keys = parts.rotate(keys, torch.arange(keys.shape[2]), layer.theta)
+            out, _ = parts.attend(
+    The keys were rotated before they went into the cache, and all of them again when they came back. Every
+    key is turned once.
+
+    keys cached before the rotation
+        q, k = parts.rotate(q, positions, layer.theta), parts.rotate(k, positions, layer.theta)
+            → q = parts.rotate(q, positions, layer.theta)
+        mask = parts → keys = torch.cat((keys[:, :, : -T], parts.rotate(k, positions, layer.theta)), dim=2)
+            mask = parts
+    The keys went into the cache as they were, and only those of this call were rotated. Earlier keys come
+    back as if they stood at position 0. Rotate first, then append.
+
+    values rotated too
+        parts.rotate(k, positions, layer.theta) → parts.rotate(k, positions, layer.theta)
+            v = parts.rotate(v, positions, layer.theta)
+    The rotation was applied to v as well. Positions belong to the scores, q with k; the values are what is
+    averaged, and stay as they are.
+
+    queries not rotated
+        q, k = parts.rotate(q, positions, layer.theta), parts.rotate(k, positions, layer.theta)
+            → k = parts.rotate(k, positions, layer.theta)
+    The keys were rotated and the queries were not. A score depends on the distance of two tokens only if both
+    are turned, each by its own position.
+
+    each call sees its own tokens only
+        out, _ = parts.attend(q, keys, values, mask) → mask = parts.causal_mask(T, T, [0])
+            out, _ = parts.attend(q, k, v, mask)
+    The tokens are written into the cache and attend to each other alone. What was read before is lost to
+    them. Attend to what append returns: all keys so far.
+
+    no output projection
+        return parts.merge_heads(out) @ layer.out.T → return parts.merge_heads(out)
+    The heads were put side by side and returned. H · D happens to equal M here, so nothing complains. The
+    output matrix mixes the heads and brings them back into the model's width: `@ layer.out.T`.
+
+    the caches not reset
+        cache.reset() → pass
+    The caches still hold the earlier text, and the new one was written behind it. Its tokens attend to the
+    old ones, at positions that do not fit. Reset every layer's cache first.
+
+    the whole text fed again at each step
+        logits = model(token, caches, start) → for cache in caches:
+                cache.reset()
+            logits = model(tokens, caches, 0)
+    Every step computed the whole text again, as without a cache. The text is right and the cache saves
+    nothing: feed the newest token only, the others are in the cache.
+
+    the position of decode off by one
+        logits = model(token, caches, start) → logits = model(token, caches, start + 1)
+    The new tokens are one position too far. After a prompt of T tokens, at positions 0 … T − 1, the first new
+    token is at position T.
+
+    start not advanced in the prompt
+        start += piece.shape[1] → start = tokens.shape[1]
+    Every chunk of the prompt was fed with start = 0, so tokens of different chunks seem to stand at the same
+    place. After each chunk, `start` grows by its size.
+
+    the last token of the prompt fed twice
+        for _ in range(n_new - 1): → logits = model(tokens[:, -1:], caches, start)
+            start += 1
+            for _ in range(n_new - 1):
+    After the prompt, its last token was fed once more to get logits. It is in the cache already and now
+    stands there twice. The logits of the next token are the last ones of the prompt's own call.
+
+    the logits of the chunk's first token
+        token = logits[:, -1:].argmax(dim=-1) → token = logits[:, :1].argmax(dim=-1)
+    The next token was chosen by the first logits of the call. With one token per call that is the same; after
+    the prompt they belong to the token after the chunk's *first* one. Take the last: `logits[:, -1:]`.
+
+    a shorter last chunk is dropped
+        for piece in tokens.split(chunk, dim=1): → chunk = min(chunk, tokens.shape[1])
+            for piece in tokens[:, : tokens.shape[1] // chunk * chunk].split(chunk, dim=1):
+    Only whole chunks of the prompt went through the model. The tokens left over at the end are missing, and
+    they are the ones that the text follows.
     """
 )

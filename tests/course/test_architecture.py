@@ -26,6 +26,7 @@ STEPS = [
     {"study"},
     {"plots"},
     {"grading"},
+    {"workbench"},
     {"cli"},
 ]
 STEP = {room: step for step, rooms in enumerate(STEPS) for room in rooms}

@@ -31,7 +31,7 @@ def solutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_its_exercises_are_found_beside_the_others(solutions: Path) -> None:
     assert [unit.name for unit in units()] == ["01_full_attention", small.UNIT]
-    assert list(exercises())[-6:] == ["01.8", "90.1", "90.2", "90.3", "90.4", "90.5"]
+    assert list(exercises())[-6:] == ["01.9", "90.1", "90.2", "90.3", "90.4", "90.5"]
     assert load(solutions / small.UNIT).points == 15
 
 

@@ -79,8 +79,8 @@ def test_the_source_notebook_and_the_unit_agree(unit) -> None:  # type: ignore[n
         assert check["metadata"]["nbgrader"]["points"] == exercise.points
         assert check["metadata"]["nbgrader"]["grade"] is check["metadata"]["nbgrader"]["locked"] is True
         assert answer["metadata"]["nbgrader"]["solution"] is True
-        for cell in (check, answer):
-            assert cell["metadata"]["kvlearn"] == {"exercise": exercise.id}
+        assert check["metadata"]["kvlearn"] == exercise.metadata
+        assert answer["metadata"]["kvlearn"] == {"exercise": exercise.id}
         assert exercise.call in "".join(check["source"])
 
 

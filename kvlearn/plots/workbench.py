@@ -1,0 +1,32 @@
+"""The picture of "Your model": what each token costs in time."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvlearn.plots.picture import COLOURS, MECHANISMS, OTHERS, Line, Picture, drawing, line_styles
+
+
+def time_per_token(times: Mapping[str, Mapping[int, float]]) -> Picture:
+    """Milliseconds of each decode step over the tokens so far; ``times`` are seconds, by name and length.
+
+    The first step of each is its prompt, and left out. A name without steps is left out too.
+    """
+    curves = {
+        name: (np.array(list(steps)[1:]), np.array(list(steps.values())[1:]) * 1e3)
+        for name, steps in times.items()
+        if len(steps) > 1
+    }
+    given = [MECHANISMS["full"], OTHERS[2], Line(COLOURS["memory"], ":", "D")]
+    styles = line_styles(curves, fixed=dict(zip(times, given, strict=False)))
+    with drawing(size=(7.5, 3.2)) as (figure, axes):
+        for name, (lengths, ms) in curves.items():
+            axes.plot(lengths, ms, label=name, **{**styles[name], "markevery": 6})
+        axes.set_ylim(0)
+        axes.set_xlabel("tokens so far")
+        axes.set_ylabel("ms per token")
+        if curves:
+            axes.legend()
+    medians = "; ".join(f"{name} {np.median(ms):.1f} ms" for name, (_, ms) in curves.items())
+    alt = f"Time per token over the tokens so far. Medians: {medians or 'nothing was measured'}."
+    return Picture(figure, alt, {"curves": curves})
