@@ -540,23 +540,6 @@ transpose.mistakes(
     The subset with the highest loss was returned. A wrong transpose raises the loss, so the right state is the
     one with the lowest.
 
-    the first layer only
-        name: w.T if kind(name) in subset
-            → name: w.T if kind(name) in subset and name.split(".")[1] == "0"
-    Only the first layer was mended. A converter makes its mistake in every layer, so all of them have to be
-    transposed back together.
-
-    all subsets of all matrices
-        and w.shape[0] == w.shape[1]} - {""}
-            → } - {""}
-        value = loss({name: w.T if kind(name) in subset else w for name, w in state.items()})
-            → try:
-                  value = loss({name: w.T if kind(name) in subset else w for name, w in state.items()})
-              except Exception:
-                  continue
-    Matrices that are not square were tried too. A wrong transpose of those cannot be loaded, so they are right;
-    each of them doubles the number of calls.
-
     the embedding among the candidates
         if name.startswith("blocks.") else ""
             → if name.startswith("blocks.") else name
