@@ -2,24 +2,32 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from kvlearn import workbench
+from kvlearn.attention import REGISTRY
 from kvlearn.grading import (
     Answer,
     CheckContext,
     Difference,
     Exercise,
+    NotWritten,
     Raised,
     Stop,
     describe,
     new_tensors,
     plain_number,
 )
+from kvlearn.model import Decoder, ModelConfig, Spec
+from kvlearn.model.moe import load_balancing_loss
+from kvlearn.study.recall import Recall
 
 Config = dict[str, Any]
 
@@ -242,7 +250,7 @@ def table_mamba(t: CheckContext, cache_table: Answer) -> None:
 
 @table.requirement(1, "the kinds", rounds=5)
 def table_kinds(t: CheckContext, cache_table: Answer) -> None:
-    """"full", "window" or "state" in each row, "all" in the last"""
+    """ "full", "window" or "state" in each row, "all" in the last"""
     config, max_len, length = table_draw(t, (MISTRAL, GEMMA3, QWEN3_NEXT, JAMBA, GPT_OSS)[t.round])
     want = [row[0] for row in table_reference(config, max_len, length)]
     got = [row[0] for row in table_rows(t, cache_table(config, max_len, length), len(want) - 1)]
@@ -824,8 +832,6 @@ def foreign_logits(tensors: dict[str, Tensor], s: dict[str, int], tokens: Tensor
 
 def our_model(s: dict[str, int], tied: bool = False) -> Any:
     """kvlearn's decoder of this shape."""
-    from kvlearn.model import Decoder, ModelConfig, Spec
-
     layers = [Spec("gqa", n_kv_heads=s["G"])]
     config = ModelConfig(
         s["V"], s["M"], s["L"], s["H"], head_dim=s["D"], d_ff=s["F"], layers=layers, tied=tied
@@ -1005,18 +1011,14 @@ _base_losses: dict[tuple[str, ...], float] = {}  # by the tensors that are trans
 
 def base_loss(state: Mapping[str, Tensor]) -> float:
     """The base model's loss with this state, on the first tokens of a text, in nats per byte."""
-    from torch.func import functional_call
-
-    from kvlearn import workbench
-
-    model = workbench.base_model()
-    changed = {name: w for name, w in model.state_dict().items() if not same_tensor(state.get(name), w)}
+    base = workbench.base_model()
+    changed = {name: w for name, w in base.state_dict().items() if not same_tensor(state.get(name), w)}
     changed.pop("head.weight", None)  # the embedding itself
     known = all(same_tensor(state.get(name), w.T) for name, w in changed.items())
     if not known or tuple(changed) not in _base_losses:
         tokens = workbench.encode(workbench.TEXT[:64])
         with torch.no_grad():
-            logits = functional_call(model, dict(state), (tokens,))
+            logits = functional_call(base, dict(state), (tokens,))
             loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:]).item()
         if not known:
             return loss
@@ -1035,7 +1037,10 @@ def made_state(t: CheckContext, n_layers: int = 2) -> State:
     for i in range(n_layers):
         state |= {f"blocks.{i}.{kind}": t.randn(M, M) for kind in SQUARE}
         state |= {f"blocks.{i}.mlp.{name}.weight": t.randn(8, M) for name in ("gate_proj", "up_proj")}
-        state |= {f"blocks.{i}.mlp.down_proj.weight": t.randn(M, 8), f"blocks.{i}.mlp_norm.weight": t.randn(M)}
+        state |= {
+            f"blocks.{i}.mlp.down_proj.weight": t.randn(M, 8),
+            f"blocks.{i}.mlp_norm.weight": t.randn(M),
+        }
     return state
 
 
@@ -1082,8 +1087,6 @@ def found(
 @transpose.requirement(1, "find_transposed: one kind", rounds=2)
 def find_one(t: CheckContext, find_transposed: Answer, convert: Answer) -> None:
     """the kind that is transposed in every layer of the base model, its name without the layer"""
-    from kvlearn import workbench
-
     right = dict(workbench.base_model().state_dict())
     del right["head.weight"]  # the embedding itself
     found(t, find_transposed, right, [SQUARE[3 - 2 * t.round]], base_loss)
@@ -1188,7 +1191,7 @@ def real_kinds(n: int) -> Kinds:
     }
 
 
-def allowed(kinds: Kinds, counts: Mapping[str, int], budget: int, read_limit: int, distance: int) -> str:
+def allowed(kinds: Kinds, counts: Mapping[str, int], budget: float, read_limit: float, distance: int) -> str:
     """What such a stack violates; empty if nothing."""
     stored, read = (sum(kinds[name][key] * n for name, n in counts.items()) for key in ("stored", "read"))
     if stored > budget:
@@ -1344,4 +1347,320 @@ def design_none(t: CheckContext, design: Answer) -> None:
     t.true(got is None, f"None ({task.words()})", "a pattern" if isinstance(got, list | tuple) else f"{got}")
 
 
-EXERCISES = (table, place, moe, balance, convert, transpose, design)
+# 07.8: a hybrid that is trained
+
+TASK = Recall(n_pairs=6, length=24, n_keys=12, n_values=12)
+N_LAYERS, WIDTH, N_EXPERTS, TOP_K, LONG = 3, 48, 4, 2, 65_536
+MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {"head_dim": 32, "rope": None}),
+    "window": ("window", {"head_dim": 32, "rope": None, "window": 8}),
+    "linear": ("linear", {"head_dim": 32, "key_dim": 2}),
+}
+
+
+class Layer(nn.Module):
+    """A mixture of experts: what ``feed_forward`` gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.bias = TOP_K, torch.zeros(N_EXPERTS)
+        self.router = nn.Parameter(torch.randn(N_EXPERTS, WIDTH) * WIDTH**-0.5)
+        self.up = nn.Parameter(torch.randn(N_EXPERTS, WIDTH, WIDTH) * WIDTH**-0.5)
+        self.down = nn.Parameter(torch.randn(N_EXPERTS, WIDTH, WIDTH) * 0.3 * WIDTH**-0.5)
+
+    @property
+    def experts(self) -> list[Callable[[Tensor], Tensor]]:
+        """Functions of rows (n, M), one per expert."""
+        return [partial(self.expert, number) for number in range(N_EXPERTS)]
+
+    def expert(self, number: int, rows: Tensor) -> Tensor:
+        return F.silu(rows @ self.up[number]) @ self.down[number]
+
+
+class Hybrid(nn.Module):
+    """A short convolution, the learner's layers, the learner's mixture of experts; tokens -> logits."""
+
+    def __init__(self, names: Sequence[str], feed_forward: Callable[..., Any], parts: Any) -> None:
+        super().__init__()
+        self.feed_forward, self.parts = feed_forward, parts
+        self.embed = nn.Embedding(TASK.vocab_size, WIDTH)
+        mixers = [REGISTRY[kind](WIDTH, 1, **options) for kind, options in map(MIXERS.get, names)]
+        self.mixers = nn.ModuleList([REGISTRY["short_conv"](WIDTH, 1), *mixers])
+        self.moe = Layer()
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
+        for mixer in self.mixers:
+            mixer.initialise()
+        for mixer in mixers:
+            mixer.o_proj.weight.data *= len(mixers) ** -0.5
+        nn.init.normal_(self.embed.weight, std=0.3)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(tokens)
+        for mixer in self.mixers:
+            x = x + mixer(F.rms_norm(x, (WIDTH,)))
+        y, balance = self.feed_forward(F.rms_norm(x, (WIDTH,)), self.moe, self.parts)
+        return F.rms_norm(x + y, (WIDTH,)) @ self.embed.weight.T, balance
+
+
+def train_hybrid(answers: Mapping[str, Any], parts: Any) -> workbench.Trained:
+    """At most 300 steps; ends when more than 97% of the last 10 steps' answers were right."""
+    kinds = layer_kinds()
+    names = list(answers["layers"](kinds, N_LAYERS, layer_budget(), LONG - 1, parts))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # the same first weights each time
+        model = Hybrid(names, answers["feed_forward"], parts)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+    generator, curve, recent = torch.Generator().manual_seed(1), dict[int, float](), list[float]()
+    for step in range(1, 301):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20)
+        texts = TASK.texts(32, generator)
+        logits, balance = model(texts.tokens)
+        loss = answers["loss"](logits, texts.asked, texts.answers, balance)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recent.append(recall_of(logits, texts))
+        if step % 10 == 0:
+            curve[step] = sum(recent[-10:]) / 10
+            if curve[step] > 0.97:
+                break
+    with torch.no_grad():
+        texts = TASK.texts(256, torch.Generator().manual_seed(2))
+        right = recall_of(model(texts.tokens)[0], texts)
+    stored, read = (sum(kinds[name][key] for name in names) for key in ("stored", "read"))
+    numbers = {"layers": ", ".join(names), "right answers on new texts": f"{right:.0%}"}
+    numbers |= {"steps of training": f"{max(curve)}", f"bytes stored at {LONG:,} tokens": f"{stored:,}"}
+    return workbench.Trained(numbers | {f"bytes read at {LONG:,} tokens": f"{read:,}"}, curve)
+
+
+def recall_of(logits: Tensor, texts: Any) -> float:
+    """The share of the questions whose most likely next token is the answer."""
+    likely = logits.argmax(-1).gather(1, texts.asked)
+    return (likely == texts.answers).float().mean().item()
+
+
+def layer_kinds() -> Kinds:
+    """What one layer of each kind costs and can do at ``LONG`` tokens, from the layers themselves."""
+    reach = {"full": None, "window": 7, "linear": 0}
+    kinds = {}
+    for name, (kind, options) in MIXERS.items():
+        with torch.device("meta"):
+            mixer = REGISTRY[kind](WIDTH, 1, **options)
+        stored, read = mixer.cache_bytes(LONG), mixer.read_bytes(LONG)
+        kinds[name] = {"stored": stored, "read": read, "reach": reach[name]}
+    return kinds
+
+
+def layer_budget() -> int:
+    """Half of what full layers alone store."""
+    return N_LAYERS * layer_kinds()["full"]["stored"] // 2
+
+
+def library_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    scores = torch.sigmoid(logits.float())
+    chosen = torch.topk(scores + bias, k).indices
+    weights = torch.take_along_dim(scores, chosen, 1)
+    return weights / weights.sum(1, keepdim=True), chosen
+
+
+def library_dispatch(
+    x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Any], capacity: int | None = None
+) -> Tensor:
+    ordered, order = chosen.T.flatten().sort(stable=True)
+    parts = [torch.zeros_like(x)]
+    for e, expert in enumerate(experts):
+        pairs = order[ordered == e][:capacity]
+        if len(pairs):
+            token, rank = pairs % len(x), pairs // len(x)
+            out = weights[token, rank, None] * expert(x[token])
+            parts.append(torch.zeros_like(x).index_put((token,), out))
+    return torch.stack(parts).sum(0)
+
+
+def library_balance(logits: Tensor, chosen: Tensor, mask: Tensor) -> Tensor:
+    scores = logits.float().softmax(-1)
+    each = [load_balancing_loss(s[m], c[m]) for s, c, m in zip(scores, chosen, mask, strict=True) if m.any()]
+    return torch.stack(each).mean() / chosen.shape[-1]
+
+
+def library_design(
+    kinds: Kinds, n_layers: int, budget: float, read_limit: float, distance: int
+) -> list[str] | None:
+    good = [
+        counts
+        for counts in all_counts(list(kinds), n_layers)
+        if not allowed(kinds, counts, budget, read_limit, distance)
+    ]
+    if not good:
+        return None
+    best = max(good, key=lambda counts: (exact_layers(kinds, counts), -read_by(kinds, counts)))
+    exact = [name for name, n in best.items() if kinds[name]["reach"] is None for _ in range(n)]
+    others = [name for name, n in best.items() if kinds[name]["reach"] is not None for _ in range(n)]
+    pattern = []
+    for gaps in range(len(exact) + 1, 0, -1):
+        n = -(-len(others) // gaps)
+        pattern += others[:n] + exact[:1]
+        others, exact = others[n:], exact[1:]
+    return pattern
+
+
+TRAINING = workbench.Training(
+    parts={
+        "route": ("07.3", library_route),
+        "dispatch": ("07.3", library_dispatch),
+        "balance_loss": ("07.4", library_balance),
+        "design": ("07.7", library_design),
+    },
+    shown=(Layer, Hybrid, train_hybrid),
+    train=train_hybrid,
+    baselines={
+        "full in every layer": {"layers": lambda kinds, n, *_: n * ["full"]},
+        "linear in every layer": {"layers": lambda kinds, n, *_: n * ["linear"]},
+    },
+)
+
+model = Exercise(
+    id="07.8",
+    slug="model",
+    title="Your model",
+    answers=("layers", "feed_forward", "loss"),
+    may_use_kvlearn=True,
+    wiring=TRAINING,
+    hints=(
+        "`layers` has a budget for bytes stored and none for bytes read. Which limit do you hand to "
+        "parts.design so that it never refuses anything?",
+        "`feed_forward` in words: texts and tokens into one dimension of rows; logits of the rows; route; "
+        "dispatch without a capacity; back into texts. balance_loss wants logits, chosen and a mask by texts.",
+        "`x.flatten(0, 1)` gives the rows (B·T, M), `.unflatten(0, (B, T))` goes back. There is no padding: "
+        "the mask is True everywhere.",
+        "`loss`: only the places in `asked` count. `logits.gather(1, index)` needs an index of three "
+        "dimensions: `asked[..., None].expand(-1, -1, V)`; `logits[torch.arange(B)[:, None], asked]` does "
+        "the same. F.cross_entropy takes (B·P, V) and (B·P,).",
+    ),
+)
+
+
+def model_names(t: CheckContext, layers: Answer, parts: Any) -> list[str]:
+    """The pattern, if it is allowed; else the end of the round."""
+    kinds = layer_kinds()
+    got = layers(kinds, N_LAYERS, layer_budget(), LONG - 1, parts)
+    if not isinstance(got, list | tuple) or not all(each in kinds for each in got):
+        t.note(f"{got}"[:200], Difference("", f"names of kinds {list(kinds)}", f"{got}"[:200]))
+        raise Stop
+    counts = {name: list(got).count(name) for name in kinds}
+    violated = allowed(kinds, counts, layer_budget(), math.inf, LONG - 1)
+    if len(got) != N_LAYERS:
+        violated = f"{len(got)} layers"
+    t.true(not violated, f"{N_LAYERS} layers that are allowed", f"{violated} by {', '.join(got)}")
+    if violated:
+        raise Stop
+    return list(got)
+
+
+def model_layer(t: CheckContext) -> Layer:
+    """A mixture of experts with drawn weights and a bias that matters."""
+    layer = Layer().requires_grad_(False)
+    for weight in (layer.router, layer.up, layer.down):
+        weight.copy_(t.randn(*weight.shape) * WIDTH**-0.5)
+    layer.bias = t.randn(N_EXPERTS) * 0.3
+    return layer
+
+
+def model_experts(t: CheckContext, feed_forward: Answer, parts: Any) -> None:
+    """y and the balance of some texts, compared with loops."""
+    layer, x = model_layer(t), t.randn(2, t.integer(5, 7), WIDTH)
+    logits = x @ layer.router.T
+    weights, chosen = route_reference(logits.flatten(0, 1), layer.bias, layer.k)
+    want = [
+        torch.stack([w * layer.expert(int(e), row) for w, e in zip(ws, es, strict=True)]).sum(0)
+        for row, ws, es in zip(x.flatten(0, 1), weights, chosen, strict=True)
+    ]
+    y, balance = t.pair(feed_forward(x, layer, parts), "a pair (y, balance)")
+    t.close(y, torch.stack(want).view_as(x), "y:", tolerance=1e-3)
+    every = torch.ones(x.shape[:2], dtype=torch.bool)
+    want_balance = balance_reference(logits, chosen.view(*every.shape, -1), every)
+    t.close(balance, want_balance, "balance:", tolerance=1e-3)
+
+
+def theirs(t: CheckContext, *names: str) -> Any:
+    """The parts of these names from the notebook, the others from the library; the end of the requirement if
+    one of these is not the learner's."""
+    parts = workbench.choose(model, t.notebook)
+    for part in parts:
+        if part.name in names and not part.is_theirs:
+            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
+    return workbench.namespace(parts, names)
+
+
+@model.requirement(1, "layers", rounds=1)
+def model_layers(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
+    """as many names as layers, that store no more than the budget and reach the needle"""
+    model_names(t, layers, workbench.library(TRAINING))
+
+
+@model.requirement(2, "feed_forward")
+def model_feed_forward(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
+    """the outputs of the experts of each token, (B, T, M), and the balance of the texts; x not changed"""
+    model_experts(t, feed_forward, workbench.library(TRAINING))
+    t.unchanged()
+
+
+@model.requirement(1, "loss")
+def model_loss(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
+    """the mean of −log p(answer) over the places asked, and 0.01 · balance; with gradients to both"""
+    texts = TASK.texts(t.integer(2, 4), t.generator)
+    logits = t.randn(*texts.tokens.shape, TASK.vocab_size).requires_grad_()
+    balance = (5 + 5 * t.randn(()).abs()).requires_grad_()
+    rows = zip(logits, texts.asked, texts.answers, strict=True)
+    each = [
+        -row[place].log_softmax(-1)[answer]
+        for row, places, answers in rows
+        for place, answer in zip(places, answers, strict=True)
+    ]
+    want = torch.stack(each).mean() + 0.01 * balance
+    got = loss(logits, texts.asked, texts.answers, balance)
+    if t.close(got, want.detach(), "loss", tolerance=1e-3):
+        if not t.true(got.requires_grad, "a loss with a gradient", "one without"):
+            raise Stop
+        grads = torch.autograd.grad(got, (logits, balance), allow_unused=True)
+        wanted = torch.autograd.grad(want, (logits, balance))
+        for name, ours, grad in zip(("logits", "balance"), grads, wanted, strict=True):
+            if t.true(ours is not None, f"a gradient of {name}", "none") and ours is not None:
+                t.close(100 * ours, 100 * grad, f"100 · gradient of {name}:")
+
+
+@model.requirement(1, "your route and dispatch", rounds=1)
+def model_yours_moe(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
+    """07.3 is solved, and feed_forward with it gives the same outputs"""
+    model_experts(t, feed_forward, theirs(t, "route", "dispatch"))
+
+
+@model.requirement(1, "your balance_loss and design", rounds=1)
+def model_yours_design(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
+    """07.4 and 07.7 are solved; with them the same balance, and layers that are allowed"""
+    parts = theirs(t, "balance_loss", "design")
+    model_names(t, layers, parts)
+    model_experts(t, feed_forward, parts)
+
+
+@model.requirement(1, "all your parts, trained", rounds=1)
+def model_trained(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
+    """with every part yours, at most 300 steps: more than 90% of the answers right on new texts; a full layer
+    between the others learns faster than one at the end"""
+    parts = theirs(t, *TRAINING.parts)
+    names = model_names(t, layers, parts)
+    before = len(t.observations)
+    model_experts(t, feed_forward, parts)  # a mistake is seen here at once
+    model_loss(t, layers, feed_forward, loss)
+    if any(observation.difference for observation in t.observations[before:]):
+        raise Stop
+    numbers = train_hybrid({"layers": layers, "feed_forward": feed_forward, "loss": loss}, parts).numbers
+    right = numbers["right answers on new texts"]
+    came = f"{right} by {', '.join(names)}"
+    t.true(int(right.rstrip("%")) > 90, "more than 90% right answers", came)
+
+
+EXERCISES = (table, place, moe, balance, convert, transpose, design, model)

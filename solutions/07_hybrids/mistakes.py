@@ -1,6 +1,6 @@
 """Unit 07: known mistakes, each as an edit of the solution."""
 
-from .checks import balance, convert, design, moe, place, table, transpose
+from .checks import balance, convert, design, model, moe, place, table, transpose
 
 # 07.1: a config.json as a table of bytes
 
@@ -658,5 +658,74 @@ design.mistakes(
     an empty list where nothing is allowed
         return None → return []
     An empty list was returned. A pattern without layers is no answer; None says that there is none.
+    """
+)
+
+# 07.8: a hybrid that is trained
+
+model.mistakes(
+    r"""
+    full in every layer
+        return parts.design(kinds, n_layers, budget, float("inf"), distance) → return n_layers * ["full"]
+    Every layer has full attention. That learns the task and stores twice what is allowed: the budget is half of
+    it.
+
+    no exact layer
+        return parts.design(kinds, n_layers, budget, float("inf"), distance) → return n_layers * ["linear"]
+    No layer sees all tokens. The states are small enough for the budget, and a needle far away is lost in them.
+
+    the bias not handed over
+        layer.bias, layer.k → torch.zeros_like(layer.bias), layer.k
+    The router's bias was replaced by zeros. In training it is 0 here, so nothing is seen, and in a model that
+    balances by it other experts would be chosen.
+
+    one expert per token
+        layer.bias, layer.k → layer.bias, 1
+    Each token got one expert. layer.k says how many it has.
+
+    outputs of one expert after the other, unweighted
+        parts.dispatch(rows, weights, chosen, → parts.dispatch(rows, torch.ones_like(weights), chosen,
+    The experts' outputs were added without their weights. The router gets its gradient through them, and the sum
+    of k outputs is k times as large.
+
+    tokens before texts
+        layer.experts).unflatten(0, (B, T)) → layer.experts).unflatten(0, (T, B)).transpose(0, 1)
+    The rows were put back as (T, B) and transposed. They were made of texts first, tokens second: each text got
+    outputs of others.
+
+    all texts as one sequence
+        logits.unflatten(0, (B, T)), chosen.unflatten(0, (B, T)), mask
+            → logits[None], chosen[None], mask.view(1, -1)
+    The balance was taken over all texts together. Each text is a sequence of its own, as in 07.4.
+
+    the balance of the weights
+        parts.balance_loss(logits.unflatten → parts.balance_loss(logits.sigmoid().unflatten
+    balance_loss was called with scores in place of logits. It takes their softmax itself.
+
+    every place counts
+        rows = logits[torch.arange(len(logits))[:, None], asked]
+            → rows = logits[:, -asked.shape[1] :]
+    The last places of the text were compared with the answers. The keys ask at the places in `asked`, which
+    differ from text to text.
+
+    one place late
+        [:, None], asked] → [:, None], (asked + 1).clamp(max=logits.shape[1] - 1)]
+    The logits after the asked place were taken. The logits at place t predict the token after t: the answer is
+    expected at the place where the key asks.
+
+    the balance not added
+        answers.flatten()) + 0.01 * balance → answers.flatten())
+    The loss has no balance. The model learns without it too, and nothing keeps its router from using few
+    experts.
+
+    the balance with its full weight
+        + 0.01 * balance → + balance
+    The balance was added without the factor 0.01. It is larger than the loss that matters, and the router would
+    balance instead of learning.
+
+    the sum over the answers
+        answers.flatten()) + → answers.flatten(), reduction="sum") +
+    The losses of the answers were added up. Their mean is asked for: otherwise the weight of the balance depends
+    on the size of the batch.
     """
 )
