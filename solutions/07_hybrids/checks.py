@@ -279,17 +279,17 @@ place = Exercise(
     title="Place the global layers",
     answers=("carries", "place_global"),
     hints=(
-        "Draw five layers with W = 4 as boxes and let one hop of distance 7 pass. How many boxes does it use, "
-        "and what is left of the last one? Now the second hop begins: in which box?",
+        "Draw five layers with W = 4 as boxes and let one hop of distance 7 pass. How many boxes does it "
+        "use, and what is left of the last one? Now the second hop begins: in which box?",
         "`carries`, in pseudocode: layer = first; for each hop: carried = 0; while carried < distance: if no "
         "layer is left, it fails; carried += what this layer carries; layer += 1.",
         "A layer carries a hop by the distance from the newest to the oldest token that one query sees. "
         "With window W these are W tokens, the query's own among them.",
         "`place_global`: which hop saves most layers if one global layer carries it? Turn hops into global "
         "ones in that order until all of them fit; only then ask in which layer each of them begins.",
-        "A hop of distance d needs ceil(d / (W − 1)) window layers, or one global layer. Walk through the hops "
-        "in their order with a counter that begins at `first`; where a hop is a global one, note the counter "
-        "and add 1, else add its layers. At the end count the slots: max_len for each global layer, "
+        "A hop of distance d needs ceil(d / (W − 1)) window layers, or one global layer. Walk through the "
+        "hops in their order with a counter that begins at `first`; where a hop is a global one, note the "
+        "counter and add 1, else add its layers. At the end count the slots: max_len for each global layer, "
         "min(W, max_len) for each other one.",
     ),
 )
@@ -459,13 +459,13 @@ moe = Exercise(
     title="Experts with a capacity",
     answers=("route", "dispatch"),
     hints=(
-        "Take 4 tokens, k = 2 and capacity 1 on paper. Write all 8 pairs of a token and an expert in the order "
-        "in which they are served. Which pair is the third?",
+        "Take 4 tokens, k = 2 and capacity 1 on paper. Write all 8 pairs of a token and an expert in the "
+        "order in which they are served. Which pair is the third?",
         "`route` needs two sets of scores: by one you choose, from the other you read the weights. Which of "
         "the two contains the bias?",
         "`dispatch`, in pseudocode: list the pairs in the order of service; sort them by expert so that this "
-        "order stays within each expert; for each expert that has pairs: take its first `capacity` ones, call "
-        "it once with their rows, and add weight · output to the rows of their tokens.",
+        "order stays within each expert; for each expert that has pairs: take its first `capacity` ones, "
+        "call it once with their rows, and add weight · output to the rows of their tokens.",
         "`chosen.T.flatten()` lists all first choices, then all second ones: pair p belongs to token p mod N "
         "and to choice p // N. `argsort(stable=True)` keeps the order of equal elements. `(pairs == e)"
         ".nonzero()[:, 0]` is the same for one expert, without a sort.",
@@ -656,11 +656,11 @@ balance = Exercise(
         "In words: scores of *all* experts; for each sequence, over its real tokens only: the share of the "
         "chosen pairs that each expert has, and the mean score of each expert; their products summed; the "
         "mean over the sequences.",
-        "`F.one_hot(chosen, E).sum(-2)` is (B, T, E), 1 where an expert is chosen. Multiply by mask[..., None] "
-        "before you sum over T, and divide by the number of real tokens of the sequence. Only one of the two "
-        "factors has a gradient: which?",
-        "f_e = E / (k · n) · (number of pairs of expert e), P_e = 1 / n · Σ scores, both over the n real tokens "
-        "of a sequence. A sequence with n = 0 must neither divide by 0 nor count in the mean.",
+        "`F.one_hot(chosen, E).sum(-2)` is (B, T, E), 1 where an expert is chosen. Multiply by mask[..., "
+        "None] before you sum over T, and divide by the number of real tokens of the sequence. Only one of "
+        "the two factors has a gradient: which?",
+        "f_e = E / (k · n) · (number of pairs of expert e), P_e = 1 / n · Σ scores, both over the n real "
+        "tokens of a sequence. A sequence with n = 0 must neither divide by 0 nor count in the mean.",
     ),
 )
 
@@ -760,8 +760,8 @@ convert = Exercise(
         "`given_model().state_dict()`. Which of our tensors have no partner of their own on the other side?",
         "Begin with what is only renamed, then norms, then gate and up, and the fused qkv last. Names that "
         "are left over at the end: two kinds may be dropped, anything else is an error.",
-        "The rows of qkv, group by group: view them as (G, H / G + 2, D, M). Of dimension 1 the last entry is "
-        "v, the one before it k, the others are the queries of this group.",
+        "The rows of qkv, group by group: view them as (G, H / G + 2, D, M). Of dimension 1 the last entry "
+        "is v, the one before it k, the others are the queries of this group.",
         "Rows of one head of q or k in the other form: 0, 1 are the first pair, 2, 3 the second. We want all "
         "first members and then all second ones: which rows are that, and how do you write it with a step of "
         "2? Values have no rotation.",
@@ -968,15 +968,15 @@ transpose = Exercise(
     answers=("find_transposed", "convert"),
     may_use_kvlearn=True,  # the loss runs the base model
     hints=(
-        "A wrong transpose of a matrix that is not square raises an error when it is loaded. Which matrices of "
-        "the base model can be wrong without one? Of how many kinds are they?",
+        "A wrong transpose of a matrix that is not square raises an error when it is loaded. Which matrices "
+        "of the base model can be wrong without one? Of how many kinds are they?",
         "`find_transposed`, in pseudocode: kinds = names without the number of the layer, square ones only; "
         "for each subset of the kinds: a copy of the state with these transposed in every layer, and its "
         "loss; the answer is the subset of the lowest loss.",
         "Why subsets, and not one kind after the other? The scores are (x Q)(x K)ᵀ. If Q and K are both "
         "wrong, mending one of them leaves the scores as wrong as they were, and the loss may even rise.",
-        '`name.split(".", 2)` gives "blocks", the number and the kind. `itertools.combinations(kinds, n)` for '
-        "n = 0, 1, … gives all subsets.",
+        '`name.split(".", 2)` gives "blocks", the number and the kind. `itertools.combinations(kinds, n)` '
+        "for n = 0, 1, … gives all subsets.",
         "`convert`: a shape cannot say whether a square matrix is to be transposed; a name can. Matrices "
         "within blocks are, embed.weight and head.weight are not, vectors have nothing to transpose.",
     ),
@@ -1165,9 +1165,9 @@ design = Exercise(
     hints=(
         "Leave the order aside: how many choices of layers are there if only the number of each kind counts? "
         "For 16 layers of 5 kinds, is that few enough to try all?",
-        "In pseudocode: best = None; for each multiset of n_layers kinds: skip it if it stores too much, reads "
-        "too much, or does not reach; compare (number of exact layers, −read) with the best; at the end put "
-        "the kinds of the best one in order.",
+        "In pseudocode: best = None; for each multiset of n_layers kinds: skip it if it stores too much, "
+        "reads too much, or does not reach; compare (number of exact layers, −read) with the best; at the "
+        "end put the kinds of the best one in order.",
         "`itertools.combinations_with_replacement(kinds, n_layers)` gives the multisets. It reaches if some "
         "reach is None or the sum of all reaches is at least the distance.",
         "For the order: with m exact layers there are m + 1 gaps for the others: in front of, between and "
@@ -1533,7 +1533,8 @@ model = Exercise(
         "`layers` has a budget for bytes stored and none for bytes read. Which limit do you hand to "
         "parts.design so that it never refuses anything?",
         "`feed_forward` in words: texts and tokens into one dimension of rows; logits of the rows; route; "
-        "dispatch without a capacity; back into texts. balance_loss wants logits, chosen and a mask by texts.",
+        "dispatch without a capacity; back into texts. balance_loss wants logits, chosen and a mask by "
+        "texts.",
         "`x.flatten(0, 1)` gives the rows (B·T, M), `.unflatten(0, (B, T))` goes back. There is no padding: "
         "the mask is True everywhere.",
         "`loss`: only the places in `asked` count. `logits.gather(1, index)` needs an index of three "

@@ -8,8 +8,8 @@ table.mistakes(
     r"""
     query heads in place of KV heads
         2 * kv_heads * head_dim → 2 * heads * head_dim
-    num_attention_heads counts the queries, which are used and forgotten. The cache has keys and values, and of
-    those there are num_key_value_heads.
+    num_attention_heads counts the queries, which are used and forgotten. The cache has keys and values, and
+    of those there are num_key_value_heads.
 
     keys only
         token = 2 * → token =
@@ -73,13 +73,13 @@ table.mistakes(
     no inputs of the convolution
         (config["mamba_d_state"] + config["mamba_d_conv"] - 1) → config["mamba_d_state"]
         * value_dim + inputs) → * value_dim)
-    Only the state was counted. In front of it is a short convolution, and for the next token it needs its last
-    kernel − 1 inputs: they are kept too.
+    Only the state was counted. In front of it is a short convolution, and for the next token it needs its
+    last kernel − 1 inputs: they are kept too.
 
     the convolution over the values only
         channels = 2 * key_heads * key_dim + value_heads * value_dim → channels = value_heads * value_dim
-    Only the values went through the convolution. Queries and keys go through it as well: its channels are q, k
-    and v side by side.
+    Only the values went through the convolution. Queries and keys go through it as well: its channels are q,
+    k and v side by side.
 
     a matrix for each key head
         4 * (value_heads * key_dim → 4 * (key_heads * key_dim
@@ -134,8 +134,8 @@ place.mistakes(
         return True
             → rest = windows[first:]
               return None in rest or sum(w - 1 for w in rest) >= sum(hops)
-    The reach of the whole stack was compared with the sum of the hops. A hop uses whole layers, and one global
-    layer serves one hop and not all of them. Walk through the layers hop by hop.
+    The reach of the whole stack was compared with the sum of the hops. A hop uses whole layers, and one
+    global layer serves one hop and not all of them. Walk through the layers hop by hop.
 
     `first` not used
         layer = first
@@ -154,7 +154,8 @@ place.mistakes(
 
     further than the distance, not as far
         while carried < distance: → while carried <= distance:
-    A hop was carried until it was *beyond* its distance. Being carried d tokens is enough for a distance of d.
+    A hop was carried until it was *beyond* its distance. Being carried d tokens is enough for a distance of
+    d.
 
     every hop by a global layer
         while sum(needs) > n_layers - first:
@@ -169,18 +170,18 @@ place.mistakes(
 
     the first hops made global, not the longest
         key=lambda i: -needs[i] → key=lambda i: i
-    The hops were made global in their order. A global layer saves a hop's window layers but one, so begin with
-    the hop that needs the most of them.
+    The hops were made global in their order. A global layer saves a hop's window layers but one, so begin
+    with the hop that needs the most of them.
 
     global layers at the top of the stack
         return places → return list(range(n_layers - n_global, n_layers))
-    The number of global layers is right, and they were put at the end of the stack. A long hop that comes early
-    needs its global layer early, behind the layers of the hops before it.
+    The number of global layers is right, and they were put at the end of the stack. A long hop that comes
+    early needs its global layer early, behind the layers of the hops before it.
 
     the number of the hop for the number of the layer
         places.append(layer) → places.append(i + first)
-    The global layer of hop i was put at layer first + i. The hops before it may have used several layers each:
-    count them.
+    The global layer of hop i was put at layer first + i. The hops before it may have used several layers
+    each: count them.
 
     a layer too late
         places.append(layer) → places.append(layer + 1)
@@ -203,8 +204,8 @@ place.mistakes(
 
     every layer a candidate for the budget, not the other ones
         (n_layers - n_global) * min → n_layers * min
-    The global layers were counted twice, once with all tokens and once with a window. The others are
-    n_layers minus the global ones.
+    The global layers were counted twice, once with all tokens and once with a window. The others are n_layers
+    minus the global ones.
 
     an impossible stack is an empty list
         if n_global == len(hops):
@@ -227,15 +228,15 @@ moe.mistakes(
 
     the bias weighs too
         scores.gather(1, chosen) → (scores + bias).gather(1, chosen)
-    The weights were taken from score + bias. The bias is there to balance the load: it takes part in the choice
-    and must not change what the experts' outputs count.
+    The weights were taken from score + bias. The bias is there to balance the load: it takes part in the
+    choice and must not change what the experts' outputs count.
 
     the bias added to the logits
         scores = logits.float().sigmoid()
         chosen = (scores + bias).topk → scores = logits.float().sigmoid()
             chosen = (logits.float() + bias).topk
-    The bias was added before the sigmoid. Where scores are close to 0 or 1 this orders the experts differently:
-    choose by sigmoid(logits) + bias.
+    The bias was added before the sigmoid. Where scores are close to 0 or 1 this orders the experts
+    differently: choose by sigmoid(logits) + bias.
 
     the bias not used
         (scores + bias).topk → scores.topk
@@ -260,8 +261,8 @@ moe.mistakes(
 
     chosen in the order of the experts
         .topk(k, dim=-1).indices → .topk(k, dim=-1).indices.sort(dim=-1).values
-    The chosen experts are sorted by number. The order says which is a token's first choice, and dispatch serves
-    first choices first: keep the largest score + bias first.
+    The chosen experts are sorted by number. The order says which is a token's first choice, and dispatch
+    serves first choices first: keep the largest score + bias first.
 
     served token by token
         pairs = chosen.T.flatten() → pairs = chosen.flatten()
@@ -276,7 +277,8 @@ moe.mistakes(
 
     the last ones served, not the first
         [:capacity, 0] → [-(capacity or 0) :, 0]
-    Each expert serves its *last* `capacity` pairs. Who comes first is served, and what comes later is dropped.
+    Each expert serves its *last* `capacity` pairs. Who comes first is served, and what comes later is
+    dropped.
 
     the capacity not used
         [:capacity, 0] → [:, 0]
@@ -303,18 +305,18 @@ moe.mistakes(
     written over, not added
         y = y.index_add(0, tokens, weight[served] * expert(x[tokens]))
             → y = y.index_copy(0, tokens, weight[served] * expert(x[tokens]))
-    Each expert's result replaced what an earlier expert had put there. A token has k experts and gets the sum:
-    add to its row.
+    Each expert's result replaced what an earlier expert had put there. A token has k experts and gets the
+    sum: add to its row.
 
     outputs not weighted
         weight[served] * expert → expert
-    The experts' outputs were added as they are. Each counts with its weight, and through the weights the router
-    gets its gradient.
+    The experts' outputs were added as they are. Each counts with its weight, and through the weights the
+    router gets its gradient.
 
     weights without a gradient
         weight = weights.T.flatten()[:, None] → weight = weights.detach().T.flatten()[:, None]
-    The values are right and the weights get no gradient (a .detach, .data, .item or no_grad). The choice itself
-    has none, so through the weights alone the router learns.
+    The values are right and the weights get no gradient (a .detach, .data, .item or no_grad). The choice
+    itself has none, so through the weights alone the router learns.
 
     weights in the other order
         weight = weights.T.flatten() → weight = weights.flatten()
@@ -333,21 +335,21 @@ balance.mistakes(
               weights = scores.gather(-1, chosen)
               weights = weights / weights.sum(dim=-1, keepdim=True)
               scores = torch.zeros_like(scores).scatter(-1, chosen, weights)
-    This is the broken loss: P is made of the weights as they are used, the chosen scores divided by their sum.
-    With one expert per token each of them is 1, a constant, and its gradient is 0. P needs the scores of all
-    experts.
+    This is the broken loss: P is made of the weights as they are used, the chosen scores divided by their
+    sum. With one expert per token each of them is 1, a constant, and its gradient is 0. P needs the scores of
+    all experts.
 
     only the chosen experts' scores in P
         scores = logits.float().softmax(dim=-1)
             → scores = logits.float().softmax(dim=-1)
               scores = scores * F.one_hot(chosen, E).sum(-2)
-    P contains a token's score only for the experts that it chose. The mean is over all tokens, whichever expert
-    they chose; otherwise an expert's P is small only because few chose it.
+    P contains a token's score only for the experts that it chose. The mean is over all tokens, whichever
+    expert they chose; otherwise an expert's P is small only because few chose it.
 
     P in place of f
         return (f * P).sum → return (P * P * E).sum
-    Both factors are mean scores. f is the share of tokens that were really sent to an expert; a router can have
-    even mean scores and still send all tokens to one expert.
+    Both factors are mean scores. f is the share of tokens that were really sent to an expert; a router can
+    have even mean scores and still send all tokens to one expert.
 
     no gradient
         return (f * P).sum → P = P.detach()
@@ -362,13 +364,13 @@ balance.mistakes(
 
     not divided by k
         / n * E / k → / n * E
-    f counts the pairs of tokens and experts, and there are k of them per token. Without the division a balanced
-    router has the loss k, not 1.
+    f counts the pairs of tokens and experts, and there are k of them per token. Without the division a
+    balanced router has the loss k, not 1.
 
     without the factor E
         / n * E / k → / n / k
-    The factor E is missing: a balanced router has the loss 1/E, and the more experts there are, the weaker the
-    loss.
+    The factor E is missing: a balanced router has the loss 1/E, and the more experts there are, the weaker
+    the loss.
 
     padding counts in f
         (F.one_hot(chosen, E).sum(dim=-2) * real).sum(dim=1) → F.one_hot(chosen, E).sum(dim=-2).sum(dim=1)
@@ -404,7 +406,8 @@ balance.mistakes(
 
     scores in half precision
         logits.float().softmax(dim=-1) → logits.softmax(dim=-1).float()
-    The softmax was computed in the dtype of the logits. In bf16 that is right to two digits only: convert first.
+    The softmax was computed in the dtype of the logits. In bf16 that is right to two digits only: convert
+    first.
     """
 )
 
@@ -435,14 +438,14 @@ convert.mistakes(
 
     rows not reordered for the rotation
         turned = torch.cat((heads[:, :-1, 0::2], heads[:, :-1, 1::2]), dim=2) → turned = heads[:, :-1]
-    Queries and keys were cut out and left in their order. There row 2i and 2i + 1 are turned together, here row
-    i and i + D/2: the same rotation of other numbers.
+    Queries and keys were cut out and left in their order. There row 2i and 2i + 1 are turned together, here
+    row i and i + D/2: the same rotation of other numbers.
 
     the reordering the wrong way round
         turned = torch.cat((heads[:, :-1, 0::2], heads[:, :-1, 1::2]), dim=2)
             → turned = heads[:, :-1].unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
-    The rows were reordered from halves to pairs. It is the other way round: they come as pairs and must become
-    halves. The two are inverse to each other, and equal only for D = 4.
+    The rows were reordered from halves to pairs. It is the other way round: they come as pairs and must
+    become halves. The two are inverse to each other, and equal only for D = 4.
 
     the reordering across heads
         turned = torch.cat((heads[:, :-1, 0::2], heads[:, :-1, 1::2]), dim=2)
@@ -467,8 +470,8 @@ convert.mistakes(
               q, k, v = tensor.split((n_heads * D, n_kv_heads * D, n_kv_heads * D))
               q = q.view(n_kv_heads, -1, D, M)
               heads = torch.cat((q, k.view(n_kv_heads, 1, D, M), v.view(n_kv_heads, 1, D, M)), dim=1)
-    The rows were cut into all queries, all keys, all values. This form stores them group by group: the queries
-    of a KV head, its key, its value, then the next group.
+    The rows were cut into all queries, all keys, all values. This form stores them group by group: the
+    queries of a KV head, its key, its value, then the next group.
 
     k and v swapped
         turned = torch → heads = heads[:, [*range(heads.shape[1] - 2), -1, -2]]
@@ -480,8 +483,8 @@ convert.mistakes(
         raise ValueError(f"tensors: expected the names of the other form, got {name}")
             → else:
                   pass
-    Names that nobody knows were dropped. A bias that is dropped gives a model that runs and talks nonsense: raise
-    ValueError with the name.
+    Names that nobody knows were dropped. A bias that is dropped gives a model that runs and talks nonsense:
+    raise ValueError with the name.
 
     inv_freq refused
         elif kind != "attn.rotary.inv_freq": → else:
@@ -492,14 +495,14 @@ convert.mistakes(
         elif kind != "attn.rotary.inv_freq": → elif kind == "attn.rotary.inv_freq":
                 state[layer + "mixer.rotary.inv_freq"] = tensor
             else:
-    rotary.inv_freq was kept under a name of ours. Our model has no such tensor and computes the frequencies from
-    its config: drop it.
+    rotary.inv_freq was kept under a name of ours. Our model has no such tensor and computes the frequencies
+    from its config: drop it.
 
     head.weight made of the embedding
         return state
             → return {"head.weight": state["embed.weight"], **state}
-    head.weight was filled with the embedding where lm_head.weight is missing. Our model ties the two by itself;
-    only the tensors of the checkpoint are asked for.
+    head.weight was filled with the embedding where lm_head.weight is missing. Our model ties the two by
+    itself; only the tensors of the checkpoint are asked for.
 
     the error without the name
         got {name}" → got another"
@@ -523,8 +526,8 @@ transpose.mistakes(
                   value = loss({name: w.T if kind(name) in (*best, each) else w for name, w in state.items()})
                   if value < lowest:
                       best, lowest = (*best, each), value
-    Each kind was mended by itself and kept if the loss fell. If q and k are both wrong, mending one of them can
-    raise the loss; only both together bring it down. Try all subsets.
+    Each kind was mended by itself and kept if the loss fell. If q and k are both wrong, mending one of them
+    can raise the loss; only both together bring it down. Try all subsets.
 
     only one kind at a time
         for n in range(len(square) + 1): → for n in range(2):
@@ -537,14 +540,14 @@ transpose.mistakes(
     the highest loss
         best, lowest = (), float("inf") → best, lowest = (), -float("inf")
         if value < lowest: → if value > lowest:
-    The subset with the highest loss was returned. A wrong transpose raises the loss, so the right state is the
-    one with the lowest.
+    The subset with the highest loss was returned. A wrong transpose raises the loss, so the right state is
+    the one with the lowest.
 
     the embedding among the candidates
         if name.startswith("blocks.") else ""
             → if name.startswith("blocks.") else name
-    Square matrices outside the blocks were tried as well, which doubles the calls for each. Only matrices within
-    `blocks.` can be wrong here.
+    Square matrices outside the blocks were tried as well, which doubles the calls for each. Only matrices
+    within `blocks.` can be wrong here.
 
     decided by shapes
         if name.startswith("blocks.") and tensor.ndim == 2 else
@@ -555,13 +558,13 @@ transpose.mistakes(
     square ones on top of the shapes
         if name.startswith("blocks.") and tensor.ndim == 2 else
             → if tensor.ndim == 2 and tensor.shape in (tensor.T.shape, tuple(shapes[name])[::-1]) else
-    Every square matrix is transposed, the embedding too if it is square. embed.weight and head.weight are stored
-    as ours are.
+    Every square matrix is transposed, the embedding too if it is square. embed.weight and head.weight are
+    stored as ours are.
 
     every matrix transposed
         if name.startswith("blocks.") and tensor.ndim == 2 else → if tensor.ndim == 2 else
-    The embedding and the head were transposed as well. They are stored as ours; only matrices within `blocks.`
-    are (in, out).
+    The embedding and the head were transposed as well. They are stored as ours; only matrices within
+    `blocks.` are (in, out).
 
     the output matrix forgotten
         if name.startswith("blocks.") and tensor.ndim == 2 else
@@ -580,8 +583,8 @@ design.mistakes(
 
     the budget not looked at
         if sum(layer["stored"] for layer in layers) > budget or read > read_limit: → if read > read_limit:
-    The bytes stored were not compared with the budget. What a layer reads is not what it stores: an index stores
-    more and reads less.
+    The bytes stored were not compared with the budget. What a layer reads is not what it stores: an index
+    stores more and reads less.
 
     read compared with the budget
         sum(layer["stored"] for layer in layers) > budget → read > budget
@@ -593,14 +596,15 @@ design.mistakes(
     distance.
 
     the longest reach, not the sum
-        sum(layer["reach"] for layer in layers) < distance → max(layer["reach"] for layer in layers) < distance
+        sum(layer["reach"] for layer in layers) < distance
+            → max(layer["reach"] for layer in layers) < distance
     The largest reach of one layer was compared with the distance. Each layer hands on what the layer below it
     has carried: reaches add up.
 
     an exact layer is required
         if not exact and sum(layer["reach"] for layer in layers) < distance: → if not exact:
-    Patterns without an exact layer were refused. Several windows reach a needle as well, if their reaches add up
-    to the distance.
+    Patterns without an exact layer were refused. Several windows reach a needle as well, if their reaches add
+    up to the distance.
 
     further than the distance
         layers) < distance: → layers) <= distance:
@@ -637,7 +641,7 @@ design.mistakes(
     windows count as exact
         exact = sum(layer["reach"] is None for layer in layers)
             → exact = sum(layer["reach"] != 0 for layer in layers)
-        if not exact and sum(layer["reach"] for → if None not in [layer["reach"] for layer in layers] and sum(layer["reach"] for
+        if not exact and → if all(layer["reach"] is not None for layer in layers) and
     Windows were counted as exact layers. Exact is what sees all tokens: reach None.
 
     all exact layers at the end
@@ -646,14 +650,15 @@ design.mistakes(
         n = least + (gap < longer)
         pattern, others = pattern + others[:n] + exact[gap : gap + 1], others[n:]
             → pattern = others + exact
-    The exact layers were put behind all others. Spread them: m of them leave m + 1 gaps of about the same length.
+    The exact layers were put behind all others. Spread them: m of them leave m + 1 gaps of about the same
+    length.
 
     each group ends in an exact layer
         divmod(len(others), len(exact) + 1)
             → divmod(len(others), max(len(exact), 1))
         for gap in range(len(exact) + 1): → for gap in range(max(len(exact), 1)):
-    The others were spread over m gaps, each in front of an exact layer, and none behind the last one. There are
-    m + 1 gaps.
+    The others were spread over m gaps, each in front of an exact layer, and none behind the last one. There
+    are m + 1 gaps.
 
     an empty list where nothing is allowed
         return None → return []
@@ -667,12 +672,13 @@ model.mistakes(
     r"""
     full in every layer
         return parts.design(kinds, n_layers, budget, float("inf"), distance) → return n_layers * ["full"]
-    Every layer has full attention. That learns the task and stores twice what is allowed: the budget is half of
-    it.
+    Every layer has full attention. That learns the task and stores twice what is allowed: the budget is half
+    of it.
 
     no exact layer
         return parts.design(kinds, n_layers, budget, float("inf"), distance) → return n_layers * ["linear"]
-    No layer sees all tokens. The states are small enough for the budget, and a needle far away is lost in them.
+    No layer sees all tokens. The states are small enough for the budget, and a needle far away is lost in
+    them.
 
     the bias not handed over
         layer.bias, layer.k → torch.zeros_like(layer.bias), layer.k
@@ -685,13 +691,13 @@ model.mistakes(
 
     outputs of one expert after the other, unweighted
         parts.dispatch(rows, weights, chosen, → parts.dispatch(rows, torch.ones_like(weights), chosen,
-    The experts' outputs were added without their weights. The router gets its gradient through them, and the sum
-    of k outputs is k times as large.
+    The experts' outputs were added without their weights. The router gets its gradient through them, and the
+    sum of k outputs is k times as large.
 
     tokens before texts
         layer.experts).unflatten(0, (B, T)) → layer.experts).unflatten(0, (T, B)).transpose(0, 1)
-    The rows were put back as (T, B) and transposed. They were made of texts first, tokens second: each text got
-    outputs of others.
+    The rows were put back as (T, B) and transposed. They were made of texts first, tokens second: each text
+    got outputs of others.
 
     all texts as one sequence
         logits.unflatten(0, (B, T)), chosen.unflatten(0, (B, T)), mask
@@ -710,8 +716,8 @@ model.mistakes(
 
     one place late
         [:, None], asked] → [:, None], (asked + 1).clamp(max=logits.shape[1] - 1)]
-    The logits after the asked place were taken. The logits at place t predict the token after t: the answer is
-    expected at the place where the key asks.
+    The logits after the asked place were taken. The logits at place t predict the token after t: the answer
+    is expected at the place where the key asks.
 
     the balance not added
         answers.flatten()) + 0.01 * balance → answers.flatten())
@@ -720,12 +726,12 @@ model.mistakes(
 
     the balance with its full weight
         + 0.01 * balance → + balance
-    The balance was added without the factor 0.01. It is larger than the loss that matters, and the router would
-    balance instead of learning.
+    The balance was added without the factor 0.01. It is larger than the loss that matters, and the router
+    would balance instead of learning.
 
     the sum over the answers
         answers.flatten()) + → answers.flatten(), reduction="sum") +
-    The losses of the answers were added up. Their mean is asked for: otherwise the weight of the balance depends
-    on the size of the batch.
+    The losses of the answers were added up. Their mean is asked for: otherwise the weight of the balance
+    depends on the size of the batch.
     """
 )
