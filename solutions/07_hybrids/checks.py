@@ -1470,8 +1470,7 @@ def layer_kinds() -> Kinds:
     reach = {"full": None, "window": 7, "linear": 0}
     kinds = {}
     for name, (kind, options) in MIXERS.items():
-        with torch.device("meta"):
-            mixer = REGISTRY[kind](WIDTH, 1, **options)
+        mixer = REGISTRY[kind](WIDTH, 1, **options)
         stored, read = mixer.cache_bytes(LONG), mixer.read_bytes(LONG)
         kinds[name] = {"stored": stored, "read": read, "reach": reach[name]}
     return kinds
