@@ -3,7 +3,8 @@
 "Your model" is the last exercise of a unit. Its answers are the model's ``attention`` layer and, where the
 unit asks for it, ``generate``; what these call (the *parts*) are the answers to the unit's earlier exercises.
 A ``Wiring``, declared in the unit's ``checks.py``, says which parts there are and how they fit the base
-model. Nothing here knows a unit.
+model. A ``Training`` in its place says how they make a model that is trained in the notebook. Nothing here
+knows a unit.
 
     code("01.9")                  the code of the model, with the calls of attention and parts
     compare("01.9", globals())    whose each part is, and the model with them beside kvlearn's own decoder
@@ -92,6 +93,43 @@ class Wiring:
     weights: Callable[[Any], Any]
     new_cache: Callable[[Any, Any, int], Any]
     variants: Mapping[str, Callable[[Attention], Attention]] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> list[Any]:
+        """What ``code`` shows."""
+        return [Model, self.weights, self.new_cache, *self.variants.values()]
+
+    def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> "Comparison":
+        return _compared(exercise, notebook, n_new)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after its training: its numbers, as text by what they are, and its curve by steps."""
+
+    numbers: Mapping[str, str]
+    curve: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the parts of one unit make a small model that is trained in the notebook.
+
+    parts       {name: (the exercise that asks for it, the library's object)}
+    shown       functions and classes that are the model and its training; ``code`` shows them
+    train       (answers by name, parts) -> a trained model
+    baselines   {name: answers that take the place of ours}, trained with the library's parts to compare
+    label       of the curves
+    """
+
+    parts: Mapping[str, tuple[str, Any]]
+    shown: Sequence[Any]
+    train: Callable[[Mapping[str, Any], Any], Trained]
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    label: str = "right answers"
+
+    def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> "Comparison":
+        return _trained(exercise, notebook)
 
 
 class Model:
@@ -230,10 +268,8 @@ class Code:
 
 
 def code(exercise_id: str) -> Code:
-    """The code of the model: what runs the learner's attention, and the unit's own wiring."""
-    wiring = _wired(exercise_id).wiring
-    shown = [Model, wiring.weights, wiring.new_cache, *wiring.variants.values()]
-    return Code("\n\n".join(inspect.getsource(each) for each in shown))
+    """The code of the model: what runs the learner's functions, and the unit's own wiring."""
+    return Code("\n\n".join(inspect.getsource(each) for each in _wired(exercise_id).wiring.shown))
 
 
 def _wired(exercise_id: str) -> Exercise:
@@ -288,12 +324,14 @@ def run(write: Callable[[Model], Tensor], model: Model) -> Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The model with a learner's parts beside kvlearn's decoder; shown as two tables."""
+    """The model with a learner's parts beside kvlearn's; shown as two tables and a picture."""
 
     exercise: str
     parts: Sequence[tuple[Part, str]]  # with "yes", or what is wrong with it in the model
-    rows: Sequence[tuple[str, str, str]]  # what, kvlearn's decoder, with the learner's parts
+    rows: Sequence[tuple[str, ...]]  # what, then a value for each column
     times: Mapping[str, Mapping[int, float]]  # seconds of each step by tokens so far
+    columns: Sequence[str] = ("kvlearn's decoder", "the model with your parts")
+    caption: str = "The model, before and after"
 
     @cached_property
     def picture(self) -> Any:
@@ -304,7 +342,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         whose = [f"{p.exercise}  {p.name}: {_whose(p)}; works: {works}" for p, works in self.parts]
-        return "\n".join([*whose, *(f"{what}: {ours!r} | {theirs!r}" for what, ours, theirs in self.rows)])
+        return "\n".join([*whose, *(f"{what}: {' | '.join(map(repr, each))}" for what, *each in self.rows)])
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         left = "text-align: left; white-space: pre-wrap"
@@ -315,15 +353,29 @@ class Comparison:
             caption="The parts of this model",
         )
         rows = html.table(
-            ("", "kvlearn's decoder", "the model with your parts"),
-            ((what, _written(ours), _written(theirs)) for what, ours, theirs in self.rows),
-            styles=[left] * 3,
-            caption="The model, before and after",
+            ("", *self.columns),
+            ((what, *map(_written, each)) for what, *each in self.rows),
+            styles=[left] * (1 + len(self.columns)),
+            caption=self.caption,
         )
         alt = escape(self.picture.alt, quote=True)
         png = base64.b64encode(self.picture.png()).decode()
         image = f'<img alt="{alt}" src="data:image/png;base64,{png}" style="max-width: 100%">'
         return {"text/plain": repr(self), "text/html": parts + rows + image}
+
+
+@dataclass(frozen=True, repr=False)
+class TrainedComparison(Comparison):
+    """The same for models that were trained: the picture shows their curves."""
+
+    label: str = ""
+    curves: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    @cached_property
+    def picture(self) -> Any:
+        from kvlearn.plots.workbench import learning_curves  # matplotlib takes a second to import
+
+        return learning_curves(self.curves, self.label)
 
 
 def _whose(part: Part) -> str:
@@ -338,22 +390,46 @@ def _written(text: str) -> str | html.Cell:
 def compare(exercise_id: str, notebook: Mapping[str, Any], n_new: int = 48) -> Comparison:
     """The base model with the learner's parts, and before, with kvlearn's decoder.
 
-    ``notebook`` are the names of the notebook, ``globals()``. The text is written greedily; times are of one
-    run on this machine.
+    ``notebook`` are the names of the notebook, ``globals()``. The text of ``n_new`` tokens is written
+    greedily; times are of one run on this machine. A unit with a ``Training`` trains the learner's model,
+    kvlearn's and the baselines instead.
     """
     exercise = _wired(exercise_id)
     with _one_thread():
-        return _compared(exercise, notebook, n_new)
+        return exercise.wiring.compare(exercise, notebook, n_new)
+
+
+def _own(exercise: Exercise, notebook: Mapping[str, Any]) -> list[Part]:
+    """The answers to "Your model" itself, judged with the library's parts."""
+    ours = dict(zip(exercise.answers, exercise.right, strict=True))
+    answers = tuple(notebook.get(name) for name in exercise.answers)
+    complete = judge(exercise, answers, name=False).status == "passed"
+    why = "" if complete else f"{exercise.id} does not have all its points yet"
+    return [Part(name, exercise.id, notebook.get(name), ours[name], why) for name in exercise.answers]
+
+
+def _trained(exercise: Exercise, notebook: Mapping[str, Any]) -> Comparison:
+    """Models trained one after the other: ours, the learner's, the baselines."""
+    training = exercise.wiring
+    own, parts = _own(exercise, notebook), choose(exercise, notebook)
+    ours = {part.name: part.library for part in own}
+    runs = {
+        "kvlearn's": training.train(ours, library(training)),
+        "yours": training.train({part.name: part.chosen for part in own}, namespace(parts)),
+    }
+    for name, answers in training.baselines.items():
+        runs[name] = training.train({**ours, **answers}, library(training))
+    rows = [(what, *(run.numbers[what] for run in runs.values())) for what in runs["kvlearn's"].numbers]
+    used = [(part, _works(part)) for part in (*own, *parts)]
+    curves = {name: run.curve for name, run in runs.items()}
+    columns, caption = tuple(runs), "The models after their training"
+    return TrainedComparison(exercise.id, used, rows, {}, columns, caption, training.label, curves)
 
 
 def _compared(exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> Comparison:
     wiring, prompt = exercise.wiring, encode(PROMPTS[0])
     ours = dict(zip(exercise.answers, exercise.right, strict=True))
-    answers = tuple(notebook.get(name) for name in exercise.answers)
-    # With the library's parts: this asks for the answers of this exercise alone.
-    complete = judge(exercise, answers, name=False).status == "passed"
-    why = "" if complete else f"{exercise.id} does not have all its points yet"
-    own = [Part(name, exercise.id, notebook.get(name), ours[name], why) for name in exercise.answers]
+    own = _own(exercise, notebook)
     parts = choose(exercise, notebook)
     functions = {part.name: part.chosen for part in own}
     attention = functions["attention"]

@@ -191,7 +191,7 @@ class LinearAttention(Mechanism):
         self.key_dim = validate.positive("key_dim", self.head_dim if key_dim is None else key_dim)
         self.feature_map = validate.one_of("features", features, FEATURES)
         self.features: Callable[[Tensor], Tensor] = FEATURES[self.feature_map]
-        self.n_features = len(self.features(torch.empty(self.key_dim, device="meta")))
+        self.n_features = len(self.features(torch.zeros(self.key_dim, device="cpu")))
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.v_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)

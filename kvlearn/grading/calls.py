@@ -178,6 +178,8 @@ def brief(value: Any) -> str:
     if isinstance(value, Tensor):
         dtype = "" if value.dtype == torch.float32 else f" {str(value.dtype).removeprefix('torch.')}"
         return f"{tuple(value.shape)}{dtype}"
+    if isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values()):
+        return shorten(f"{{{', '.join(f'{key!r}: {brief(each)}' for key, each in value.items())}}}", 200)
     if value is None or isinstance(value, int | float | str | list | dict | torch.dtype):
         return shorten(str(value), 200)
     return f"a {type(value).__name__}"

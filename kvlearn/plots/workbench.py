@@ -1,4 +1,4 @@
-"""The picture of "Your model": what each token costs in time."""
+"""The pictures of "Your model": what each token costs in time, or how the models learned."""
 
 from collections.abc import Mapping
 
@@ -30,3 +30,24 @@ def time_per_token(times: Mapping[str, Mapping[int, float]]) -> Picture:
     medians = "; ".join(f"{name} {np.median(ms):.1f} ms" for name, (_, ms) in curves.items())
     alt = f"Time per token over the tokens so far. Medians: {medians or 'nothing was measured'}."
     return Picture(figure, alt, {"curves": curves})
+
+
+def learning_curves(curves: Mapping[str, Mapping[int, float]], label: str) -> Picture:
+    """A share over the steps of training; ``curves`` by name and step, ``label`` says of what."""
+    lines = {
+        name: (np.array(list(points)), np.array(list(points.values())))
+        for name, points in curves.items()
+        if points
+    }
+    styles = line_styles(lines, fixed=dict(zip(curves, [OTHERS[1], OTHERS[2]], strict=False)))
+    with drawing(size=(7.5, 3.2)) as (figure, axes):
+        for name, (steps, shares) in lines.items():
+            axes.plot(steps, 100 * shares, label=name, **{**styles[name], "markevery": 4})
+        axes.set_ylim(0, 103)
+        axes.set_xlabel("steps of training")
+        axes.set_ylabel(f"{label}, %")
+        if lines:
+            axes.legend()
+    ends = "; ".join(f"{name} {shares[-1]:.0%}" for name, (_, shares) in lines.items())
+    title = f"{label[:1].upper()}{label[1:]} over the steps of training."
+    return Picture(figure, f"{title} At the end: {ends or 'nothing was trained'}.", {"curves": lines})
