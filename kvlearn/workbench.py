@@ -17,7 +17,6 @@ import base64
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from html import escape
@@ -31,7 +30,7 @@ from torch import Tensor
 
 import kvlearn.model
 from kvlearn import html
-from kvlearn.grading import Exercise, find_exercise, judge, solved
+from kvlearn.grading import Exercise, find_exercise, judge, one_thread, solved
 from kvlearn.model import Decoder, load
 
 # Python, as the base model has seen it in training; bytes are its tokens.
@@ -395,7 +394,7 @@ def compare(exercise_id: str, notebook: Mapping[str, Any], n_new: int = 48) -> C
     kvlearn's and the baselines instead.
     """
     exercise = _wired(exercise_id)
-    with _one_thread():
+    with one_thread():
         return exercise.wiring.compare(exercise, notebook, n_new)
 
 
@@ -538,14 +537,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         yield from _tensors(list(vars(value).values()))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A model this small gains nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -18,7 +18,7 @@ from kvlearn.grading.calls import (
 from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
 from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
 from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.run_checks import check, judge, solved
+from kvlearn.grading.run_checks import check, judge, one_thread, solved
 from kvlearn.grading.score import Row, Score
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "judge",
     "largest_new_tensor",
     "new_tensors",
+    "one_thread",
     "plain_number",
     "same",
     "shorten",

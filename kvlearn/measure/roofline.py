@@ -28,11 +28,11 @@ class Roofline:
 
     @property
     def knee(self) -> float:
-        """FLOPs a byte at which memory and arithmetic take equally long."""
+        """FLOPs per byte at which memory and arithmetic take equally long."""
         return self.peak / self.bandwidth
 
     def attainable(self, intensity: float) -> float:
-        """The most FLOP/s at so many FLOPs a byte."""
+        """The most FLOP/s at so many FLOPs per byte."""
         return min(self.peak, intensity * self.bandwidth)
 
     def floor(self, work: Work) -> float:

@@ -66,8 +66,8 @@ def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: in
         rows.append(
             {
                 "mechanism": ", then ".join(_runs(config.layers)),
-                "elements a token": f"{added // 2:,}",
-                "KiB a token": f"{added / KIB:,.0f}",
+                "elements per token": f"{added // 2:,}",
+                "KiB per token": f"{added / KIB:,.0f}",
                 "stored at 4K, GiB": f"{stored[4096] / GIB:.2f}",
                 "at 32K": f"{stored[32_768] / GIB:.2f}",
                 "at 128K": f"{stored[131_072] / GIB:.2f}",

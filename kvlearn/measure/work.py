@@ -1,6 +1,6 @@
 """What a computation must do: floating-point operations, and bytes moved between memory and the processor.
 
-Counted by formula, for ``new`` tokens a sequence that follow ``cached`` ones:
+Counted by formula, for ``new`` tokens per sequence that follow ``cached`` ones:
 prefill is (new=N, cached=0), a decode step (new=1, cached=N-1).
 A multiplication with its addition is 2 FLOPs; softmax, norms and RoPE are not counted. Bytes are the least
 that must move: every weight, cached number, input and output once; scores stay on the chip.
@@ -22,7 +22,7 @@ class Work:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / self.nbytes
 
     def __add__(self, other: "Work") -> "Work":
@@ -95,7 +95,7 @@ def decoder_work(
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Work:
-    """A whole decoder: 2 FLOPs a token for every parameter in a matrix product, each read once, + attention.
+    """A whole decoder: 2 FLOPs per token per parameter in a matrix product, each read once, + attention.
 
     ``n_parameters``: those that enter a matrix product (tied embeddings once; an input table that is only
     looked up, not at all). Activations between the layers are small beside the weights and not counted.

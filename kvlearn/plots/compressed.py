@@ -110,7 +110,7 @@ def spectrum(
             for name, curve in named.items():
                 at, rank = np.arange(1, len(curve) + 1), ranks[title][name]
                 panel.plot(at, curve, label=f"{name}: {rank}", markevery=[rank - 1], **styles[name])
-            panel.set(title=title, xlim=(0, end), ylim=(0, 1.04), xlabel="rank: numbers kept a token")
+            panel.set(title=title, xlim=(0, end), ylim=(0, 1.04), xlabel="rank: numbers kept per token")
             panel.yaxis.set_major_formatter(PercentFormatter(1))
             panel.legend(loc="lower right", title=f"rank that keeps {share:.0%}", title_fontsize=9)
         axes[0, 0].set_ylabel("share of the energy kept")

@@ -29,8 +29,8 @@ def cache_saves(n_tokens: int = 12) -> Picture:
             panel.vlines(edges, 0, n_tokens, color="#8a8a8a", lw=0.5, alpha=0.4)
             panel.set(xticks=[], yticks=[], xlim=(0, n_tokens + 0.1), ylim=(n_tokens + 2.7, -0.1))
             panel.spines[:].set_visible(False)
-        axes[0].set_ylabel("queries: one row a token", y=0.6)
-        axes[0].text(0, n_tokens + 1.0, "keys: one column a token", fontsize=10)
+        axes[0].set_ylabel("queries: one row per token", y=0.6)
+        axes[0].text(0, n_tokens + 1.0, "keys: one column per token", fontsize=10)
         axes[0].text(0, n_tokens + 2.5, "no cache: K and V are computed again too", fontsize=9)
         axes[0].text(n_tokens * 0.97, 1.4, "the future:\nmasked", ha="right", va="center", fontsize=9)
         axes[1].text(0.4, n_tokens * 0.62, "computed in\nearlier steps,\nnot needed again", fontsize=9)
@@ -59,11 +59,11 @@ def loss_curve(losses: Sequence[float], *, uniform: float) -> Picture:
         axes.axhline(uniform, color="#8a8a8a", lw=1, ls=":")
         axes.text(len(losses_), uniform, f"knows nothing: {uniform:.2f}", ha="right", va="bottom", fontsize=9)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats a byte")
+        axes.set_ylabel("loss, nats per byte")
         axes.set_ylim(0, uniform * 1.1)
     alt = (
         f"Training loss over {len(losses_)} steps: it falls from {losses_[0]:.2f} to about {mean[-1]:.2f} "
-        "nats a byte, fast at first."
+        "nats per byte, fast at first."
     )
     return Picture(figure, alt, {"losses": losses_, "mean": mean})
 
@@ -105,7 +105,7 @@ def step_times(lengths: Sequence[int], times: Mapping[str, Sequence[Quartiles]])
 
 
 def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartiles]]) -> Picture:
-    """Measured work under the roof of this machine: FLOP/s over FLOPs a byte."""
+    """Measured work under the roof of this machine: FLOP/s over FLOPs per byte."""
     intensities = np.array([work.intensity for work, _ in points.values()])
     achieved = {name: work.flops / time.median for name, (work, time) in points.items()}
     reach = np.geomspace(min(0.2, intensities.min() / 2), max(4 * roofline.knee, intensities.max() * 2), 200)
@@ -113,7 +113,9 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
     with drawing(size=(7.5, 4.2)) as (figure, axes):
         axes.plot(reach, roof, color="#8a8a8a")
         axes.axvline(roofline.knee, color="#8a8a8a", lw=1, ls=":")
-        axes.text(roofline.knee * 1.08, min(roof) * 1.3, f"knee: {roofline.knee:.0f} FLOP a byte", fontsize=9)
+        axes.text(
+            roofline.knee * 1.08, min(roof) * 1.3, f"knee: {roofline.knee:.0f} FLOP per byte", fontsize=9
+        )
         axes.text(roofline.knee * 0.92, roof[-1] * 1.12, "bound by memory", ha="right", fontsize=9)
         axes.text(roofline.knee * 1.08, roof[-1] * 1.12, "bound by arithmetic", fontsize=9)
         for name, style in line_styles(points, family="full").items():
@@ -121,7 +123,7 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
             axes.plot(points[name][0].intensity, achieved[name] / 1e9, label=name, **point)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("FLOPs a byte moved")
+        axes.set_xlabel("FLOPs per byte moved")
         axes.set_ylabel("GFLOP/s")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
@@ -129,12 +131,12 @@ def on_the_roofline(roofline: Roofline, points: Mapping[str, tuple[Work, Quartil
         axes.legend(loc="lower right")
         axes.set_title("Prefill and decode under this machine's roof")
     listed = "; ".join(
-        f"{name}: {work.intensity:.1f} FLOPs a byte, {achieved[name] / 1e9:.1f} GFLOP/s"
+        f"{name}: {work.intensity:.1f} FLOPs per byte, {achieved[name] / 1e9:.1f} GFLOP/s"
         for name, (work, _) in points.items()
     )
     alt = (
         f"Roofline of this machine: {roofline.bandwidth / 1e9:.1f} GB/s up to the knee at "
-        f"{roofline.knee:.0f} FLOPs a byte, then {roofline.peak / 1e9:.0f} GFLOP/s. {listed}."
+        f"{roofline.knee:.0f} FLOPs per byte, then {roofline.peak / 1e9:.0f} GFLOP/s. {listed}."
     )
     return Picture(figure, alt, {"achieved": achieved, "knee": roofline.knee})
 
@@ -170,7 +172,7 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
     listed = "; ".join(f"{name} {losses.mean():.2f}" for name, losses in curves.items())
     first = "; ".join(f"{name} {losses[:chunk].mean():.2f}" for name, losses in curves.items())
     alt = (
-        f"Loss over the position in the context, in chunks of {chunk}. Means in nats a byte: {listed}. "
+        f"Loss over the position in the context, in chunks of {chunk}. Means in nats per byte: {listed}. "
         f"In the first chunk alone: {first}."
     )
     return Picture(figure, alt, {"curves": dict(curves)})

@@ -23,7 +23,7 @@ def across_layers(
     """The layers as a stack of stripes, an arrow from each reader to the layer it reads, bytes stored beside.
 
     ``owners`` and ``kinds`` as in a ModelConfig: whose keys and values a layer reads, and its mechanism.
-    Without ``stored``, the bytes a layer, the picture counts layers that store.
+    Without ``stored``, the bytes per layer, the picture counts layers that store.
     """
     n_layers = validate.positive("len(owners)", len(owners))
     kinds = ["keys and values"] * n_layers if kinds is None else list(kinds)

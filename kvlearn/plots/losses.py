@@ -36,7 +36,7 @@ def conversion_curves(
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         _loss_axis(axes[0, 0], losses)
         figure.legend(*_legend(axes[0, 0]), loc="outside lower center", ncols=3)
-    alt = "Loss over the tokens of uptraining, in nats a byte. " + "; ".join(
+    alt = "Loss over the tokens of uptraining, in nats per byte. " + "; ".join(
         f"{text}: {_ends(named, (base or {}).get(text))}" for text, named in curves.items()
     )
     return Picture(figure, f"{alt}.", {"curves": {text: dict(named) for text, named in curves.items()}})
@@ -80,7 +80,7 @@ def loss_over_rank(
     family: str = "compressed",
     xlabel: str = "rank",
 ) -> Picture:
-    """Loss right after conversion over the rank, or the bytes a token, one curve an initialisation.
+    """Loss right after conversion over the rank, or the bytes per token, one curve an initialisation.
 
     ``curves``: initialisation -> (rank, loss, standard error); ``base``: the loss of the model converted.
     """
@@ -95,7 +95,7 @@ def loss_over_rank(
         axes.set_xlabel(f"{xlabel}, logarithmic")
         _loss_axis(axes, [*losses, *([] if base is None else [base])])
         figure.legend(*_legend(axes), loc="outside right center")
-    alt = f"Loss in nats a byte over the {xlabel}, from {at[0]:g} to {at[-1]:g}. {_ends(curves, base)}."
+    alt = f"Loss in nats per byte over the {xlabel}, from {at[0]:g} to {at[-1]:g}. {_ends(curves, base)}."
     return Picture(figure, alt, {"curves": dict(curves), "base": base})
 
 
@@ -134,15 +134,15 @@ def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
 
 
 def _loss_axis(axes: Axes, losses: Sequence[float]) -> None:
-    """Nats a byte; logarithmic where the worst loss is three times the best."""
-    axes.set_ylabel("loss, nats a byte")
+    """Nats per byte; logarithmic where the worst loss is three times the best."""
+    axes.set_ylabel("loss, nats per byte")
     if max(losses) > 3 * min(losses) > 0:
         axes.set_yscale("log")
         ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12) if min(losses) <= t <= max(losses)]
         axes.set_yticks(ticks)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("loss, nats a byte, logarithmic")
+        axes.set_ylabel("loss, nats per byte, logarithmic")
 
 
 def _ends(curves: Mapping[str, Points], base: float | None) -> str:

@@ -96,7 +96,7 @@ def lifetimes(
     columns: int = 3,
     families: Mapping[str, str] | None = None,
 ) -> Picture:
-    """How long each token is needed: a line a token, from when it is written to its last reader.
+    """How long each token is needed: a line per token, from when it is written to its last reader.
 
     A column holds what the cache must hold at that moment; the dashed one is the fullest. ``families`` as in
     ``gallery``.

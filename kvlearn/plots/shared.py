@@ -48,13 +48,13 @@ def pools(
             Patch(color=COLOURS["shared"], label="of several, or of several layers"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2 if columns > 2 else 1)
-        figure.supylabel(f"numbers a token and layer, D = {head_dim}", fontsize=9, color="#808080")
+        figure.supylabel(f"numbers per token and layer, D = {head_dim}", fontsize=9, color="#808080")
     listed = "; ".join(
         f"{name}: {_pools_in_words(given['wires'])}, {given['stored']:,} numbers stored, "
         f"{given['read']:,} read"
         for name, given in data.items()
     )
-    alt = f"Query heads wired to the KV heads they read, with numbers a token and layer. {listed}."
+    alt = f"Query heads wired to the KV heads they read, with numbers per token and layer. {listed}."
     return Picture(figure, alt, data)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of chapter 04: the ring buffer frame by frame, and what a token can have heard of."""
+"""Pictures of chapter 04: the ring buffer frame by frame, and the tokens it can depend on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -180,11 +180,11 @@ def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: 
             panel.text(window, 0.98, text, transform=panel.get_xaxis_transform(), va="top", fontsize=8)
             panel.set_title(f"{model}\n{row['first_token_weight']:.1%} on the first token")
             panel.set_xlabel("position")
-        axes[0, 0].set_ylabel("loss, nats a byte")
+        axes[0, 0].set_ylabel("loss, nats per byte")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     listed = "; ".join(
         f"{model}: " + ", ".join(f"{variant} {means[-1]:.2f}" for variant, means in variants.items())
         for model, variants in data.items()
     )
-    alt = f"Loss over the position with windows of {window}. At the end, in nats a byte, {listed}."
+    alt = f"Loss over the position with windows of {window}. At the end, in nats per byte, {listed}."
     return Picture(figure, alt, data)

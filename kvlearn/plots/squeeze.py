@@ -21,7 +21,7 @@ def squeeze(
     """A token's keys and values squeezed to R numbers and a rotary key; the two paths of decode from there.
 
     Above, a cell is a number, of the same size on both sides; below, a block of S tokens is as wide as it has
-    numbers a token. ``n_tokens`` is S, the tokens in the cache.
+    numbers per token. ``n_tokens`` is S, the tokens in the cache.
     """
     for name, value in {"n_heads": n_heads, "head_dim": head_dim, "rank": rank, "n_tokens": n_tokens}.items():
         validate.positive(name, value)
@@ -114,7 +114,7 @@ def _draw_ends(
 ) -> tuple[float, float, float]:
     """What both paths have: the cache at the left, the scores at the right.
 
-    Returns the width of one number a token, where the cache ends and where the scores end.
+    Returns the width of one number per token, where the cache ends and where the scores end.
     """
     full, cached = 2 * n_heads * head_dim, rank + rope_dim
     unit = min(32 / full, 14 / cached)

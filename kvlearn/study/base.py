@@ -45,7 +45,7 @@ def train_base(out: Path = PATH, run: Path = Path("runs/base.pt"), progress: boo
         "last_train_loss": sum(line["loss"] for line in history[-100:]) / len(history[-100:]),
         "valid_loss": valid.loss,
         "test_loss": test.loss,
-        "loss_unit": "nats a byte, windows of 512",
+        "loss_unit": "nats per byte, windows of 512",
         "provenance": collect_provenance(),
     }
     save(model, out, card)

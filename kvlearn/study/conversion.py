@@ -25,7 +25,7 @@ from kvlearn.study.text import corpus, windows
 from kvlearn.study.training import TrainConfig
 
 Layers = Sequence[str | Spec]
-# The base model caches 256 numbers a token and layer: gqa-1 and the latents keep 32 of them, gqa-2 keeps 64.
+# The base model caches 256 numbers per token and layer: gqa-1 and the latents keep 32 of them, gqa-2 64.
 RUNS: dict[str, tuple[Layers, str]] = {
     "full": (["full"], "first"),  # the control: nothing is converted, and training goes on as for the others
     "gqa-2-mean": ([Spec("gqa", n_kv_heads=2)], "mean"),

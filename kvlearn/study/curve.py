@@ -19,7 +19,7 @@ from kvlearn.study.training import TrainConfig, train
 
 @dataclass(frozen=True)
 class Point:
-    """The loss after ``step`` steps, in nats a byte: of each text, that of each window.
+    """The loss after ``step`` steps, in nats per byte: of each text, that of each window.
 
     ``seconds`` is what the training steps since the point before took, without measuring.
     """

@@ -13,7 +13,7 @@ from kvlearn.model import Decoder
 
 
 class Evaluation(NamedTuple):
-    """Loss in nats a byte, over all, by position, by window; ``error`` is the standard error over windows."""
+    """Loss in nats per byte: over all, by position, by window; ``error``: standard error over windows."""
 
     loss: float
     error: float

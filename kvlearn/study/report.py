@@ -18,7 +18,7 @@ def conversion_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     texts = list(rows[0]["losses"])
     columns = [f"{texts[0]} before", "after", *(f"above full: {text}" for text in texts)]
     table = _table(
-        "Converted, then trained on: loss in nats a byte on held-out text, ± one standard error over windows",
+        "Converted, then trained on: loss in nats per byte on held-out text, ± standard error over windows",
         ["run", *columns, "stored", "read", "seconds"],
     )
     for name in dict.fromkeys(row["run"] for row in rows):
@@ -42,7 +42,7 @@ def routing_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line a kind: its loss, and how far that is above grouped attention's, with errors over the seeds."""
     n_seeds = len({row["seed"] for row in rows})
     table = _table(
-        f"Trained from nothing: loss in nats a byte on held-out text, ± standard error over {n_seeds} seeds",
+        f"Trained from nothing: nats per byte on held-out text, ± standard error over {n_seeds} seeds",
         ["run", "loss", "above gqa", "stored", "read", "seconds a run"],
     )
     for kind, numbers in compare(rows).items():
@@ -61,7 +61,7 @@ def routing_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def sinks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line a model and variant: its loss, and that of the positions far behind the first window."""
     table = _table(
-        "A window on a model with and without a sink: loss in nats a byte, ± one standard error over windows",
+        "A window on a model with and without a sink: loss in nats per byte, ± standard error over windows",
         ["run", "weight on the first token", "variant", "loss", "last quarter"],
     )
     for row in rows:

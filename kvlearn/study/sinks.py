@@ -47,7 +47,7 @@ def study_sinks(
 ) -> Iterator[dict[str, Any]]:
     """A row a model (as trained, with a sink planted) and variant, for results/.
 
-    ``by_position``: the loss at each position of a text of ``training.length`` tokens, in nats a byte.
+    ``by_position``: the loss at each position of a text of ``training.length`` tokens, in nats per byte.
     ``first_token_weight``: of full attention, the mean weight that heads give the first token.
     """
     base = base_model() if base is None else base

@@ -49,7 +49,7 @@ class TrainConfig:
 
 
 class Step(TypedDict):
-    """One line of a run's history; the loss is in nats a byte, ``measured`` what ``at_step`` gave."""
+    """One line of a run's history; the loss is in nats per byte, ``measured`` what ``at_step`` gave."""
 
     step: int
     loss: float

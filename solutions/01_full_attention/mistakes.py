@@ -920,9 +920,9 @@ size.mistakes(
         .itemsize → .itemsize * 8
     bfloat16 has 16 bits, and that is 2 bytes. All sizes are 8 times too large.
 
-    two bytes a number, whatever the dtype
+    two bytes per number, whatever the dtype
         getattr(torch, config["torch_dtype"]).itemsize → 2
-    torch_dtype is not looked at. float32 takes 4 bytes a number and the 8-bit floats take 1; storing the
+    torch_dtype is not looked at. float32 takes 4 bytes per number and the 8-bit floats take 1; storing the
     cache in 8 bits is one of the cheapest ways to halve it.
 
     the batch forgotten
@@ -932,8 +932,8 @@ size.mistakes(
 
     stored counts the tokens that are there
         max_len * len(lengths) → sum(lengths)
-    Stored was counted as sum(lengths) tokens. This cache is allocated once for max_len tokens a sequence, and
-    the empty slots take memory too; sum(lengths) is what a step *reads*.
+    Stored was counted as sum(lengths) tokens. This cache is allocated once for max_len tokens per sequence,
+    and the empty slots take memory too; sum(lengths) is what a step *reads*.
 
     GB called GiB
         2**30 → 10**9

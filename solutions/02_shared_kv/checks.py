@@ -152,7 +152,7 @@ def called() -> Iterator[Calls]:
         yield calls
 
 
-# 02.2: bytes a token, stored and read, compared with five real models and a count layer by layer
+# 02.2: bytes per token, stored and read, compared with five real models and a count layer by layer
 
 size = Exercise(
     id="02.2",
@@ -290,7 +290,7 @@ def shared_read(t: CheckContext, bytes_per_token: Answer) -> None:
 
 @size.requirement(1, "a latent vector: DeepSeek-V3")
 def latent(t: CheckContext, bytes_per_token: Answer) -> None:
-    """one vector of kv_lora_rank + qk_rope_head_dim numbers a layer, for keys and values together"""
+    """one vector of kv_lora_rank + qk_rope_head_dim numbers per layer, for keys and values together"""
     heads, ranks = t.pick(16, 40), {"kv_lora_rank": t.pick(256, 384), "qk_rope_head_dim": t.pick(32, 64)}
     drawn = model(t.integer(20, 60), 128 * heads, heads, num_key_value_heads=heads, **ranks)
     size_same(t, bytes_per_token, DEEPSEEK_V3 if t.round == 0 else drawn, "stored", "read")
@@ -629,7 +629,7 @@ budget = Exercise(
     title="How many KV heads fit",
     answers=("kv_heads_for_budget",),
     hints=(
-        "First the price of *one* KV head: 2 · layers · head_dim · bytes a number, for max_len tokens in "
+        "First the price of *one* KV head: 2 · layers · head_dim · bytes per number, for max_len tokens in "
         "each of `batch` sequences. The cache of g heads costs g times that.",
         "Only divisors of num_attention_heads are possible: `[g for g in range(1, H + 1) if H % g == 0]`, "
         "H itself included.",
@@ -721,7 +721,7 @@ def extremes(t: CheckContext, kv_heads_for_budget: Answer) -> None:
 
 @budget.requirement(1, "head_dim and torch_dtype")
 def looked_up(t: CheckContext, kv_heads_for_budget: Answer) -> None:
-    """head_dim where it is given, and 1, 2 or 4 bytes a number by torch_dtype"""
+    """head_dim where it is given, and 1, 2 or 4 bytes per number by torch_dtype"""
     for dtype, head_dim in (
         ("float32", None),
         ("float16", None),

@@ -180,7 +180,7 @@ size.mistakes(
         config["qk_rope_head_dim"]) * 2 → config["qk_rope_head_dim"])
     This counts numbers. Each takes 2 bytes in 16 bits, so all sizes are half of what they should be.
 
-    four bytes a number
+    four bytes per number
         widths[kind] * 2 → widths[kind] * 4
         config["qk_rope_head_dim"]) * 2 → config["qk_rope_head_dim"]) * 4
     Each number was counted with 4 bytes, as fp32 takes. The cache is kept in 16 bits here, which is 2 bytes a
@@ -240,7 +240,7 @@ size.mistakes(
     heads stored, although there is a latent
         each = [(config["kv_lora_rank"] + config["qk_rope_head_dim"]) * 2] * n_layers → pass
     The model was counted as if it stored its heads' keys and values. It has heads, but with kv_lora_rank they
-    are made from the stored vector when they are needed: 576 numbers a layer and token in DeepSeek-V3, in
+    are made from the stored vector when they are needed: 576 numbers per layer and token in DeepSeek-V3, in
     place of tens of thousands.
 
     the latent without its position part
@@ -654,10 +654,10 @@ budget.mistakes(
         number * batch → 8 * number * batch
     bfloat16 has 16 bits, and that is 2 bytes. The cache was taken for 8 times its size.
 
-    two bytes a number, whatever the dtype
+    two bytes per number, whatever the dtype
         getattr(torch, config["torch_dtype"]).itemsize → 2
-    torch_dtype was not looked at. float32 takes 4 bytes a number and the 8-bit floats take 1: the same budget
-    then has room for half or twice as many heads.
+    torch_dtype was not looked at. float32 takes 4 bytes per number and the 8-bit floats take 1: the same
+    budget then has room for half or twice as many heads.
 
     only bfloat16 taken for a dtype of 16 bits
         getattr(torch, config["torch_dtype"]).itemsize

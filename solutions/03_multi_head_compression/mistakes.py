@@ -451,8 +451,8 @@ step.mistakes(
 
     the output left in the latent space
         torch.einsum("bhr,hdr->bhd", weights @ c, w_uv) → weights @ c
-    The result has R numbers a head: it is the weighted sum of latents. W_uv[h] still has to take it up to the
-    D numbers of a head, once, at the end.
+    The result has R numbers per head: it is the weighted sum of latents. W_uv[h] still has to take it up to
+    the D numbers of a head, once, at the end.
 
     the first head's values for all
         torch.einsum("bhr,hdr->bhd", weights @ c, w_uv) → weights @ c @ w_uv[0].T
@@ -795,9 +795,9 @@ budget.mistakes(
         column * batch → column
     The cache was counted for a single sequence. Each of the batch keeps its own, max_len tokens long.
 
-    two bytes a number, whatever the dtype
+    two bytes per number, whatever the dtype
         getattr(torch, config["torch_dtype"]).itemsize → 2
-    torch_dtype is not looked at. float32 takes 4 bytes a number, bfloat16 2 and the 8-bit floats 1.
+    torch_dtype is not looked at. float32 takes 4 bytes per number, bfloat16 2 and the 8-bit floats 1.
 
     no upper limit
         min(numbers - rotary, mha) → (numbers - rotary)

@@ -867,7 +867,7 @@ cache_bytes.mistakes(
     Every size is a quarter. Two factors of 2 are missing: a token leaves a key and a value, and each number
     takes 2 bytes.
 
-    four bytes a number
+    four bytes per number
         head_dim * 2 → head_dim * 4
     Every size is twice too large: numbers of 4 bytes, as fp32 takes. The cache is kept in 16 bits here.
 

@@ -1164,7 +1164,7 @@ cache_bytes.mistakes(
         * config["index_bytes"] + config["scale_bytes"] → + 1
     This counts numbers. Each takes `number_bytes` bytes, and one of the index `index_bytes`.
 
-    two bytes a number, whatever is said
+    two bytes per number, whatever is said
         config["number_bytes"] → 2
     Each number was counted with 2 bytes. That is bf16; a cache in fp8 takes 1, in fp32 4: `number_bytes` says
     it.

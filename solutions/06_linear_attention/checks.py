@@ -840,7 +840,7 @@ crossing = Exercise(
     title="Where the state beats a KV cache",
     answers=("crossing",),
     hints=(
-        "Count one layer first. What is a state takes 4 bytes a number, what is only the past of a "
+        "Count one layer first. What is a state takes 4 bytes per number, what is only the past of a "
         "convolution or of a token shift 2. Then multiply by the layers that have a state.",
         "A convolution of width W needs W − 1 tokens of the past; the newest comes with the step. Mamba "
         "convolves its expand · d_model channels, gated delta the queries, keys and values together: "

@@ -78,7 +78,7 @@ features.mistakes(
 
     divided by the number of tokens
         total.masked_fill(total == 0, 1.0) → torch.arange(1, q.shape[2] + 1)[:, None]
-    The sums were divided by how many tokens a token sees. That keeps them from growing with the length, but
+    The sums were divided by how many tokens per token sees. That keeps them from growing with the length, but
     the weights do not sum to 1: divide by the weights' own sum.
 
     the future not hidden
@@ -1231,8 +1231,8 @@ crossing.mistakes(
     r"""
     the state in 16 bit
         4 * state → 2 * state
-    The state was counted with 2 bytes a number, like keys and values. A key is written once; a state is added
-    to at every token, and its rounding errors add up as well. So it is kept in fp32: 4 bytes.
+    The state was counted with 2 bytes per number, like keys and values. A key is written once; a state is
+    added to at every token, and its rounding errors add up as well. So it is kept in fp32: 4 bytes.
 
     all that is kept in 32 bit
         2 * past → 4 * past

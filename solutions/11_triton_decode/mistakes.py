@@ -100,7 +100,7 @@ floor.mistakes(
     A factor of 2 is missing: a step reads the keys for the scores and the values for the weighted sum. (Only
     a latent is both at once.)
 
-    two bytes a number, whatever is stored
+    two bytes per number, whatever is stored
         vector * config["number"] → vector * 2
         config["head_dim"] * config["number"] → config["head_dim"] * 2
     `number`, the bytes of a stored number, is not looked at. fp8 and int8 take 1, fp32 takes 4.

@@ -36,15 +36,15 @@ def test_the_running_table_counts_with_the_mechanisms_own_formulas() -> None:
     layer = FullAttention(4096, 32)
     at_32k = 32 * layer.cache_bytes(32_768, dtype=torch.bfloat16) / 1024**3
     assert row["mechanism"] == "full"
-    assert row["elements a token"] == "262,144"
-    assert row["KiB a token"] == "512"
+    assert row["elements per token"] == "262,144"
+    assert row["KiB per token"] == "512"
     assert row["at 32K"] == row["read by a step at 32K, GiB"] == f"{at_32k:.2f}" == "16.00"
 
 
 def test_the_running_table_shows_options() -> None:
     (row,) = running_table(Spec("full", head_dim=64)).rows
     assert row["mechanism"] == "full (head_dim=64)"
-    assert row["KiB a token"] == "256"
+    assert row["KiB per token"] == "256"
 
 
 def test_the_running_table_tells_two_mechanisms_in_one_layer() -> None:

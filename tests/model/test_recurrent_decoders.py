@@ -78,6 +78,6 @@ def test_a_hybrid_refuses_to_be_trimmed_and_goes_on_as_if_it_had_not_been_asked(
 def test_the_running_table_has_a_row_for_every_state() -> None:
     table = running_table(*NAMES, (*3 * ("gated_delta",), "full"), n_layers=4)
     *states, hybrid = table.rows
-    assert {row["elements a token"] for row in states} == {"0"}
+    assert {row["elements per token"] for row in states} == {"0"}
     assert {row["at 128K"] == row["stored at 4K, GiB"] for row in states} == {True}
-    assert hybrid["elements a token"] == "8,192"
+    assert hybrid["elements per token"] == "8,192"

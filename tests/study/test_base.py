@@ -27,4 +27,4 @@ def test_its_card_says_how_it_came_to_be() -> None:
 def test_its_loss_on_text_it_never_saw_is_the_recorded_one() -> None:
     measured = evaluate(base_model(), corpus().valid, length=512, n_windows=48)
     assert measured.loss == pytest.approx(card(PATH)["valid_loss"], abs=3 * measured.error)
-    assert measured.loss < 1.1  # nats a byte; knowing nothing is 5.5
+    assert measured.loss < 1.1  # nats per byte; knowing nothing is 5.5

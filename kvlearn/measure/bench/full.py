@@ -30,7 +30,7 @@ def run(device: torch.device) -> Iterator[Row]:
 
 
 def cache_size(layer: FullAttention) -> Iterator[Row]:
-    """Bytes allocated, against 2 · B · H · N · D · bytes a number."""
+    """Bytes allocated, against 2 · B · H · N · D · bytes per number."""
     for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
         batch, length = 2, 2048
         formula = 2 * batch * N_HEADS * length * HEAD_DIM * itemsize
@@ -79,8 +79,8 @@ def decode_on_the_roofline(layer: FullAttention, device: torch.device) -> Iterat
         return Row(f"decode: {title}", measured, unit, details=details, **bar)
 
     yield row("time", f"{batch} x {LONG} tokens", time.median, "s", spread=time)
-    yield row("intensity", "FLOPs a byte", work.intensity, "FLOP/B")
-    yield row("bandwidth", "bytes a second", work.nbytes / time.median, "B/s")
+    yield row("intensity", "FLOPs per byte", work.intensity, "FLOP/B")
+    yield row("bandwidth", "bytes per second", work.nbytes / time.median, "B/s")
     yield row("share", "share of bandwidth", share.median, "x", spread=share, bar=0.5)
     yield row("over_floor", "time / floor", time.median / floor, "x", bar=3, relation="<=")
 
@@ -102,7 +102,7 @@ def prefill_on_the_roofline(layer: FullAttention, device: torch.device) -> Itera
         return Row(f"prefill: {title}", measured, unit, details=details, **bar)
 
     yield row("time", f"{PROMPT} tokens", time.median, "s", spread=time)
-    yield row("rate", "tokens a second", PROMPT / time.median, "tokens/s")
-    yield row("intensity", "FLOPs a byte", work.intensity, "FLOP/B")
-    yield row("flops", "FLOPs a second", work.flops / time.median, "FLOP/s")
+    yield row("rate", "tokens per second", PROMPT / time.median, "tokens/s")
+    yield row("intensity", "FLOPs per byte", work.intensity, "FLOP/B")
+    yield row("flops", "FLOPs per second", work.flops / time.median, "FLOP/s")
     yield row("share", "share of matmul peak", share.median, "x", spread=share, bar=0.5)

@@ -1,4 +1,4 @@
-"""What the card can do: bytes a second read only, FLOPs a second, and what a launch costs."""
+"""What the card can do: bytes per second read only, FLOPs per second, and what a launch costs."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

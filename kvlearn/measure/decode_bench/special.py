@@ -90,7 +90,7 @@ def paged(bench: Bench, contiguous: Cell) -> Iterator[Row]:
 
 
 def latent_few_heads(bench: Bench, measured: Cell) -> Iterator[Row]:
-    """16 heads on one latent: memory decides, so bytes a second."""
+    """16 heads on one latent: memory decides, so bytes per second."""
     outcome = compete(bench, {OWN: own(bench, measured)})
     yield from outcome.note_rows()
     if OWN in outcome.calls:
@@ -101,7 +101,7 @@ def latent_few_heads(bench: Bench, measured: Cell) -> Iterator[Row]:
 
 
 def latent_many_heads(bench: Bench, measured: Cell) -> Iterator[Row]:
-    """128 heads on one latent: arithmetic decides, so FLOPs a second; beside it the tile of 16 heads."""
+    """128 heads on one latent: arithmetic decides, so FLOPs per second; beside it the tile of 16 heads."""
     small = "own, BLOCK_H=16"
     outcome = compete(bench, {OWN: own(bench, measured), small: narrow(bench, measured)})
     yield from outcome.note_rows()
@@ -111,7 +111,7 @@ def latent_many_heads(bench: Bench, measured: Cell) -> Iterator[Row]:
     rate = outcome.comparison.time(OWN)
     details = {**measured.details, "what": "rate", "stage": OWN, "goal": 350e12}
     flops = measured.flops / rate.median
-    title = f"{measured.name}: FLOPs a second"
+    title = f"{measured.name}: FLOPs per second"
     yield Row(title, flops, "FLOP/s", bar=250e12, details={**details, "goal_met": flops >= 350e12})
     yield from ratios(outcome, {small: 1.6})
 
