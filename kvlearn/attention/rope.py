@@ -92,8 +92,8 @@ class LongRopeScaling:
     multiplies queries and keys. Source: Ding et al., "LongRoPE" (2024), section 3.
     """
 
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
+    short_factor: Sequence[float]
+    long_factor: Sequence[float]
     original_max_len: int
     attention_factor: float = 1.0
 

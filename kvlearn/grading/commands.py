@@ -84,7 +84,11 @@ def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
 
     async def run() -> list[Report]:
         kernels = asyncio.Semaphore(grader.jobs)
-        return await asyncio.gather(*(_one(each, grader, kernels, faults) for each in found))
+        reports = await asyncio.gather(*(_one(each, grader, kernels, faults) for each in found))
+        this = asyncio.current_task()
+        if this is not None and this.cancelling():  # Ctrl+C, lost where a wait ended at the same moment
+            raise asyncio.CancelledError
+        return reports
 
     return asyncio.run(run()), faults
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.attention import (
@@ -106,12 +106,14 @@ def _heads(block: Block) -> Heads:
         proj.weight.detach().double().unflatten(0, (full.n_heads, full.head_dim))
         for proj in (full.q_proj, full.k_proj, full.v_proj)
     )
+    norm = block.mixer_norm  # without one, as in OLMo 2, the gain is 1
+    gain = norm.weight if isinstance(norm, nn.RMSNorm | nn.LayerNorm) else q.new_ones(full.d_model)
     return Heads(
         q,
         k,
         v,
         full.o_proj.weight.detach().double(),
-        block.mixer_norm.weight.detach().double(),
+        gain.detach().double(),
         torch.eye(full.d_model, dtype=torch.float64, device=q.device),
     )
 

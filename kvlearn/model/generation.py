@@ -53,18 +53,21 @@ def generate(
     switch = scaling.original_max_len if isinstance(scaling, LongRopeScaling) else None
     stop = model.config.stop_tokens if stop is None else stop
     ends = torch.tensor(list(stop), dtype=tokens.dtype, device=tokens.device)
-    pad = model.config.pad_token if model.config.pad_token is not None or not stop else stop[0]
+    pad = model.config.pad_token
+    pad = stop[0] if stop and pad is None else pad
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in tqdm(range(n_new), desc="generate", unit="token", disable=not progress):
         if cache is None:
             hidden = model.hidden(out)
         else:
+            size = chunk
             if switch is not None and 0 < cache.length <= switch < out.shape[1]:
-                cache.reset()  # the text becomes long: its keys need LongRoPE's other angles
-            for piece in out[:, cache.length :].split(chunk, dim=1):
+                cache.reset()  # the text becomes long: its keys need LongRoPE's other angles, all together
+                size = out.shape[1]
+            for piece in out[:, cache.length :].split(size, dim=1):
                 hidden = model.hidden(piece, cache)
         token = sample(model.logits(hidden[:, -1]), temperature, top_p, generator)
-        if stop:
+        if pad is not None and stop:
             token = token.masked_fill(done, pad)
             done |= torch.isin(token, ends)
         out = torch.cat((out, token[:, None]), dim=1)

@@ -76,7 +76,8 @@ def read_model(model: Any) -> Checkpoint:
     family = FAMILIES[check_family(getattr(config, "model_type", type(model).__name__))]
     tensors = family.weights(model) if family.weights else model.state_dict()
     generation = getattr(model, "generation_config", None) or config
-    return Checkpoint(config, tensors.items(), generation.eos_token_id, generation.pad_token_id, True)
+    stop, pad = (getattr(generation, name, None) for name in ("eos_token_id", "pad_token_id"))
+    return Checkpoint(config, tensors.items(), stop, pad, True)
 
 
 def read_folder(folder: Path) -> Checkpoint:

@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvlearn.attention import GroupedQueryAttention, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from kvlearn.attention import (
+    DynamicScaling,
+    GroupedQueryAttention,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 from kvlearn.kernels import decode_attention
 from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
 from kvlearn.model.generation import sample
@@ -111,6 +119,8 @@ def test_rows_of_different_length_continue_as_if_alone() -> None:
         RopeConfig(5e5, Llama3Scaling(8.0, 1.0, 4.0, 64)),
         RopeConfig(1e4, YarnScaling(4.0, 64)),
         RopeConfig(1e4, YarnScaling(4.0, 64, truncate=False)),
+        RopeConfig(1e4, DynamicScaling(3.0, 16)),
+        RopeConfig(1e4, LongRopeScaling((1.0, 1.5, 2.0), (2.0, 3.0, 5.0), 16, 1.2)),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])

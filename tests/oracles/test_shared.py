@@ -90,7 +90,7 @@ def test_greedy_generation_is_llamas(n_heads: int, n_kv_heads: int) -> None:
     expected = theirs.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20, do_sample=False, eos_token_id=None
     )
-    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 20, chunk=5), expected)
+    assert torch.equal(kvlearn.from_transformers(theirs).generate(tokens, 20, chunk=5, stop=()), expected)
 
 
 # Which of Gemma's layers are sliding (s) and full (f), and how many of the last have no keys and values.
