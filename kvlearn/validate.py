@@ -70,10 +70,10 @@ def tensor(
     A string in ``shape`` names a dimension that may have any size: ``("batch", "time", 64)``.
     """
     instance(name, value, Tensor)
-    wrong = value.dim() != len(shape) or any(
-        isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=False)
-    )
-    if wrong:
+    if value.shape != shape and (
+        value.dim() != len(shape)
+        or any(isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True))
+    ):
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")

@@ -52,8 +52,9 @@ class Cache(ABC):
 
     def positions(self, n_tokens: int) -> Int[Tensor, "#B T"]:
         """Positions of the next ``n_tokens`` tokens, from 0: (1, T), or (B, T) if rows differ."""
-        start = self.length if self.lengths is None else self.lengths[:, None]
-        return start + torch.arange(n_tokens, device=self.device)[None]
+        if self.lengths is None:
+            return torch.arange(self.length, self.length + n_tokens, device=self.device)[None]
+        return self.lengths[:, None] + torch.arange(n_tokens, device=self.device)
 
     def check_room(self, n_tokens: int) -> None:
         """Raise ValueError if ``n_tokens`` more would exceed ``max_len``; called before writing."""
@@ -160,13 +161,13 @@ class KVCache(Cache):
         self.check_room(k.shape[2])
         positions = self.positions(k.shape[2])
         for buffer, new in ((self.k, k), (self.v, v)):
-            new = new.detach().to(buffer.dtype)
             if self.lengths is None:
-                buffer[:, :, self.length : self.length + k.shape[2]] = new
+                buffer.narrow(2, self.length, k.shape[2]).copy_(new.detach())
             else:
+                new = new.detach().to(buffer.dtype)
                 buffer.scatter_(2, positions[:, None, :, None].expand(new.shape), new)
         self.advance(k.shape[2])
-        return KV(self.k[:, :, : self.length], self.v[:, :, : self.length], positions)
+        return KV(self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length), positions)
 
 
 class NoCache(Cache):
@@ -284,8 +285,9 @@ class Mechanism(nn.Module, ABC):
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> tuple[torch.dtype, torch.device]:
         """The given dtype and device, or else those of the weights."""
-        weight = next(self.parameters())
-        return dtype or weight.dtype, torch.device(device) if device is not None else weight.device
+        weight = first_weight(self)
+        assert weight is not None
+        return dtype or weight.dtype, weight.device if device is None else torch.device(device)
 
     def to_bytes(self, numbers: int, batch: int, dtype: torch.dtype | None) -> int:
         """Bytes of ``numbers`` cached per row, in ``dtype`` or in the weights' dtype."""
@@ -323,6 +325,15 @@ class Mechanism(nn.Module, ABC):
         if kv.slot_positions is not None:
             validate.tensor("source.slot_positions", kv.slot_positions, ("1 or batch", kv.k.shape[2]))
         return kv
+
+
+def first_weight(module: nn.Module) -> Tensor | None:
+    """``next(module.parameters())`` without its bookkeeping, which takes longer than a small layer's step."""
+    for weight in module._parameters.values():
+        if weight is not None:
+            return weight
+    found = (first_weight(child) for child in module._modules.values() if child is not None)
+    return next((weight for weight in found if weight is not None), None)
 
 
 def token_positions(x: Float[Tensor, "B T M"], cache: Cache | None) -> Int[Tensor, "#B T"]:

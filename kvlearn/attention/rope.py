@@ -170,12 +170,6 @@ def angular_frequencies(
             raise TypeError(f"config.scaling: expected one of rope.py's scalings, got {type(other).__name__}")
 
 
-def rotate_half(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """(a, b) -> (-b, a) on the two halves: a quarter turn of every pair."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
 class Rope(nn.Module):
     """Rotates the heads of queries or keys by their positions; with a ``config`` of None it rotates nothing.
 
@@ -217,15 +211,21 @@ class Rope(nn.Module):
     def forward(
         self, x: Float[Tensor, "B H T D"], positions: Int[Tensor, "#B T"]
     ) -> Float[Tensor, "B H T D"]:
-        """x · cos(mω) + rotate_half(x) · sin(mω), in fp32 at least, whatever x's dtype."""
+        """(a, b) -> (a cos mω - b sin mω, b cos mω + a sin mω) on the two halves a, b of every head.
+
+        In fp32 at least, whatever x's dtype.
+        """
         if self.config is None:
             return x
         wide, omega = torch.promote_types(x.dtype, torch.float32), self.omega
         if self.config.depends_on_length:
             omega = angular_frequencies(self.head_dim, self.config, omega.dtype, positions.max() + 1)[0]
         angles = positions[:, None, :, None].to(wide) * omega  # (#B, 1, T, D/2)
-        cos, sin = (torch.cat((wave, wave), dim=-1) * self.factor for wave in (angles.cos(), angles.sin()))
-        return (x.to(wide) * cos + rotate_half(x.to(wide)) * sin).to(x.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.factor != 1:
+            cos, sin = cos * self.factor, sin * self.factor
+        a, b = x.to(wide).chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def rotate_naive(

@@ -122,6 +122,11 @@ class SlotCache(Cache):
     def _write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write each new token to its slot; of several for one slot, the last."""
         slots = self.slots(positions)
+        if k.shape[2] == len(slots) == len(self.slot_positions) == 1:  # one slot, the same in every row
+            self.slot_positions.index_copy_(1, slots[0], positions)
+            for buffer, new in zip(self.tensors(), (k, v), strict=False):
+                buffer.index_copy_(2, slots[0], new.detach().to(buffer.dtype))
+            return
         if len(slots) > len(self.slot_positions):
             self.slot_positions = self.slot_positions.repeat(len(slots), 1)
         if k.shape[2] == 1:
@@ -176,6 +181,8 @@ class RingCache(SlotCache):
         super().__init__(batch, n_heads, *sizes, dtype, device, shared, v_head_dim)
 
     def slots(self, positions: Int[Tensor, "#B T"]) -> Int[Tensor, "#B T"]:
+        if not self.n_sinks:
+            return positions % self.window
         in_ring = self.n_sinks + (positions - self.n_sinks) % self.window
         return torch.where(positions < self.n_sinks, positions, in_ring)
 

@@ -66,21 +66,28 @@ def measure_time(fn: Callable[[], object], *, min_run_time: float = 0.2) -> Quar
 
 
 def compare(
-    fns: Mapping[str, Callable[[], object]], *, rounds: int = 9, min_block_time: float = 0.01
+    fns: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 9,
+    min_block_time: float = 0.01,
+    calls: int | None = None,
 ) -> Comparison:
     """Times several functions by turns.
 
-    In each round every function runs once, or as often as fills ``min_block_time`` seconds; the order turns
-    from round to round, so that none always runs behind the same other.
+    In each round every function runs once, or as often as fills ``min_block_time`` seconds; with ``calls``
+    all run that often, after one call to warm up, as functions need whose calls change what they work on.
+    The order turns from round to round, so that none always runs behind the same other.
     """
     validate.positive("rounds", rounds)
     if not fns:
         raise ValueError("fns: expected at least one function, got none")
-    calls = {}
+    if calls is not None:
+        validate.positive("calls", calls)
+    times = {}
     for name, fn in fns.items():
         fn()  # warm up: the first call may compile, allocate and fill caches
-        calls[name] = max(1, math.ceil(min_block_time / max(_seconds(fn, 1), 1e-9)))
-    return by_turns({name: partial(_seconds, fns[name], calls[name]) for name in fns}, rounds)
+        times[name] = calls or max(1, math.ceil(min_block_time / max(_seconds(fn, 1), 1e-9)))
+    return by_turns({name: partial(_seconds, fns[name], times[name]) for name in fns}, rounds)
 
 
 def by_turns(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Comparison:

@@ -23,7 +23,7 @@ STEPS = [
     {"model", "teaching"},
     {"parallel", "serving"},
     {"measure"},
-    {"study"},
+    {"bench", "study"},
     {"plots"},
     {"grading"},
     {"workbench"},

@@ -23,9 +23,11 @@ FAST = [
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    from kvlearn.bench import common
     from kvlearn.measure import provenance, report
 
     monkeypatch.setattr(report, "run_benchmark", lambda name, device: iter(FAST))
+    monkeypatch.setattr(common, "run_parts", lambda parts, seconds: iter(FAST))
     monkeypatch.setattr(results, "results_folders", lambda: [tmp_path])
     monkeypatch.setattr(provenance, "read_bandwidth", lambda device: 1e9)
     return tmp_path
@@ -69,6 +71,7 @@ def test_a_missed_bar_is_printed_and_is_no_failure(fast: Path) -> None:
 def test_recording_writes_what_was_measured(fast: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "all", "--record", "--device", "cpu"])
     assert done.exit_code == 0, done.output
+    assert results.load("models", fast)[0].rows == [row.as_dict() for row in FAST]
     (found,) = results.load("full", fast)
     assert found.rows == [row.as_dict() for row in FAST]
     assert found.command == "kvlearn bench full --record --device cpu"
@@ -85,7 +88,7 @@ def test_a_wrong_argument_exits_2_and_says_what_was_expected(arguments: list[str
 def test_the_list_shows_every_benchmark() -> None:
     done = CliRunner().invoke(app, ["bench", "--list"])
     assert done.exit_code == 0
-    assert all(name in done.output for name in BENCHMARKS)
+    assert all(name in done.output for name in (*BENCHMARKS, "models"))
 
 
 def test_the_benchmark_of_full_attention_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""``kvlearn bench NAME``: every benchmark is a module of this package with a function ``run(device)``.
+"""``kvlearn bench NAME``: every benchmark here is a module of this package with a function ``run(device)``.
 
-It yields rows, each a measured number and, where there is one, the bar it is held against. A new benchmark is
-a module here and a line in ``BENCHMARKS``.
+It yields rows, each a measured number and, where there is one, its bar. New benchmarks go to kvlearn/bench.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -32,7 +32,8 @@ class Row:
     """One measured number in SI units (s, B, B/s, FLOP/s, FLOP/B, tokens/s; x for a ratio), and its bar.
 
     ``bar`` None: measured for the record, nothing to pass. ``spread``: the quartiles behind a median.
-    ``details``: what a plot needs to find the row again (length, batch, …).
+    ``details``: what a plot needs to find the row again (length, batch, …). ``missing``: why there is no
+    number; a row that measured NaN or infinity has none either.
     """
 
     case: str
@@ -42,11 +43,17 @@ class Row:
     relation: Literal[">=", "<=", "=="] = ">="
     spread: Quartiles | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    missing: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no number; empty where there is one."""
+        return self.missing or ("" if math.isfinite(self.measured) else f"measured {self.measured}")
 
     @property
     def passed(self) -> bool | None:
-        """Whether the bar is met; None where there is none."""
-        if self.bar is None:
+        """Whether the bar is met; None where there is no bar, or no number."""
+        if self.bar is None or self.reason:
             return None
         return {
             ">=": self.measured >= self.bar,
@@ -58,13 +65,15 @@ class Row:
         """As results/ keeps it."""
         row: dict[str, Any] = {
             "case": self.case,
-            "measured": self.measured,
+            "measured": None if self.reason else self.measured,
             "unit": self.unit,
             "bar": self.bar,
             "relation": None if self.bar is None else self.relation,
             "pass": self.passed,
             **self.details,
         }
+        if self.reason:
+            return row | {"missing": self.reason}
         if self.spread is not None:
             row |= {"q1": self.spread.q1, "q3": self.spread.q3, "n": self.spread.n}
         return row
@@ -73,6 +82,8 @@ class Row:
         """Case, bar, measured, quartiles and verdict, for a table."""
         sign = {">=": "≥", "<=": "≤", "==": "="}[self.relation]
         bar = "" if self.bar is None else f"{sign} {format_quantity(self.bar, self.unit)}"
+        if self.reason:
+            return self.case, bar, "missing", "", self.reason
         quartiles = (self.spread.q1, self.spread.q3) if self.spread is not None else ()
         spread = " – ".join(format_quantity(q, self.unit) for q in quartiles)
         verdict = {None: "", True: "pass", False: "miss"}[self.passed]
