@@ -81,6 +81,8 @@ class MoEConfig:
         validate.at_most("top_k", self.top_k, self.topk_groups * in_group, "experts in the chosen groups")
         if self.shared_gate and not self.d_ff_shared:
             raise ValueError("shared_gate: expected d_ff_shared above 0 with it, got 0")
+        if not self.sum_eps >= 0:
+            raise ValueError(f"sum_eps: expected at least 0, got {self.sum_eps}")
         if self.limit is not None and self.limit <= 0:
             raise ValueError(f"limit: expected a number above 0, got {self.limit}")
 
@@ -125,6 +127,8 @@ class MoE(nn.Module):
         self.load: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        if not x.numel():  # no token, no expert, and no loss
+            return x
         flat = x.flatten(0, 1)
         weights, chosen = self.route(flat)
         y = self.dispatch(flat, weights.to(x.dtype), chosen).view_as(x)
