@@ -62,17 +62,59 @@ ACTIVATION = {
 }
 
 
-SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim max_position_embeddings sliding_window query_pre_attn_scalar attn_logit_softcapping "
-    "final_logit_softcapping moe_intermediate_size num_experts_per_tok num_local_experts n_routed_experts "
-    "decoder_sparse_step kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim index_topk "
-    "index_n_heads index_head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim "
-    "linear_value_head_dim linear_conv_kernel_dim linear_head_dim linear_num_heads attn_layer_period "
-    "expert_layer_period mamba_d_state mamba_d_conv mamba_expand mamba_dt_rank mamba_n_heads mamba_d_head "
-    "mamba_n_groups state_size conv_kernel expand time_step_rank num_heads n_groups conv_L_cache "
-    "block_multiple_of shared_expert_intermediate_size swiglu_limit"
-).split()  # of all families
+SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "n_routed_experts",
+    "decoder_sparse_step",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_topk",
+    "index_n_heads",
+    "index_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "linear_head_dim",
+    "linear_num_heads",
+    "attn_layer_period",
+    "expert_layer_period",
+    "mamba_d_state",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_dt_rank",
+    "mamba_n_heads",
+    "mamba_d_head",
+    "mamba_n_groups",
+    "state_size",
+    "conv_kernel",
+    "expand",
+    "time_step_rank",
+    "num_heads",
+    "n_groups",
+    "conv_L_cache",
+    "block_multiple_of",
+    "shared_expert_intermediate_size",
+    "swiglu_limit",
+]  # of all families
 
 
 def check_sizes(theirs: Any) -> None:
@@ -171,7 +213,7 @@ def activation(theirs: Any, field: str) -> str:
     return ACTIVATION[name]
 
 
-def rope(parameters: Mapping[str, Any], max_len: int | None = None) -> RopeConfig:
+def rope(parameters: Mapping[str, Any] | None, max_len: int | None = None) -> RopeConfig:
     """RoPE by transformers' ``rope_parameters``, and by ``max_position_embeddings`` where that matters.
 
     Raises ValueError for an unsupported option. ``partial_rotary_factor`` is the attention's: ``rotary_dim``.

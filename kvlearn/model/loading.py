@@ -172,7 +172,7 @@ def configure(family: Family, theirs: Any) -> ModelConfig:
 
 
 def has_own_head(tensors: Mapping[str, Tensor], family: Family) -> bool:
-    """Whether the output has a matrix that differs from the embedding's: it is then not tied, as in theirs."""
+    """Whether the output has a matrix that differs from the embedding's; transformers does not tie it then."""
     pair = [
         tensors[theirs]
         for ours in ("embed.weight", "head.weight")
@@ -198,9 +198,8 @@ def rename(checkpoint: Checkpoint, family: Family, decoder: Decoder) -> dict[str
         if decoder.config.tied and targets == ["head.weight"]:
             continue
         if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"model_or_path: tensor {name!r} expected of {', '.join(map(str, DTYPES))}, got {tensor.dtype}"
-            )
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"model_or_path: tensor {name!r} expected of {known}, got {tensor.dtype}")
         if pattern not in family.wide:
             seen[name] = tensor.dtype
             first, dtype = next(iter(seen.items()))
@@ -286,7 +285,10 @@ class Weights:
 
     def missing(self, name: str, family: Family) -> Iterator[str]:
         """Tensors of theirs that would make ours and were not there."""
-        layer, found = next((part for part in name.split(".") if part.isdigit()), "0"), {*self.sources.values()}
+        layer, found = (
+            next((part for part in name.split(".") if part.isdigit()), "0"),
+            {*self.sources.values()},
+        )
         for pattern, targets in family.names.items():
             for n in {layer, str(int(layer) // 2)}:
                 for e in range(self.wanted[name][0] if pattern.count("{}") > 1 else 1):

@@ -29,9 +29,9 @@ class MoEConfig:
     """The shape and the routing of a mixture of experts.
 
     Each token uses ``top_k`` of ``n_experts`` SwiGLUs, each ``d_ff`` numbers wide. Scores are "softmax" or
-    "sigmoid" of the router's logits; the chosen ones are divided by their sum plus ``sum_eps`` (``normalise``)
-    and multiplied by ``scaling``. With ``limit`` the SwiGLU is gpt-oss's: with g, u the gate and the input, clamped,
-    (u + 1) · g · sigmoid(alpha · g).
+    "sigmoid" of the router's logits; the chosen ones are divided by their sum plus ``sum_eps``
+    (``normalise``) and multiplied by ``scaling``. With ``limit`` the SwiGLU is gpt-oss's: with g, u the gate
+    and the input, clamped, (u + 1) · g · sigmoid(alpha · g).
 
     ``n_groups``: only experts of the ``topk_groups`` best groups can be chosen; a group's score is the sum
     of its ``group_best`` best experts. ``correction`` adds a bias per expert to the scores for the choice,

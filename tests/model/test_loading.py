@@ -213,7 +213,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (lambda w: w.update({UP: w[UP].half()}), f"'{UP}' expected as torch.float32.*got torch.float16"),
         (lambda w: w.update({UP: w[UP].int()}), f"'{UP}' expected of torch.bfloat16.*got torch.int32"),
-        (lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}), f"'{UP}' expected of .*got torch.float8_e4m3fn"),
+        (
+            lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}),
+            f"'{UP}' expected of .*got torch.float8_e4m3fn",
+        ),
         (lambda w: w.update({UP.replace("1", "01"): w[UP].clone()}), r"layers\.01.* is not expected"),
     ],
 )
@@ -232,7 +235,10 @@ EXPERT = "model.layers.0.block_sparse_moe.experts"
             lambda w: w.update({f"{EXPERT}.gate_up_proj": torch.ones(3, 40, 12)}),
             "experts.*is also there as .*experts|is not expected",
         ),
-        (lambda w: w.update({f"{EXPERT}.01.w1.weight": w.pop(f"{EXPERT}.1.w1.weight")}), r"01\.w1.*not expected"),
+        (
+            lambda w: w.update({f"{EXPERT}.01.w1.weight": w.pop(f"{EXPERT}.1.w1.weight")}),
+            r"01\.w1.*not expected",
+        ),
         (lambda w: w.update({f"{EXPERT}.3.w1.weight": w[f"{EXPERT}.1.w1.weight"].clone()}), "there are 3"),
         (lambda w: w.pop(f"{EXPERT}.1.w2.weight"), rf"'{EXPERT}\.1\.w2\.weight' is missing"),
         (
