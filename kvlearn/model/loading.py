@@ -172,7 +172,7 @@ def configure(family: Family, theirs: Any) -> ModelConfig:
 
 
 def has_own_head(tensors: Mapping[str, Tensor], family: Family) -> bool:
-    """Whether the output has a matrix that differs from the embedding's; transformers does not tie it then."""
+    """Whether the output's matrix differs from the embedding's; transformers does not tie it then."""
     pair = [
         tensors[theirs]
         for ours in ("embed.weight", "head.weight")
