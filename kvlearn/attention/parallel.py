@@ -173,7 +173,9 @@ class ParallelMixers(Mechanism):
 
 def new_part(part: Part, d_model: int, n_heads: int, given: Mapping[str, Any]) -> Mechanism:
     """The mechanism that ``part`` names, with those of the options ``given`` that it takes and lacks."""
-    name, own = (part, {}) if isinstance(part, str) else part
+    name, own = part if isinstance(part, tuple | list) and len(part) == 2 else (part, {})
+    if not isinstance(name, str) or not isinstance(own, Mapping):
+        raise ValueError(f"parts: expected names, or pairs of a name and its options, got {part!r}")
     validate.one_of("parts", name, REGISTRY)
     allowed = list(signature(REGISTRY[name]).parameters)[1:]  # after d_model
     options = {**{key: value for key, value in given.items() if key in allowed}, **own}

@@ -63,8 +63,8 @@ class ReleasedAttention(Mechanism):
 
     Cache: B · G · min(max_len, W) · (D + Dv) numbers, all of them read by a step. ``decode``, if set,
     computes the attention of steps of one token, without ``softcap`` and with Dv = D. Raises ValueError for
-    an odd ``rotary_dim`` or one above D, for a ``softcap`` that is not above 0, for an unknown ``qk_norm``,
-    and for a cache for another window.
+    an odd ``rotary_dim`` or one above D, for a ``softcap`` or an F that is not above 0, for an unknown
+    ``qk_norm``, and for a cache for another window.
     Sources: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023), section 2
     (qk_norm); Gemma Team, "Gemma 2" (2024), section 2 (softcap); OpenAI, "gpt-oss" (2025), section 2.2
     (sink_logits); Nakanishi, "Scalable-Softmax" (2025) for queries that grow; Qiu et al., "Gated Attention
@@ -102,10 +102,14 @@ class ReleasedAttention(Mechanism):
         self.v_head_dim = Dv = D if v_head_dim is None else validate.positive("v_head_dim", v_head_dim)
         self.rotary_dim = D if rotary_dim is None else validate.positive("rotary_dim", rotary_dim)
         validate.at_most("rotary_dim", self.rotary_dim, D, "head_dim")
+        if rotary_dim is not None and rotary_dim % 2:
+            raise ValueError(f"rotary_dim: expected an even number, got {rotary_dim}")
         self.window = None if window is None else validate.positive("window", window)
         self.scale = D**-0.5 if scale is None else float(scale)
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap: expected a number above 0, got {softcap}")
+        if query_growth is not None and not (len(query_growth) == 3 and query_growth[1] > 0):
+            raise ValueError(f"query_growth: expected (β, F, o) with F above 0, got {query_growth}")
         self.softcap, self.query_growth = softcap, query_growth
         self.qk_norm = validate.one_of("qk_norm", qk_norm, (None, "head", "width"))
         self.q_proj = nn.Linear(d_model, H * D, bias=qkv_bias)

@@ -155,7 +155,8 @@ def angular_frequencies(
             if truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, head_dim - 1)
-            ramp = (torch.arange(head_dim // 2, dtype=dtype) - first) / max(last - first, 1e-3)
+            width = last - first or 1e-3  # negative if ``beta_fast`` is the smaller
+            ramp = (torch.arange(head_dim // 2, dtype=dtype) - first) / width
             keep = 1 - ramp.clamp(0, 1)
             sharper = 0.1 * math.log(factor) + 1 if attention_factor is None else attention_factor
             return keep * omega + (1 - keep) * omega / factor, sharper

@@ -197,6 +197,8 @@ def _frozen(value: Any) -> Any:
         return str(value)
     if isinstance(value, Spec):
         return (value.name, value.to_dict())
+    if isinstance(value, dict):
+        return {name: _frozen(each) for name, each in value.items()}
     return tuple(_frozen(each) for each in value) if isinstance(value, list | tuple) else value
 
 

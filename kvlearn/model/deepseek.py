@@ -21,6 +21,7 @@ from kvlearn.model.families import (
     Family,
     decoder_config,
     expect,
+    expect_silu,
     has_angles,
     rope,
 )
@@ -63,7 +64,10 @@ WIDE = (
 
 def deepseek(theirs: Any) -> ModelConfig:
     """The shape of a DeepSeek-V2, V3 or V3.2, from its configuration in transformers."""
-    expect(theirs, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    expect(theirs, attention_bias=False)
+    if theirs.model_type != "deepseek_v3":  # which has no such option
+        expect(theirs, mlp_bias=False)
+    expect_silu(theirs)
     parameters, sharper = yarn_scale(theirs.rope_parameters)
     scale = (theirs.qk_nope_head_dim + theirs.qk_rope_head_dim) ** -0.5 * sharper
     options = {
@@ -78,8 +82,8 @@ def deepseek(theirs: Any) -> ModelConfig:
         index = {"index_heads": theirs.index_n_heads, "index_dim": theirs.index_head_dim}
         mixer = Spec("dsa", **options, **index, top_k=theirs.index_topk)
     layers = range(theirs.num_hidden_layers)
-    if (kinds := getattr(theirs, "mlp_layer_types", None)) is not None:
-        dense = tuple(n for n in layers if kinds[n] == "dense")
+    if theirs.model_type == "deepseek_v32":
+        dense = tuple(n for n in layers if theirs.mlp_layer_types[n] != "sparse")
     else:
         dense = tuple(layers[: theirs.first_k_dense_replace])
     return decoder_config(

@@ -62,11 +62,90 @@ ACTIVATION = {
 }
 
 
+SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "n_routed_experts",
+    "decoder_sparse_step",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_topk",
+    "index_n_heads",
+    "index_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "linear_head_dim",
+    "linear_num_heads",
+    "attn_layer_period",
+    "expert_layer_period",
+    "mamba_d_state",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_dt_rank",
+    "mamba_n_heads",
+    "mamba_d_head",
+    "mamba_n_groups",
+    "state_size",
+    "conv_kernel",
+    "expand",
+    "time_step_rank",
+    "num_heads",
+    "n_groups",
+    "conv_L_cache",
+    "block_multiple_of",
+    "shared_expert_intermediate_size",
+    "swiglu_limit",
+]  # of all families
+
+
+def check_sizes(theirs: Any) -> None:
+    """Raise ValueError for a size in their configuration that is not above 0, or does not divide another."""
+    own_names = getattr(theirs, "attribute_map", {})
+    for name in SIZES:
+        if (size := getattr(theirs, name, None)) is not None and not size > 0:
+            name = own_names.get(name, name)
+            raise ValueError(f"config: {name}={size!r} is not supported, expected a number above 0")
+    for part, whole in (
+        ("num_key_value_heads", "num_attention_heads"),
+        ("linear_num_key_heads", "linear_num_value_heads"),
+        ("mamba_n_groups", "mamba_n_heads"),
+        ("n_groups", "num_heads"),
+    ):
+        few, many = getattr(theirs, part, None), getattr(theirs, whole, None)
+        if few and many and many % few:
+            raise ValueError(f"config: {part}={few} is not supported, expected a divisor of {whole}={many}")
+
+
 def expect(theirs: Any, **fields: Any) -> None:
     """Raise ValueError for a field of their configuration that is set to anything but this."""
     for name, value in fields.items():
         if (got := getattr(theirs, name, value)) != value:
             raise ValueError(f"config: {name}={got!r} is not supported, expected {value!r}")
+
+
+def expect_silu(theirs: Any, field: str = "hidden_act") -> None:
+    """Raise ValueError for an activation that is not SiLU, by whatever name."""
+    if activation(theirs, field) != "silu":
+        raise ValueError(f"config: {field}={getattr(theirs, field)!r} is not supported, expected 'silu'")
 
 
 def head_dim(theirs: Any) -> int:
@@ -91,6 +170,11 @@ def attention(theirs: Any, **options: Any) -> Spec:
 def by_layer_type(theirs: Any, spec: Callable[[str, int | None], Spec]) -> tuple[Spec, ...]:
     """``spec(layer type, its window)`` of every layer, as the shortest pattern that repeats to all."""
     specs = []
+    if theirs.layer_types is None or len(theirs.layer_types) < theirs.num_hidden_layers:
+        raise ValueError(
+            f"config: layer_types={theirs.layer_types!r} is not supported, expected one per layer of "
+            f"num_hidden_layers={theirs.num_hidden_layers}"
+        )
     for kind in theirs.layer_types[: theirs.num_hidden_layers]:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"config: layer_types: {kind!r} is not supported")
@@ -129,11 +213,13 @@ def activation(theirs: Any, field: str) -> str:
     return ACTIVATION[name]
 
 
-def rope(parameters: Mapping[str, Any], max_len: int | None = None) -> RopeConfig:
+def rope(parameters: Mapping[str, Any] | None, max_len: int | None = None) -> RopeConfig:
     """RoPE by transformers' ``rope_parameters``, and by ``max_position_embeddings`` where that matters.
 
     Raises ValueError for an unsupported option. ``partial_rotary_factor`` is the attention's: ``rotary_dim``.
     """
+    if not parameters or parameters.get("rope_theta") is None:
+        raise ValueError(f"config: rope_parameters: rope_theta is missing in {parameters!r}")
     left = {name: value for name, value in parameters.items() if value is not None}
     theta, kind = left.pop("rope_theta"), left.pop("rope_type", "default")
     original = left.pop("original_max_position_embeddings", max_len)
@@ -154,11 +240,11 @@ def rope(parameters: Mapping[str, Any], max_len: int | None = None) -> RopeConfi
             case "yarn":
                 options = ("beta_fast", "beta_slow", "attention_factor", "truncate")
                 given = {name: left.pop(name) for name in options if name in left}
-                if "mscale" in left and "mscale_all_dim" in left:
-                    ratio = yarn_growth(left["factor"], left.pop("mscale"))
-                    ratio /= yarn_growth(left["factor"], left.pop("mscale_all_dim"))
-                    given.setdefault("attention_factor", ratio)
-                scaling = YarnScaling(left.pop("factor"), original, **given)
+                factor, scales = left.pop("factor"), [left.pop(n, 0) for n in ("mscale", "mscale_all_dim")]
+                if all(scales):  # one alone changes nothing
+                    growth, all_dim = (yarn_growth(factor, scale) for scale in scales)
+                    given.setdefault("attention_factor", growth / all_dim)
+                scaling = YarnScaling(factor, original, **given)
             case "longrope":
                 scaling = longrope(left, original, max_len)
             case _:
@@ -250,6 +336,10 @@ def mistral(theirs: Any) -> ModelConfig:
 def ministral3(theirs: Any) -> ModelConfig:
     """Ministral 3: a Mistral whose queries grow with their position."""
     parameters = dict(theirs.rope_parameters)
+    parameters.pop("max_position_embeddings", None)  # a copy of the field beside ``rope_parameters``
+    for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        if parameters.get(name) is None:
+            raise ValueError(f"config: rope_parameters: {name} is missing")
     growth = (parameters.pop("llama_4_scaling_beta"), parameters["original_max_position_embeddings"], 0)
     layer = attention(theirs, window=theirs.sliding_window, query_growth=growth)
     return decoder_config(theirs, layer, rope=rope(parameters, theirs.max_position_embeddings))
@@ -332,8 +422,14 @@ PHI3 = {
 
 def rotary_dim(theirs: Any) -> int | None:
     """How many coordinates of a head RoPE turns, by ``partial_rotary_factor``; None for all."""
-    share = theirs.rope_parameters.get("partial_rotary_factor") or 1.0
-    return int(head_dim(theirs) * share) if share != 1 else None
+    share, width = theirs.rope_parameters.get("partial_rotary_factor") or 1.0, head_dim(theirs)
+    turned = int(width * share)
+    if share != 1 and (turned < 2 or turned % 2):
+        raise ValueError(
+            f"config: partial_rotary_factor={share} is not supported with head_dim={width}: expected an even "
+            f"number of rotated coordinates, got {turned}"
+        )
+    return turned if share != 1 else None
 
 
 def partial_rope(theirs: Any) -> RopeConfig:

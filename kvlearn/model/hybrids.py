@@ -27,8 +27,11 @@ from kvlearn.model.families import (
     attention,
     decoder_config,
     expect,
+    expect_silu,
     of_layers,
+    partial_rope,
     rope,
+    rotary_dim,
     same,
 )
 from kvlearn.model.moe import MoEConfig
@@ -85,9 +88,8 @@ QWEN3_NEXT: dict[str, str | Sequence[str]] = {
 
 def qwen3_next(theirs: Any) -> ModelConfig:
     """The shape of a Qwen3-Next, from its configuration in transformers."""
-    expect(theirs, attention_bias=False, hidden_act="silu")
-    parameters = dict(theirs.rope_parameters)
-    rotary_dim = int(theirs.head_dim * parameters.pop("partial_rotary_factor", 1.0))
+    expect(theirs, attention_bias=False)
+    expect_silu(theirs)
     kinds = {
         "linear_attention": Spec(
             "gated_delta",
@@ -98,7 +100,7 @@ def qwen3_next(theirs: Any) -> ModelConfig:
             conv=theirs.linear_conv_kernel_dim,
             norm_eps=theirs.rms_norm_eps,
         ),
-        "full_attention": attention(theirs, rotary_dim=rotary_dim, qk_norm="head", gate=True),
+        "full_attention": attention(theirs, rotary_dim=rotary_dim(theirs), qk_norm="head", gate=True),
     }
     sparse = [
         theirs.num_experts > 0
@@ -117,7 +119,7 @@ def qwen3_next(theirs: Any) -> ModelConfig:
     return decoder_config(
         theirs,
         [kinds[kind] for kind in theirs.layer_types],
-        rope=rope(parameters, theirs.max_position_embeddings),
+        rope=partial_rope(theirs),
         **sparse_layers(experts, sparse),
     )
 
@@ -183,7 +185,8 @@ JAMBA = {
 
 def jamba(theirs: Any) -> ModelConfig:
     """The shape of a Jamba, from its configuration in transformers."""
-    expect(theirs, mamba_proj_bias=False, hidden_act="silu")
+    expect(theirs, mamba_proj_bias=False)
+    expect_silu(theirs)
     mamba = Spec(
         "mamba",
         expand=theirs.mamba_expand,
@@ -233,10 +236,8 @@ FALCON_H1 = {
 
 def falcon_h1(theirs: Any) -> ModelConfig:
     """The shape of a Falcon-H1, from its configuration in transformers."""
-    expect(
-        theirs, attention_bias=False, mlp_bias=False, mamba_proj_bias=False, projectors_bias=False,
-        hidden_act="silu",
-    )  # fmt: skip
+    expect(theirs, attention_bias=False, mlp_bias=False, mamba_proj_bias=False, projectors_bias=False)
+    expect_silu(theirs)
     limits = tuple(float(bound) for bound in theirs.time_step_limit)
     norm = "norm_gate" if theirs.mamba_norm_before_gate else "gate_norm"
     options = {} if limits == (0, math.inf) else {"dt_limit": limits}
@@ -335,7 +336,8 @@ KIMI_LINEAR = {
 
 def kimi_linear(theirs: Any) -> ModelConfig:
     """The shape of a Kimi-Linear, from its configuration in transformers."""
-    expect(theirs, attention_bias=False, hidden_act="silu")
+    expect(theirs, attention_bias=False)
+    expect_silu(theirs)
     kinds = {
         "linear_attention": Spec(
             "kda",
@@ -371,6 +373,7 @@ def kimi_linear(theirs: Any) -> ModelConfig:
         [kinds[kind] for kind in theirs.layer_types],
         head_dim=None,
         rope=None,
+        tied=False,  # theirs ignores ``tie_word_embeddings``
         **sparse_layers(experts, [kind == "sparse" for kind in theirs.mlp_layer_types]),
     )
 
@@ -441,6 +444,7 @@ def lfm2_moe(theirs: Any) -> ModelConfig:
         theirs.moe_intermediate_size,
         "sigmoid",
         normalise=theirs.norm_topk_prob,
+        sum_eps=1e-6,
         scaling=theirs.routed_scaling_factor,
         correction=theirs.use_expert_bias,
     )

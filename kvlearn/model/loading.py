@@ -8,7 +8,7 @@ a model in memory are copied once, so that the two models are independent. Pickl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvlearn.model.config import ModelConfig
 from kvlearn.model.decoder import Decoder
-from kvlearn.model.families import FAMILIES, Family
+from kvlearn.model.families import FAMILIES, Family, check_sizes
 
 INDEX = "model.safetensors.index.json"
 
@@ -28,8 +29,8 @@ class Checkpoint:
     """A model of transformers: its configuration, its tensors, and what ends a text that it generates."""
 
     config: Any
-    tensors: Iterable[tuple[str, Tensor]]
-    stop_tokens: int | Sequence[int] | None
+    tensors: Mapping[str, Tensor]
+    stop_tokens: Any
     pad_token: int | None
     in_memory: bool
 
@@ -50,10 +51,10 @@ def from_transformers(model_or_path: Any) -> Decoder:
     else:
         checkpoint = read_model(model_or_path)
     family = FAMILIES[checkpoint.config.model_type]
-    config = family.configure(checkpoint.config)
-    stop = checkpoint.stop_tokens
-    stop = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
-    config = replace(config, stop_tokens=stop, pad_token=checkpoint.pad_token)
+    config = configure(family, checkpoint.config)
+    stop = stop_tokens(checkpoint.stop_tokens)
+    tied = config.tied and not has_own_head(checkpoint.tensors, family)
+    config = replace(config, stop_tokens=stop, pad_token=checkpoint.pad_token, tied=tied)
     with torch.device("meta"):  # no memory, no random numbers
         decoder = Decoder(config)
     return assign(decoder, rename(checkpoint, family, decoder)).eval()
@@ -64,7 +65,7 @@ def from_transformers(model_or_path: Any) -> Decoder:
 
 def check_family(model_type: Any) -> str:
     """``model_type``, if it is one of ``FAMILIES``."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model_or_path: expected a model of {known}; got model_type {model_type!r}")
     return model_type
@@ -77,7 +78,7 @@ def read_model(model: Any) -> Checkpoint:
     tensors = family.weights(model) if family.weights else model.state_dict()
     generation = getattr(model, "generation_config", None) or config
     stop, pad = (getattr(generation, name, None) for name in ("eos_token_id", "pad_token_id"))
-    return Checkpoint(config, tensors.items(), stop, pad, True)
+    return Checkpoint(config, tensors, stop, pad, True)
 
 
 def read_folder(folder: Path) -> Checkpoint:
@@ -99,7 +100,15 @@ def read_folder(folder: Path) -> Checkpoint:
     generation = folder / "generation_config.json"
     ends = read_json(generation) if generation.is_file() else {}
     stop, pad = (ends.get(name, getattr(config, name, None)) for name in ("eos_token_id", "pad_token_id"))
-    return Checkpoint(config, read_files(files_of(folder)), stop, pad, False)
+    return Checkpoint(config, dict(read_files(files_of(folder))), stop, pad, False)
+
+
+def stop_tokens(given: Any) -> tuple[int, ...]:
+    """``eos_token_id``, a number, several or None, as a tuple."""
+    tokens = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"eos_token_id: expected integers, got {given!r}")
+    return tokens
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,14 +158,37 @@ def read_files(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path.name}: damaged, or no safetensors file: {error}") from error
 
 
+def configure(family: Family, theirs: Any) -> ModelConfig:
+    """Our configuration, from theirs. Raises ValueError for one that ours cannot express."""
+    try:
+        check_sizes(theirs)
+        return family.configure(theirs)
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"config: a field is missing or of the wrong type: {kind}: {error}") from error
+
+
 # Renaming
+
+
+def has_own_head(tensors: Mapping[str, Tensor], family: Family) -> bool:
+    """Whether the output's matrix differs from the embedding's; transformers does not tie it then."""
+    pair = [
+        tensors[theirs]
+        for ours in ("embed.weight", "head.weight")
+        for theirs, target in family.names.items()
+        if target == ours and theirs in tensors
+    ]
+    if len(pair) < 2 or pair[0].data_ptr() == pair[1].data_ptr():
+        return False
+    return pair[0].dtype != pair[1].dtype or not torch.equal(*pair)
 
 
 def rename(checkpoint: Checkpoint, family: Family, decoder: Decoder) -> dict[str, Tensor]:
     """Their tensors by our names, in our form. Raises ValueError for a name, shape or dtype that is wrong."""
     ours, model_type = Weights(decoder), checkpoint.config.model_type
     seen: dict[str, torch.dtype] = {}
-    for name, tensor in checkpoint.tensors:
+    for name, tensor in checkpoint.tensors.items():
         if family.ignore is not None and family.ignore(name, checkpoint.config):
             continue
         pattern, numbers = re.sub(NUMBER, "{}", name), re.findall(NUMBER, name)
@@ -165,8 +197,9 @@ def rename(checkpoint: Checkpoint, family: Family, decoder: Decoder) -> dict[str
         targets = targets_of(family.names[pattern], numbers)
         if decoder.config.tied and targets == ["head.weight"]:
             continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"model_or_path: tensor {name!r} expected of floating point, got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"model_or_path: tensor {name!r} expected of {known}, got {tensor.dtype}")
         if pattern not in family.wide:
             seen[name] = tensor.dtype
             first, dtype = next(iter(seen.items()))
@@ -191,7 +224,8 @@ def rename(checkpoint: Checkpoint, family: Family, decoder: Decoder) -> dict[str
     return {n: t if n in ours.buffers else t.to(dtype) for n, t in ours.tensors.items()}
 
 
-NUMBER = r"(?<=\.)\d+(?=\.|$)"
+NUMBER = r"(?<=\.)(?:0|[1-9]\d*)(?=\.|$)"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def targets_of(targets: str | Sequence[str], numbers: Sequence[str]) -> list[str]:
@@ -216,7 +250,7 @@ class Weights:
         self.buffers = {name for name, _ in decoder.named_buffers()}
         self.tensors: dict[str, Tensor] = {}
         self.filled: dict[str, int] = {}  # numbers written to stacks, which are put together from several
-        self.sources: set[str] = set()
+        self.sources: dict[str, str] = {}  # by target
 
     def put(self, target: str, piece: Tensor, source: str) -> None:
         """``piece`` of the tensor ``source`` as our tensor ``target``, or as the part of it in brackets."""
@@ -225,7 +259,11 @@ class Weights:
             raise ValueError(
                 f"model_or_path: tensor {source!r} is not expected with this configuration (as {name!r})"
             )
-        self.sources.add(source)
+        if name in self.tensors and (not place or name not in self.filled or target in self.sources):
+            given = (theirs for ours, theirs in self.sources.items() if ours.partition("[")[0] == name)
+            other = self.sources.get(target) or next(given)
+            raise ValueError(f"model_or_path: tensor {source!r} is also there as {other!r}")
+        self.sources[target] = source
         shape = self.wanted[name]
         if not place:
             check_shape(source, piece, shape)
@@ -247,12 +285,15 @@ class Weights:
 
     def missing(self, name: str, family: Family) -> Iterator[str]:
         """Tensors of theirs that would make ours and were not there."""
-        layer = next((part for part in name.split(".") if part.isdigit()), "0")
+        layer, found = (
+            next((part for part in name.split(".") if part.isdigit()), "0"),
+            {*self.sources.values()},
+        )
         for pattern, targets in family.names.items():
             for n in {layer, str(int(layer) // 2)}:
                 for e in range(self.wanted[name][0] if pattern.count("{}") > 1 else 1):
                     ours = [target.partition("[")[0] for target in targets_of(targets, (n, str(e)))]
-                    if name in ours and (theirs := pattern.format(n, e)) not in self.sources:
+                    if name in ours and (theirs := pattern.format(n, e)) not in found:
                         yield theirs
 
 

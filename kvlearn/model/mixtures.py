@@ -17,7 +17,7 @@ from kvlearn.model.families import (
     attention,
     by_layer_type,
     decoder_config,
-    expect,
+    expect_silu,
     of_layers,
 )
 from kvlearn.model.moe import MoEConfig
@@ -68,14 +68,14 @@ MIXTRAL = {
 
 def mixtral(theirs: Any) -> ModelConfig:
     """Mixtral: each token uses the SwiGLUs of two experts of eight."""
-    expect(theirs, hidden_act="silu")
+    expect_silu(theirs)
     experts = MoEConfig(theirs.num_local_experts, theirs.num_experts_per_tok, theirs.intermediate_size)
     return decoder_config(theirs, attention(theirs, window=theirs.sliding_window), experts=experts)
 
 
 def qwen3_moe(theirs: Any) -> ModelConfig:
     """Qwen 3's mixtures: every ``decoder_sparse_step``-th layer has experts, except ``mlp_only_layers``."""
-    expect(theirs, hidden_act="silu")
+    expect_silu(theirs)
     layers, step = range(theirs.num_hidden_layers), theirs.decoder_sparse_step
     dense = tuple(n for n in layers if n in theirs.mlp_only_layers or (n + 1) % step)
     experts = MoEConfig(

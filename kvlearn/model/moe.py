@@ -29,9 +29,9 @@ class MoEConfig:
     """The shape and the routing of a mixture of experts.
 
     Each token uses ``top_k`` of ``n_experts`` SwiGLUs, each ``d_ff`` numbers wide. Scores are "softmax" or
-    "sigmoid" of the router's logits; the chosen ones are divided by their sum (``normalise``) and multiplied
-    by ``scaling``. With ``limit`` the SwiGLU is gpt-oss's: with g, u the gate and the input, clamped,
-    (u + 1) · g · sigmoid(alpha · g).
+    "sigmoid" of the router's logits; the chosen ones are divided by their sum plus ``sum_eps``
+    (``normalise``) and multiplied by ``scaling``. With ``limit`` the SwiGLU is gpt-oss's: with g, u the gate
+    and the input, clamped, (u + 1) · g · sigmoid(alpha · g).
 
     ``n_groups``: only experts of the ``topk_groups`` best groups can be chosen; a group's score is the sum
     of its ``group_best`` best experts. ``correction`` adds a bias per expert to the scores for the choice,
@@ -67,6 +67,7 @@ class MoEConfig:
     bias: bool = False
     limit: float | None = None
     alpha: float = 1.702
+    sum_eps: float = 1e-20
 
     def __post_init__(self) -> None:
         for name in ("n_experts", "top_k", "d_ff", "n_groups", "topk_groups", "group_best"):
@@ -80,6 +81,8 @@ class MoEConfig:
         validate.at_most("top_k", self.top_k, self.topk_groups * in_group, "experts in the chosen groups")
         if self.shared_gate and not self.d_ff_shared:
             raise ValueError("shared_gate: expected d_ff_shared above 0 with it, got 0")
+        if not self.sum_eps >= 0:
+            raise ValueError(f"sum_eps: expected at least 0, got {self.sum_eps}")
         if self.limit is not None and self.limit <= 0:
             raise ValueError(f"limit: expected a number above 0, got {self.limit}")
 
@@ -124,6 +127,8 @@ class MoE(nn.Module):
         self.load: Tensor | None = None
 
     def forward(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        if not x.numel():  # no token, no expert, and no loss
+            return x
         flat = x.flatten(0, 1)
         weights, chosen = self.route(flat)
         y = self.dispatch(flat, weights.to(x.dtype), chosen).view_as(x)
@@ -151,7 +156,7 @@ class MoE(nn.Module):
             self.load = chosen.flatten().bincount(minlength=c.n_experts)
         weights = scores.gather(1, chosen)
         if c.normalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(-1, keepdim=True) + c.sum_eps)
         return weights * c.scaling, chosen
 
     def dispatch(
@@ -192,7 +197,7 @@ class MoE(nn.Module):
             groups.sort(key=lambda group: -sum(sorted(ranked[e] for e in group)[-c.group_best :]))
             allowed = [e for group in groups[: c.topk_groups] for e in group]
             chosen = sorted(allowed, key=lambda e: -ranked[e])[: c.top_k]
-            total = sum(scores[e] for e in chosen) if c.normalise else 1.0
+            total = sum(scores[e] for e in chosen) + c.sum_eps if c.normalise else 1.0
             for e in chosen:
                 inside = p["gate_up_proj.weight"][e] @ token
                 if c.bias:

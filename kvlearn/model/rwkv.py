@@ -42,13 +42,13 @@ def rwkv(theirs: Any) -> ModelConfig:
     """The shape of an RWKV-4, from its configuration in transformers."""
     if theirs.attention_hidden_size != theirs.hidden_size:
         raise ValueError(
-            f"model_or_path: expected attention_hidden_size = hidden_size = {theirs.hidden_size}, got "
-            f"{theirs.attention_hidden_size}"
+            f"config: attention_hidden_size={theirs.attention_hidden_size} is not supported, expected "
+            f"hidden_size={theirs.hidden_size}"
         )
     if theirs.layer_norm_epsilon != 1e-5:
         raise ValueError(
-            f"model_or_path: expected layer_norm_epsilon 1e-05, which their last norm has in any case, got "
-            f"{theirs.layer_norm_epsilon}"
+            f"config: layer_norm_epsilon={theirs.layer_norm_epsilon} is not supported, expected 1e-05, which "
+            "their last norm has in any case"
         )
     return ModelConfig(
         vocab_size=theirs.vocab_size,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvlearn.model.config import ModelConfig, Spec
-from kvlearn.model.families import FAMILIES, Family
+from kvlearn.model.families import FAMILIES, Family, expect, expect_silu
 
 BOTH = {
     "backbone.embeddings.weight": "embed.weight",
@@ -77,10 +77,8 @@ def mamba2(theirs: Any) -> ModelConfig:
 
 def options_of(theirs: Any) -> dict[str, Any]:
     """The options of both mixers. Raises ValueError that names an unsupported one."""
-    if theirs.use_bias:
-        raise ValueError("model_or_path: expected projections without biases, got use_bias=True")
-    if theirs.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"model_or_path: expected hidden_act 'silu', got {theirs.hidden_act!r}")
+    expect(theirs, use_bias=False)
+    expect_silu(theirs)
     return {
         "expand": theirs.expand,
         "d_state": theirs.state_size,

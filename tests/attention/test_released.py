@@ -86,7 +86,9 @@ def test_angles_change_where_a_call_ends_past_the_original_length(scaling: Any) 
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"rotary_dim": 3}, "head_dim: expected an even number"),
+        ({"rotary_dim": 3}, "rotary_dim: expected an even number"),
+        ({"query_growth": (0.5, 0, 1)}, "query_growth: expected .* with F above 0"),
+        ({"query_growth": (0.5, 4)}, "query_growth: expected"),
         ({"rotary_dim": 10}, "rotary_dim: expected at most 8"),
         ({"softcap": 0.0}, "softcap: expected a number above 0"),
         ({"qk_norm": "all"}, "qk_norm: expected one of"),

@@ -20,6 +20,12 @@ HYBRIDS: dict[str, list[str | Spec]] = {
     "attention and a state in one layer": [
         Spec("parallel", parts=[Spec("mamba2", n_heads=6, d_state=5), "gqa"], normalise=True)
     ],
+    "parts within a part": [
+        Spec(
+            "parallel",
+            parts=[Spec("parallel", parts=["full", Spec("mamba2", n_heads=6, dt_limit=(0.1, 0.5))])],
+        )
+    ],
     "other heads in one of the layers": [Spec("delta", n_heads=6, head_dim=4), "full"],
     "compressed, selected and a window": ["nsa", "window"],
 }

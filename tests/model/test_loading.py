@@ -1,6 +1,7 @@
 """Loading models of transformers: folders, damaged files, tensors that do not fit, memory and time."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import kvlearn
 from kvlearn.attention import LinearScaling
@@ -112,6 +113,15 @@ def test_tied_weights_are_one_matrix_whether_the_file_has_one_or_two(tmp_path: P
         assert torch.equal(kvlearn.from_transformers(tmp_path)(prompt()), ours(prompt()))
 
 
+def test_a_second_matrix_that_differs_is_not_tied_whatever_the_configuration_says(tmp_path: Path) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    change(tmp_path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    theirs, ours = LlamaForCausalLM.from_pretrained(tmp_path).eval(), kvlearn.from_transformers(tmp_path)
+    assert not ours.config.tied
+    with torch.no_grad():
+        torch.testing.assert_close(ours(prompt()), theirs(prompt()).logits)
+
+
 def test_stop_tokens_come_from_the_generation_configuration_first(folder: Path) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     change_config(folder, eos_token_id=3)
@@ -155,10 +165,16 @@ def test_a_damaged_configuration_is_refused(folder: Path, text: str) -> None:
     refused(folder, r"config\.json: expected")
 
 
-@pytest.mark.parametrize("model_type", ["gpt7", None, 3])
+@pytest.mark.parametrize("model_type", ["gpt7", None, 3, ["llama"]])
 def test_an_unknown_family_is_refused_by_name(folder: Path, model_type: Any) -> None:
     change_config(folder, model_type=model_type)
-    refused(folder, f"model_type {model_type!r}")
+    refused(folder, re.escape(f"model_type {model_type!r}"))
+
+
+@pytest.mark.parametrize("stop", ["</s>", 1.5, [[1]], [1, None]])
+def test_stop_tokens_that_are_no_integers_are_refused(folder: Path, stop: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    refused(folder, "eos_token_id: expected integers")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +184,9 @@ def test_an_unknown_family_is_refused_by_name(folder: Path, model_type: Any) -> 
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh'"),
         ({"hidden_size": "wide"}, "hidden_size"),
-        ({"num_key_value_heads": 2}, "n_kv_heads"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
     ],
 )
 def test_a_configuration_that_cannot_be_built_is_refused_by_its_field(
@@ -194,12 +212,49 @@ UP = "model.layers.1.mlp.up_proj.weight"
             rf"'{UP}' expected with shape \(20, 12\), got \(19, 12\)",
         ),
         (lambda w: w.update({UP: w[UP].half()}), f"'{UP}' expected as torch.float32.*got torch.float16"),
-        (lambda w: w.update({UP: w[UP].int()}), f"'{UP}' expected of floating point, got torch.int32"),
+        (lambda w: w.update({UP: w[UP].int()}), f"'{UP}' expected of torch.bfloat16.*got torch.int32"),
+        (
+            lambda w: w.update({UP: w[UP].to(torch.float8_e4m3fn)}),
+            f"'{UP}' expected of .*got torch.float8_e4m3fn",
+        ),
+        (lambda w: w.update({UP.replace("1", "01"): w[UP].clone()}), r"layers\.01.* is not expected"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_refused_by_name(folder: Path, edit: Any, names: str) -> None:
     change(folder, edit)
     refused(folder, names)
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts"
+
+
+@pytest.mark.parametrize(
+    ("edit", "names"),
+    [
+        (
+            lambda w: w.update({f"{EXPERT}.gate_up_proj": torch.ones(3, 40, 12)}),
+            "experts.*is also there as .*experts|is not expected",
+        ),
+        (
+            lambda w: w.update({f"{EXPERT}.01.w1.weight": w.pop(f"{EXPERT}.1.w1.weight")}),
+            r"01\.w1.*not expected",
+        ),
+        (lambda w: w.update({f"{EXPERT}.3.w1.weight": w[f"{EXPERT}.1.w1.weight"].clone()}), "there are 3"),
+        (lambda w: w.pop(f"{EXPERT}.1.w2.weight"), rf"'{EXPERT}\.1\.w2\.weight' is missing"),
+        (
+            lambda w: w.update(
+                {"model.layers.0.mlp.experts.1.up_proj.weight": w[f"{EXPERT}.1.w3.weight"].clone()}
+            ),
+            "is also there as",
+        ),
+    ],
+)
+def test_experts_are_each_there_once(tmp_path: Path, edit: Any, names: str) -> None:
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_local_experts": 3}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    MixtralForCausalLM(MixtralConfig(vocab_size=31, **sizes, **heads)).save_pretrained(tmp_path)
+    change(tmp_path, edit)
+    refused(tmp_path, names)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])

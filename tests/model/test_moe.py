@@ -22,6 +22,7 @@ SHAPES = {
     "sigmoid, corrected": MoEConfig(
         12, 2, 8, "sigmoid", n_groups=3, topk_groups=1, group_best=2, correction=True, scaling=0.5
     ),
+    "a sum that may be small": MoEConfig(3, 1, 8, "sigmoid", sum_eps=0.5),
     "gated shared": MoEConfig(5, 3, 8, d_ff_shared=4, shared_gate=True),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
@@ -43,7 +44,7 @@ def tokens(batch: int = 2, time: int = 9, seed: int = 1) -> Tensor:
 @every_shape
 def test_tokens_sorted_by_expert_give_what_a_loop_over_tokens_gives(shape: str) -> None:
     moe = layer(SHAPES[shape])
-    for x in (tokens(), tokens(1, 1), tokens(3, 1)):
+    for x in (tokens(), tokens(1, 1), tokens(3, 1), tokens(2, 0), tokens(0, 3)):
         torch.testing.assert_close(moe(x), moe.naive(x), atol=2e-5, rtol=2e-5)
 
 

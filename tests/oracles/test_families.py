@@ -253,7 +253,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "DeepseekV32",
         "DeepseekV32",
         {**LATENT, **INDEX, "n_group": 3, "topk_group": 2},
-        {**LATENT_2, **INDEX, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["sparse", "dense"]},
+        {
+            **LATENT_2,
+            **INDEX,
+            "index_topk": 7,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["sparse", "dense"],
+        },
     ),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -326,6 +333,41 @@ def test_a_folder_gives_what_the_model_in_memory_gives(family: str, shape: int, 
     assert all(torch.equal(weight, weights[name]) for name, weight in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mscale": 0.7},
+        {"mscale_all_dim": 0.7},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"attention_factor": 1.3, "truncate": False},
+        {"beta_fast": 0.1, "beta_slow": 0.8, "original_max_position_embeddings": 64},
+        {"original_max_position_embeddings": 4},
+    ],
+    ids=str,
+)
+def test_yarn_is_theirs_with_any_of_its_options(options: dict[str, Any]) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 8}
+    theirs = build("llama", head_dim=14, rope_parameters={**yarn, **options})
+    with torch.no_grad():
+        close(kvlearn.from_transformers(theirs)(prompt()), theirs(prompt()).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        # A copy of a field within RoPE's parameters, as in Ministral 3's default configuration.
+        ("ministral3", {"rope_parameters": {**GROWING, "type": "yarn", "max_position_embeddings": 128}}),
+        ("mixtral", {"hidden_act": "swish"}),
+        ("deepseek_v3", {"mlp_layer_types": ["sparse"] * 3}),  # a field that V3 does not have
+        ("phi3", {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    ],
+)
+def test_fields_without_an_effect_of_their_own_change_nothing(family: str, options: dict[str, Any]) -> None:
+    theirs = build(family, **options)
+    with torch.no_grad():
+        close(kvlearn.from_transformers(theirs)(prompt()), theirs(prompt()).logits)
+
+
 LONG = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 3.0},
     "longrope": {
@@ -376,6 +418,14 @@ def test_generation_is_theirs_where_a_text_becomes_long(kind: str) -> None:
         ("mixtral", "hidden_act", "gelu"),
         ("deepseek_v3", "attention_bias", True),
         ("deepseek_v2", "topk_method", "noaux_tc"),
+        ("qwen2", "layer_types", ["full_attention"]),
+        ("qwen2", "layer_types", None),
+        ("glm", "head_dim", 10),
+        ("ministral3", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
+        ("llama", "rope_parameters", None),
+        ("gemma2", "attn_logit_softcapping", 0.0),
+        ("gpt_oss", "swiglu_limit", -1.0),
+        ("deepseek_v3", "kv_lora_rank", 0),
     ],
 )
 def test_what_is_not_supported_is_refused_by_the_name_of_its_field(

@@ -91,6 +91,7 @@ LFM: dict[str, Any] = {
     "block_multiple_of": 8,
     "layer_types": ["conv", "conv", "full_attention", "conv"],
 }
+ONE_EXPERT = {"num_experts": 1, "num_experts_per_tok": 1, "num_dense_layers": 0}  # its weight is near 1
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-next": ("qwen3_next", QWEN),
     "qwen3-next, other sizes": (
@@ -167,6 +168,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_conv_kernel_dim": 3,
             "norm_topk_prob": False,
             "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,  # which theirs ignores
         },
     ),
     "falcon-mamba": ("falcon_mamba", {"hidden_size": 24, "num_hidden_layers": 3, "state_size": 7}),
@@ -222,6 +224,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+SHAPES["lfm2 with one expert"] = ("lfm2_moe", {**SHAPES["lfm2 with experts"][1], **ONE_EXPERT})
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -309,6 +312,19 @@ def test_bytes_follow_from_the_layers(shape: str) -> None:
     assert ours.new_cache(1, 40).nbytes == ours.table(40)[-1]["stored"]
 
 
+@pytest.mark.parametrize("limits", [[0.0, 0.3], [0.1, 0.5]])
+@torch.no_grad()
+def test_limits_of_the_steps_are_theirs(limits: list[float], tmp_path: Any) -> None:
+    """In a full pass: with a cache, a step of theirs is not limited."""
+    theirs, tokens = theirs_of("falcon-h1", time_step_limit=limits), prompt()
+    ours, expected = kvlearn.from_transformers(theirs), theirs(tokens, use_cache=False).logits
+    cache = ours.new_cache(2, TIME)
+    for got in (ours(tokens), torch.cat([ours(token, cache) for token in tokens.split(1, dim=1)], dim=1)):
+        same(got, expected)
+    kvlearn.model.save(ours, tmp_path / "ours.safetensors")
+    assert kvlearn.model.load(tmp_path / "ours.safetensors").config == ours.config
+
+
 @pytest.mark.parametrize("shape", ["qwen3-next", "kimi-linear", "jamba", "falcon-h1", "falcon-mamba"])
 @torch.no_grad()
 def test_rates_may_be_wider_than_the_other_weights(shape: str, tmp_path: Any) -> None:
@@ -334,6 +350,9 @@ def test_rates_may_be_wider_than_the_other_weights(shape: str, tmp_path: Any) ->
         ("falcon-h1", {"attention_bias": True}, "attention_bias"),
         ("falcon-h1", {"projectors_bias": True}, "projectors_bias"),
         ("kimi-linear", {"attention_bias": True}, "attention_bias"),
+        ("falcon-mamba", {"use_bias": True}, "use_bias=True"),
+        ("falcon-mamba", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("qwen3-next", {"head_dim": 12, "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_the_name_of_its_field(
