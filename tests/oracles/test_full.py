@@ -133,6 +133,6 @@ def test_half_precision_is_as_near_as_transformers_own() -> None:
 
 def test_rope_options_that_we_lack_are_refused_by_name() -> None:
     theirs = llama("yarn")
-    theirs.config.rope_parameters = {**SCALINGS["yarn"], "mscale_all_dim": 0.8}
-    with pytest.raises(ValueError, match=r"rope_parameters: mscale_all_dim=0\.8"):
+    theirs.config.rope_parameters = {**SCALINGS["yarn"], "high_freq_factor": 4.0}
+    with pytest.raises(ValueError, match=r"rope_parameters: high_freq_factor=4\.0"):
         kvlearn.from_transformers(theirs)

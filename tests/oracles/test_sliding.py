@@ -135,7 +135,7 @@ def test_a_mistral_is_loaded_from_its_folder(tmp_path: object) -> None:
         ({"hidden_act": "tanh"}, "hidden_act='tanh'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "short_factor is missing"),
-        ({"sliding_window": 0}, "window: expected at least 1, got 0"),
+        ({"sliding_window": 0}, "config: sliding_window=0"),
     ],
 )
 def test_what_our_mistral_lacks_is_refused_by_name(option: dict[str, Any], names: str) -> None:
