@@ -660,7 +660,7 @@ def dispatch_gradients(t: CheckContext, route: Answer, dispatch: Answer) -> None
 balance = Exercise(
     id="07.4",
     slug="balance",
-    title="Why did the router collapse?",
+    title="Why does this loss not balance?",
     answers=("balance_loss",),
     hints=(
         "Print the broken loss and its gradient: `loss.backward(); logits.grad`. With one expert per token, "
@@ -777,8 +777,8 @@ convert = Exercise(
     hints=(
         "Print the names and shapes of both sides, `given_checkpoint()` in the cell above and "
         "`given_model().state_dict()`. Which of our tensors have no partner of their own on the other side?",
-        "Begin with what is only renamed, then norms, then gate and up, and the fused qkv last. Names that "
-        "are left over at the end: two kinds may be dropped, anything else is an error.",
+        "Begin with what is only renamed, then norms, then gate and up, and the fused qkv last. Of the names "
+        "that are left over one kind is dropped, rotary.inv_freq; any other is an error.",
         "The rows of qkv, group by group: view them as (G, H / G + 2, D, M). Of dimension 1 the last entry "
         "is v, the one before it k, the others are the queries of this group.",
         "Rows of one head of q or k in the other form: 0, 1 are the first pair, 2, 3 the second. We want all "
