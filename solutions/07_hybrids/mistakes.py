@@ -345,6 +345,11 @@ balance.mistakes(
     sum. With one expert per token each of them is 1, a constant, and its gradient is 0. P needs the scores of
     all experts.
 
+    the broken loss as it was given
+        return broken_balance_loss(logits, chosen, mask)
+    This is broken_balance_loss: its P is made of weights that are divided by their sum, and with one expert
+    per token these are 1, without a gradient. It also takes the whole batch for one sequence.
+
     sigmoid in place of the softmax
         logits.float().softmax(dim=-1) → logits.float().sigmoid()
     The scores are sigmoids, as in the routing of 07.3. They do not add up to 1, so a balanced router has not
@@ -459,10 +464,12 @@ convert.mistakes(
 
     the reordering across heads
         turned = torch.cat((heads[:, :-1, 0::2], heads[:, :-1, 1::2]), dim=2)
-            → turned = heads[:, :-1].flatten(1, 2)
-              turned = torch.cat((turned[:, 0::2], turned[:, 1::2]), 1).unflatten(1, (-1, heads.shape[2]))
-    All even rows of a group came first, then all odd ones. The pairs are within a head: reorder the D rows of
-    each head by themselves.
+            → q, k = heads[:, :-2].reshape(-1, M), heads[:, -2].reshape(-1, M)
+              q, k = (torch.cat((rows[0::2], rows[1::2])) for rows in (q, k))
+              D = heads.shape[2]
+              turned = torch.cat((q.view(n_kv_heads, -1, D, M), k.view(n_kv_heads, 1, D, M)), dim=1)
+    All even rows of q_proj came first, then all odd ones, and so in k_proj. The pairs are within a head:
+    reorder the D rows of each head by themselves.
 
     values reordered too
         heads[:, -1].reshape(-1, M) → torch.cat((heads[:, -1, 0::2], heads[:, -1, 1::2]), 1).reshape(-1, M)
