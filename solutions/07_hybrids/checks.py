@@ -1605,6 +1605,8 @@ def model_layer(t: CheckContext) -> Layer:
 def model_experts(t: CheckContext, feed_forward: Answer, parts: Any) -> None:
     """y and the balance of some texts, compared with loops."""
     layer, x = model_layer(t), t.randn(2, t.integer(5, 7), WIDTH)
+    # The two texts prefer opposite experts: each is unbalanced by itself and both together are not.
+    x = x + t.randn(WIDTH) * torch.tensor([1.0, -1.0])[:, None, None]
     logits = x @ layer.router.T
     weights, chosen = route_reference(logits.flatten(0, 1), layer.bias, layer.k)
     want = [

@@ -609,7 +609,7 @@ design.mistakes(
 
     further than the distance
         layers) < distance: → layers) <= distance:
-    A reach of exactly the distance was refused. It is enough.
+    A reach of exactly the distance was refused. It is enough: the needle is the last token in reach.
 
     limits that are just met are refused
         > budget or read > read_limit: → >= budget or read >= read_limit:
@@ -677,7 +677,7 @@ model.mistakes(
 
     one expert per token
         layer.bias, layer.k → layer.bias, 1
-    Each token got one expert. layer.k says how many it has.
+    Each token got one expert. layer.k says how many experts it has.
 
     outputs of one expert after the other, unweighted
         parts.dispatch(rows, weights, chosen, → parts.dispatch(rows, torch.ones_like(weights), chosen,
