@@ -1604,19 +1604,24 @@ def model_layer(t: CheckContext) -> Layer:
 
 def model_experts(t: CheckContext, feed_forward: Answer, parts: Any) -> None:
     """y and the balance of some texts, compared with loops."""
-    layer, x = model_layer(t), t.randn(2, t.integer(5, 7), WIDTH)
-    # The two texts prefer opposite experts: each is unbalanced by itself and both together are not.
-    x = x + t.randn(WIDTH) * torch.tensor([1.0, -1.0])[:, None, None]
-    logits = x @ layer.router.T
-    weights, chosen = route_reference(logits.flatten(0, 1), layer.bias, layer.k)
+    while True:
+        layer, x = model_layer(t), t.randn(2, t.integer(5, 7), WIDTH)
+        # The texts prefer opposite experts, so that a balance over both together differs; the bias matters.
+        x = x + t.randn(WIDTH) * torch.tensor([1.0, -1.0])[:, None, None]
+        logits = x @ layer.router.T
+        weights, chosen = route_reference(logits.flatten(0, 1), layer.bias, layer.k)
+        every = torch.ones(x.shape[:2], dtype=torch.bool)
+        want_balance = balance_reference(logits, chosen.view(*every.shape, -1), every)
+        together = balance_reference(logits.flatten(0, 1)[None], chosen[None], every.view(1, -1))
+        _, unbiased = route_reference(logits.flatten(0, 1), torch.zeros(N_EXPERTS), layer.k)
+        if want_balance - together > 0.05 and not torch.equal(unbiased.sort(1)[0], chosen.sort(1)[0]):
+            break
     want = [
         torch.stack([w * layer.expert(int(e), row) for w, e in zip(ws, es, strict=True)]).sum(0)
         for row, ws, es in zip(x.flatten(0, 1), weights, chosen, strict=True)
     ]
     y, balance = t.pair(feed_forward(x, layer, parts), "a pair (y, balance)")
     t.close(y, torch.stack(want).view_as(x), "y:", tolerance=1e-3)
-    every = torch.ones(x.shape[:2], dtype=torch.bool)
-    want_balance = balance_reference(logits, chosen.view(*every.shape, -1), every)
     t.close(balance, want_balance, "balance:", tolerance=1e-3)
 
 
