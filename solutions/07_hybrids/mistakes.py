@@ -202,10 +202,9 @@ place.mistakes(
     A window layer was counted with W slots also where max_len is smaller. No more than max_len tokens can be
     there.
 
-    every layer a candidate for the budget, not the other ones
-        (n_layers - n_global) * min → n_layers * min
-    The global layers were counted twice, once with all tokens and once with a window. The others are n_layers
-    minus the global ones.
+    a budget that is just met is refused
+        > budget: → >= budget:
+    Slots that fill the budget exactly were refused. They must not exceed it: equal is enough.
 
     an impossible stack is an empty list
         if n_global == len(hops):
@@ -275,10 +274,12 @@ moe.mistakes(
         [:capacity, 0] → [: None if capacity is None else capacity + 1, 0]
     Each expert serves capacity + 1 pairs. A capacity of 1 is one token.
 
-    the last ones served, not the first
-        [:capacity, 0] → [-(capacity or 0) :, 0]
-    Each expert serves its *last* `capacity` pairs. Who comes first is served, and what comes later is
-    dropped.
+    the largest weights served first
+        served = (pairs == number).nonzero()[:capacity, 0]
+            → served = (pairs == number).nonzero()[:, 0]
+              served = served[weight[served, 0].argsort(descending=True)][:capacity]
+    An expert served the pairs with the largest weights. The order here is by choice and then by the token's
+    number; the weights take no part in it.
 
     the capacity not used
         [:capacity, 0] → [:, 0]
@@ -301,6 +302,11 @@ moe.mistakes(
               return torch.where(missing, x, y)
     A token all of whose pairs were dropped came back as x. The block adds x around the experts anyway (the
     residual stream): here its y is 0.
+
+    x added to the result
+        y = torch.zeros_like(x) → y = x.clone()
+    y began with x in place of zeros. The block adds x around the experts (the residual stream); y is the sum
+    of their weighted outputs alone.
 
     written over, not added
         y = y.index_add(0, tokens, weight[served] * expert(x[tokens]))
@@ -338,6 +344,23 @@ balance.mistakes(
     This is the broken loss: P is made of the weights as they are used, the chosen scores divided by their
     sum. With one expert per token each of them is 1, a constant, and its gradient is 0. P needs the scores of
     all experts.
+
+    the broken loss as it was given
+        return broken_balance_loss(logits, chosen, mask)
+    This is broken_balance_loss: its P is made of weights that are divided by their sum, and with one expert
+    per token these are 1, without a gradient. It also takes the whole batch for one sequence.
+
+    sigmoid in place of the softmax
+        logits.float().softmax(dim=-1) → logits.float().sigmoid()
+    The scores are sigmoids, as in the routing of 07.3. They do not add up to 1, so a balanced router has not
+    the loss 1. Here scores are the softmax over the experts.
+
+    sigmoids divided by their sum
+        scores = logits.float().softmax(dim=-1)
+            → scores = logits.float().sigmoid()
+              scores = scores / scores.sum(dim=-1, keepdim=True)
+    The scores are sigmoids divided by their sum, as in DeepSeek-V3's own loss. Only the form is taken from
+    there: the scores of this exercise are the softmax of the logits.
 
     only the chosen experts' scores in P
         scores = logits.float().softmax(dim=-1)
@@ -423,18 +446,10 @@ convert.mistakes(
         tensor + 1 if "ln_" in kind else tensor → tensor + 1 if layer and "ln_" in kind else tensor
     The norms of the layers got their 1, and ln_f did not. It is a norm of the same kind.
 
-    1 added to every vector and matrix
-        tensor + 1 if "ln_" in kind else tensor → tensor + 1
-    1 was added to all tensors that are renamed. Only norms multiply by 1 + weight.
-
     gate and up swapped
         gate, up = tensor.chunk(2) → up, gate = tensor.chunk(2)
     The first half of the rows is gate, the second one up. Both have the same shape, so nothing complains, and
     silu is applied to the wrong one.
-
-    gate and up in turn
-        gate, up = tensor.chunk(2) → gate, up = tensor[0::2], tensor[1::2]
-    gate took every other row. Their rows are stored in two halves, gate first.
 
     rows not reordered for the rotation
         turned = torch.cat((heads[:, :-1, 0::2], heads[:, :-1, 1::2]), dim=2) → turned = heads[:, :-1]
@@ -449,10 +464,12 @@ convert.mistakes(
 
     the reordering across heads
         turned = torch.cat((heads[:, :-1, 0::2], heads[:, :-1, 1::2]), dim=2)
-            → turned = heads[:, :-1].flatten(1, 2)
-              turned = torch.cat((turned[:, 0::2], turned[:, 1::2]), 1).unflatten(1, (-1, heads.shape[2]))
-    All even rows of a group came first, then all odd ones. The pairs are within a head: reorder the D rows of
-    each head by themselves.
+            → q, k = heads[:, :-2].reshape(-1, M), heads[:, -2].reshape(-1, M)
+              q, k = (torch.cat((rows[0::2], rows[1::2])) for rows in (q, k))
+              D = heads.shape[2]
+              turned = torch.cat((q.view(n_kv_heads, -1, D, M), k.view(n_kv_heads, 1, D, M)), dim=1)
+    All even rows of q_proj came first, then all odd ones, and so in k_proj. The pairs are within a head:
+    reorder the D rows of each head by themselves.
 
     values reordered too
         heads[:, -1].reshape(-1, M) → torch.cat((heads[:, -1, 0::2], heads[:, -1, 1::2]), 1).reshape(-1, M)
@@ -486,27 +503,11 @@ convert.mistakes(
     Names that nobody knows were dropped. A bias that is dropped gives a model that runs and talks nonsense:
     raise ValueError with the name.
 
-    inv_freq refused
-        elif kind != "attn.rotary.inv_freq": → else:
-    rotary.inv_freq was refused like an unknown name. It is a constant that follows from the config, and many
-    checkpoints have it: drop it.
-
-    inv_freq kept
-        elif kind != "attn.rotary.inv_freq": → elif kind == "attn.rotary.inv_freq":
-                state[layer + "mixer.rotary.inv_freq"] = tensor
-            else:
-    rotary.inv_freq was kept under a name of ours. Our model has no such tensor and computes the frequencies
-    from its config: drop it.
-
     head.weight made of the embedding
         return state
             → return {"head.weight": state["embed.weight"], **state}
     head.weight was filled with the embedding where lm_head.weight is missing. Our model ties the two by
     itself; only the tensors of the checkpoint are asked for.
-
-    the error without the name
-        got {name}" → got another"
-    The error does not say which tensor is unknown. Whoever reads it has hundreds of names to look through.
     """
 )
 
@@ -566,10 +567,14 @@ transpose.mistakes(
     The embedding and the head were transposed as well. They are stored as ours; only matrices within
     `blocks.` are (in, out).
 
-    the output matrix forgotten
-        if name.startswith("blocks.") and tensor.ndim == 2 else
-            → if name.startswith("blocks.") and tensor.ndim == 2 and "o_proj" not in name else
-    o_proj was left as it was. It is a matrix of the layer like the others, and (in, out) here.
+    one subset on top of the other
+        value = loss({name: w.T if kind(name) in subset else w for name, w in state.items()})
+            → for name in state:
+                  if kind(name) in subset:
+                      state[name] = state[name].T
+              value = loss(state)
+    The matrices were transposed in `state` itself and not put back, so the next subset came on top of this
+    one. Make a new dict for each subset.
     """
 )
 
@@ -585,10 +590,6 @@ design.mistakes(
         if sum(layer["stored"] for layer in layers) > budget or read > read_limit: → if read > read_limit:
     The bytes stored were not compared with the budget. What a layer reads is not what it stores: an index
     stores more and reads less.
-
-    read compared with the budget
-        sum(layer["stored"] for layer in layers) > budget → read > budget
-    The bytes read were compared with the budget of memory. Some layers store more than they read in a step.
 
     the needle not looked at
         if not exact and sum(layer["reach"] for layer in layers) < distance: → if False:
@@ -608,7 +609,7 @@ design.mistakes(
 
     further than the distance
         layers) < distance: → layers) <= distance:
-    A reach of exactly the distance was refused. It is enough.
+    A reach of exactly the distance was refused. It is enough: the needle is the last token in reach.
 
     limits that are just met are refused
         > budget or read > read_limit: → >= budget or read >= read_limit:
@@ -624,11 +625,6 @@ design.mistakes(
         if best is None or (exact, -read) > best_key: → if best is None or exact > best_key[0]:
     The number of exact layers is right, but another pattern with as many reads less.
 
-    among equals the one that reads most
-        (exact, -read) > best_key → (exact, read) > best_key
-        best_key = chosen, (exact, -read) → best_key = chosen, (exact, read)
-    Of the patterns with the most exact layers the one that reads *most* was taken.
-
     least stored in place of least read
         if best is None or (exact, -read) > best_key:
         best, best_key = chosen, (exact, -read)
@@ -637,12 +633,6 @@ design.mistakes(
                   best, best_key = chosen, (exact, -read)
     Of the patterns with the most exact layers the one that *stores* least was taken. What is asked for is the
     least read: the index stores more than the plain latent and reads less.
-
-    windows count as exact
-        exact = sum(layer["reach"] is None for layer in layers)
-            → exact = sum(layer["reach"] != 0 for layer in layers)
-        if not exact and → if all(layer["reach"] is not None for layer in layers) and
-    Windows were counted as exact layers. Exact is what sees all tokens: reach None.
 
     all exact layers at the end
         pattern = []
@@ -687,7 +677,7 @@ model.mistakes(
 
     one expert per token
         layer.bias, layer.k → layer.bias, 1
-    Each token got one expert. layer.k says how many it has.
+    Each token got one expert. layer.k says how many experts it has.
 
     outputs of one expert after the other, unweighted
         parts.dispatch(rows, weights, chosen, → parts.dispatch(rows, torch.ones_like(weights), chosen,

@@ -255,6 +255,21 @@ def test_wrong_kinds_may_be_found_and_returned_in_any_way() -> None:
     assert full_marks("07.6", lambda *a: sorted(by_product(*a)), convert)
 
 
+def test_subsets_of_single_matrices_end_after_a_limited_number_of_calls() -> None:
+    _, convert = ours("07.6")
+
+    def by_matrix(state: dict[str, Tensor], loss: Any) -> list[str]:
+        square = [n for n, w in state.items() if n.startswith("blocks.") and len({*w.shape}) == w.ndim - 1]
+        for flags in product((False, True), repeat=len(square)):
+            wrong = [n for n, flag in zip(square, flags, strict=True) if flag]
+            loss({n: w.T if n in wrong else w for n, w in state.items()})
+        return []
+
+    score = check("07.6", by_matrix, convert)
+    assert score.rows[0].status == "raised"
+    assert "a kind is transposed in all layers at once" in score.rows[0].came
+
+
 def test_half_of_07_6() -> None:
     find, convert = ours("07.6")
     assert earned(check("07.6", stub, convert)) == [0, 0, 0, 0, 1, 1]
