@@ -88,9 +88,8 @@ def test_every_picture_has_alt_text(path: Path) -> None:
 
 @every_notebook
 def test_every_cell_fits_on_a_screen(path: Path) -> None:
-    """Without the marks of a solution, which a learner never sees."""
     for cell in code_cells(read(path)):
-        lines = [line for line in source(cell).splitlines() if not line.strip().startswith("### ")]
+        lines = source(cell).splitlines()
         assert len(lines) <= LONGEST_CELL, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
 
 
