@@ -447,9 +447,10 @@ cache.mistakes(
     softmax gives them weight. Return the slots up to the length.
 
     reset leaves the pointer where it was
-        """Forget all tokens; the memory stays."""
+        def reset(self):  # forget all tokens; the memory stays
         self.length = 0
-            → pass
+            → def reset(self):
+                  pass
     The length stays: the next prompt is written behind the old one, at wrong positions, and the old slots are
     attended to. Setting the length to 0 is all it takes.
 
@@ -477,10 +478,11 @@ cache.mistakes(
     to attend to the past too: return everything up to the length, `self.k[:, :, : self.length]`.
 
     reset clears the content and keeps the pointer
-        """Forget all tokens; the memory stays."""
+        def reset(self):  # forget all tokens; the memory stays
         self.length = 0
-            → self.k.zero_()
-              self.v.zero_()
+            → def reset(self):
+                  self.k.zero_()
+                  self.v.zero_()
     The memory is filled with zeros but the length stays, so the next prompt is written behind slots of zeros,
     which are attended to. Setting the length to 0 is all it takes; what is old is written over.
 
@@ -583,7 +585,7 @@ cache.mistakes(
     append writes over the slots.
 
     the fork writes into the same memory
-        other = KVCache(batch, n_heads, max_len, head_dim, self.k.dtype)
+        other = KVCache(*self.k.shape, self.k.dtype)
         other.append(self.k[:, :, : self.length], self.v[:, :, : self.length])
             → other = copy.copy(self)
     The fork has a length of its own and the same tensors (`copy.copy`, or `other.k = self.k`), so both write
@@ -624,13 +626,13 @@ cache.mistakes(
     tokens into it, and set its length.
 
     the fork has no room
-        KVCache(batch, n_heads, max_len, head_dim, self.k.dtype)
-            → KVCache(batch, n_heads, self.length, head_dim, self.k.dtype)
+        KVCache(*self.k.shape, self.k.dtype)
+            → KVCache(*self.k.shape[:2], self.length, self.k.shape[3], self.k.dtype)
     The fork has room for the tokens that were there and for no more. Allocate max_len slots, as the cache
     has.
 
     the fork has the default dtype
-        KVCache(batch, n_heads, max_len, head_dim, self.k.dtype) → KVCache(batch, n_heads, max_len, head_dim)
+        KVCache(*self.k.shape, self.k.dtype) → KVCache(*self.k.shape)
     dtype was not passed on, so the fork of a bfloat16 cache is float32 and takes twice the memory. Pass
     `self.k.dtype`.
     ''',

@@ -25,9 +25,8 @@ table.mistakes(
     torch_dtype was not looked up: float32 takes 4 bytes per number.
 
     the switch of the window not looked at
-        if config.get("use_sliding_window") is False:
-        window = None
-            → window = window
+        None if config.get("use_sliding_window") is False else config.get("sliding_window")
+            → config.get("sliding_window")
     Qwen2's configs have a sliding_window and use_sliding_window = False: the number is there and nobody uses
     it. Every layer is full.
 
