@@ -239,7 +239,7 @@ def grade(
         typer.Argument(metavar="PATH…", help="a notebook, or a folder: every notebook below it is graded"),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="a list of reports, for programs")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="one row an exercise, for a spreadsheet")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="one row per exercise, for a spreadsheet")] = False,
     as_html: Annotated[bool, typer.Option("--html", help="a page that needs nothing else")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="a file to write to")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="again whenever the notebook is saved")] = False,

@@ -25,7 +25,7 @@ def gallery(
     columns: int = 3,
     families: Mapping[str, str] | None = None,
 ) -> Picture:
-    """Each pattern as a grid, a row a query: the pairs it sees, and in pale what is computed besides.
+    """Each pattern as a grid, one row per query: the pairs it sees, and in pale what is computed besides.
 
     Queries are computed ``block`` at a time over all columns that one of them needs. Beneath: the tokens that
     a cache must have room for, and those that the last step reads. ``families``: by name, the mechanism or
@@ -57,7 +57,7 @@ def gallery(
         f"computed, {found['stored']} tokens stored, {found['read']} read by the last"
         for name, found in data.items()
     )
-    alt = f"Patterns over {n_tokens} tokens, a row a query, computed {block} queries at a time. {listed}."
+    alt = f"Patterns over {n_tokens} tokens, one row per query, computed {block} queries at a time. {listed}."
     return Picture(figure, alt, data)
 
 
@@ -131,7 +131,7 @@ def lifetimes(
 
 
 def selections(chosen: Mapping[str, np.ndarray | torch.Tensor], *, title: str = "") -> Picture:
-    """Which keys the queries of one head selected by content: a grid each, a row a query."""
+    """Which keys the queries of one head selected by content: a grid each, one row per query."""
     grids = {name: torch.as_tensor(grid) for name, grid in chosen.items()}
     validate.positive("len(chosen)", len(grids))
     figure: Figure

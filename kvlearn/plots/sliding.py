@@ -66,7 +66,7 @@ def _frames(window: int, n_sinks: int, n_tokens: int) -> list[list[int]]:
 
 
 def cone(windows: Sequence[int | None], *, n_tokens: int = 24, n_sinks: int = 0) -> Picture:
-    """All that the last token can have heard of, layer by layer: the first layer at the bottom.
+    """The tokens that the last token depends on, layer by layer: the first layer at the bottom.
 
     ``windows`` holds the window of each layer, None for one that sees everything. A node is what a layer
     knows of a token; it is coloured where what the last token says can depend on it.
@@ -98,7 +98,7 @@ def cone(windows: Sequence[int | None], *, n_tokens: int = 24, n_sinks: int = 0)
         axes.spines[:].set_visible(False)
     reach = [len(level) for level in seen]
     alt = (
-        f"What the last of {n_tokens} tokens can have heard of, through layers with windows "
+        f"What the last of {n_tokens} tokens depends on, through layers with windows "
         f"{', '.join('all' if w is None else str(w) for w in windows)}: at the top 1 token, and down the "
         f"layers {', '.join(map(str, reversed(reach[:-1])))}."
     )
@@ -158,7 +158,7 @@ def influence(
 
 
 def beyond_the_window(rows: Sequence[Mapping[str, Any]], *, window: int, width: int = 16) -> Picture:
-    """Loss over the position, a panel a model and a line a variant: rows of ``kvlearn study sinks``.
+    """Loss over the position, one panel per model, one line per variant: rows of ``kvlearn study sinks``.
 
     Each point is the mean over ``width`` positions.
     """

@@ -154,7 +154,7 @@ def study_conversions(
     seed: int = 0,
     **options: Any,
 ) -> Iterator[list[dict[str, Any]]]:
-    """All ``runs``, the control first: of each, a row a point of its curve, for results/.
+    """All ``runs``, the control first: one row per point of each curve, for results/.
 
     The state of each run lies in ``folder``, so that a killed study goes on. ``options`` are those of
     ``convert_and_uptrain``. ``excess`` is the loss beyond that of the control at the same step: what

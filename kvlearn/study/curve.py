@@ -1,4 +1,4 @@
-"""A run with its loss measured on the way, on several texts, so that runs can be held against each other."""
+"""A run with its loss measured on the way, on several texts, so that runs can be compared."""
 
 import hashlib
 import math

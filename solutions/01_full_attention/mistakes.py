@@ -421,7 +421,7 @@ rope.mistakes(
 # 01.5: the preallocated KV cache, with undo and fork
 
 cache.mistakes(
-    r'''
+    r"""
     the pointer is not advanced
         self.length = end →
     The length stays where it was, so every append writes over the one before. In decode the model then sees
@@ -635,7 +635,7 @@ cache.mistakes(
         KVCache(*self.k.shape, self.k.dtype) → KVCache(*self.k.shape)
     dtype was not passed on, so the fork of a bfloat16 cache is float32 and takes twice the memory. Pass
     `self.k.dtype`.
-    ''',
+    """,
     copy=copy,
 )
 

@@ -178,7 +178,7 @@ def test_a_prefill_of_any_style_is_right(window_prefill: Callable[..., Any]) -> 
 
 
 def test_a_chunk_written_before_it_attends_is_told_so() -> None:
-    """What comes of it is the same as trimming, by another road."""
+    """What comes of it is the same as trimming, in another way."""
 
     def written_first(
         q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int

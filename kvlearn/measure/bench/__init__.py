@@ -19,7 +19,7 @@ from kvlearn.measure.units import format_bytes, format_rate, format_seconds
 
 BENCHMARKS = {
     "full": "full attention: what the cache saves, and how close decode and prefill come to the roofline",
-    "shared": "shared and compressed heads: bytes stored and read, decode by both roads, converting a model",
+    "shared": "shared and compressed heads: bytes stored and read, decode by both paths, converting a model",
     "window": "windows and patterns: how time and memory grow with the text, steps of decode, bytes",
     "linear": "states in place of caches: exponents, steps, bytes, 100K tokens of decode, others' Mamba",
     "decode": "the decode kernel against the floor, torch and its own stages; its PyTorch form on a CPU",

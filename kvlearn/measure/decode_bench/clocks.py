@@ -19,12 +19,12 @@ Call = Callable[[], Any]
 
 REPLAY = 3e-3  # seconds that one replay should last: beside them the graph's own launch is nothing
 MOST_CALLS = 1024  # in one graph
-BUDGET = 0.15  # seconds a contestant
+BUDGET = 0.15  # seconds per implementation
 FEWEST, MOST = 5, 25  # rounds
 
 
 class Measured(Protocol):
-    """One contestant, ready to be timed: ``calls`` calls a measurement."""
+    """One implementation, ready to be timed: ``calls`` calls per measurement."""
 
     calls: int
 

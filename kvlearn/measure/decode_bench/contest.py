@@ -1,4 +1,4 @@
-"""One cell, several contestants: each is checked against fp64, then all are timed by turns."""
+"""One case, several implementations: each is checked against fp64, then all are timed interleaved."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

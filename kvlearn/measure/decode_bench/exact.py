@@ -1,4 +1,4 @@
-"""Attention in fp64, a row at a time: what every contestant's result is held against before it is timed."""
+"""Attention in fp64, one row at a time: every result is compared with it before it is timed."""
 
 import torch
 from torch import Tensor

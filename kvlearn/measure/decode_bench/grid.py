@@ -89,7 +89,7 @@ def grid_cell(bench: Bench, measured: Cell) -> Iterator[Row]:
 
 
 def ratios(outcome: Outcome, bars: Mapping[str, float | None]) -> Iterator[Row]:
-    """The rivals' times, and how many times as long as ours each takes, with what it should be at least."""
+    """The other libraries' times, the ratio of each to ours, and its bar."""
     for name, least in bars.items():
         if name in outcome.calls:
             yield outcome.time_row(name)

@@ -1,4 +1,4 @@
-"""The kernel itself in a contest: a call allocates nothing, and its result is poisoned beforehand."""
+"""The kernel under test: a call allocates nothing, and its result is poisoned beforehand."""
 
 from collections.abc import Callable
 from functools import partial

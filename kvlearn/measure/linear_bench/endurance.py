@@ -2,7 +2,7 @@
 
 The recurrent form goes through the cache in pieces, whose arithmetic is that of single steps, and the last
 tokens are single steps. Retention steps all the way: its state is turned once a call. What comes out at the
-end is held against the same layer in fp64, by its chunked form.
+end is compared with the same layer in fp64, by its chunked form.
 """
 
 from collections.abc import Iterator

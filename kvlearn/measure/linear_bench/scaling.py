@@ -16,7 +16,7 @@ from kvlearn.measure.shared_bench.rows import ratio_row
 from kvlearn.measure.timing import compare
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-AT = 8192  # where they are held against full attention
+AT = 8192  # where they are compared with full attention
 ROUNDS = 5
 SPEEDUP = 3.0
 HELD = ("linear", "gated_delta")  # to the bars

@@ -1,1 +1,1 @@
-"""The parts of ``kvlearn bench shared``: grouped heads, the two roads of a latent."""
+"""The parts of ``kvlearn bench shared``: grouped heads, the naive and the absorbed path of a latent."""
