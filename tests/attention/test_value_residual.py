@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import model_tools
 import pytest
 import torch
 from attention_tools import close, draw, redraw
-from torch import Tensor
+from model_tools import prompt
 
 from kvlearn.attention import Rwkv7
 from kvlearn.model import Decoder, ModelConfig, Spec
@@ -63,18 +64,7 @@ def test_the_first_layer_is_itself_with_its_own_values_and_learns_from_later_one
 
 
 def decoder() -> Decoder:
-    torch.manual_seed(0)
-    pattern = [Spec("rwkv7", rank=4), *3 * [Spec("rwkv7", rank=4, reads="last")]]
-    model = Decoder(ModelConfig(50, M, 4, 3, d_ff=32, layers=pattern)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight += 0.3 * torch.randn_like(weight)
-    return model
-
-
-def prompt() -> Tensor:
-    return torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    return model_tools.decoder([Spec("rwkv7", rank=4), *3 * [Spec("rwkv7", rank=4, reads="last")]])
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import model_tools
 import pytest
 import torch
 import torch.nn.functional as F
+from model_tools import prompt
 from torch import Tensor
 
 from kvlearn.measure import running_table
@@ -33,18 +35,7 @@ every_hybrid = pytest.mark.parametrize("hybrid", HYBRIDS)
 
 
 def decoder(hybrid: str, **fields: Any) -> Decoder:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "d_model": 24, "n_layers": 4, "n_heads": 3, "d_ff": 32}
-    model = Decoder(ModelConfig(**{**sizes, "layers": HYBRIDS[hybrid], **fields})).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight += 0.3 * torch.randn_like(weight)
-    return model
-
-
-def prompt() -> Tensor:
-    return torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    return model_tools.decoder(HYBRIDS[hybrid], **fields)
 
 
 @every_hybrid

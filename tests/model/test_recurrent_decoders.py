@@ -5,30 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from model_tools import decoder, prompt
 
 from kvlearn.attention import REGISTRY
 from kvlearn.measure import running_table
-from kvlearn.model import Decoder, ModelConfig, Spec, load, save
+from kvlearn.model import ModelConfig, Spec, load, save
 
 NAMES = sorted(name for name, kind in REGISTRY.items() if kind.forms)
 every_recurrence = pytest.mark.parametrize("name", NAMES)
-
-
-def decoder(layers: list[str | Spec], **fields: object) -> Decoder:
-    """With weights so large that the next token is not a toss-up."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "d_model": 24, "n_layers": 4, "n_heads": 3, "d_ff": 32}
-    model = Decoder(ModelConfig(**{**sizes, "layers": layers, **fields})).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight += 0.3 * torch.randn_like(weight)
-    return model
-
-
-def prompt() -> Tensor:
-    return torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @every_recurrence
