@@ -43,8 +43,8 @@ def recall_over_state(rows: Sequence[Mapping[str, Any]], *, designs: Iterable[st
 
     One panel per number of pairs, one line per design: the same mechanism with smaller and larger states,
     each at its best learning rate, with standard errors over the seeds. Full attention is the upper bound;
-    the lower one is the convolution that stands before every mechanism, alone. ``designs`` names those to draw,
-    all unless given.
+    the lower one is the convolution that stands before every mechanism, alone. ``designs`` names those to
+    draw, all unless given.
     """
     cells = compare(rows)
     known = list(dict.fromkeys(cell.design for cell in cells if cell.design not in NAMES))
