@@ -121,93 +121,37 @@ def _compare(name: str, record: bool) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="a benchmark (--list shows them), or: all")] = "",
+    name: Annotated[str, typer.Argument(help="a benchmark, or: all; without it, the list")] = "",
     record: Annotated[bool, typer.Option("--record", help="keep the rows in results/")] = False,
-    list_them: Annotated[bool, typer.Option("--list", help="show the benchmarks")] = False,
+    out: Annotated[Path | None, typer.Option(help="keep the rows in this folder instead")] = None,
+    only: Annotated[str, typer.Option(help="the parts whose names contain this")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="begin no part after so long; 0: no limit")] = 0,
+    small: Annotated[bool, typer.Option("--small", help="sizes that take seconds, to try it out")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless told")] = "",
-    out: Annotated[Path | None, typer.Option(help="of models: keep the rows in this folder instead")] = None,
-    only: Annotated[str, typer.Option(help="of models: the parts whose names contain this")] = "",
-    seconds: Annotated[float, typer.Option(min=0, help="of models: begin no part after so long")] = 0,
-    small: Annotated[bool, typer.Option("--small", help="of models: sizes that take seconds")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="rows as JSON, one per line, for programs")] = False,
 ) -> None:
     """Measure this machine: bar, measured, pass or miss. A missed bar is a finding, not a failure."""
-    from rich.console import Console
+    from kvlearn.bench import command
 
-    from kvlearn import bench as newer
-    from kvlearn.measure import results
-    from kvlearn.measure.bench import BENCHMARKS, default_device
-    from kvlearn.measure.provenance import collect_provenance
-    from kvlearn.measure.report import run_and_print
-
-    every = BENCHMARKS | newer.BENCHMARKS
-    if list_them:
-        for known, about in every.items():
-            typer.echo(f"{known:10} {about}")
-        return
-    if name != "all" and name not in every:
-        expected = ", ".join([*every, "all"])
-        raise typer.BadParameter(f"expected one of {expected}; got {name!r}", param_hint="NAME")
-    if device not in ("", "cpu", "cuda") or (device == "cuda" and default_device() != "cuda"):
-        expected = "cpu, or cuda where there is one"
-        raise typer.BadParameter(f"expected {expected}; got {device!r}", param_hint="--device")
-    if (out or only or seconds or small) and name not in newer.BENCHMARKS:
-        known = ", ".join(newer.BENCHMARKS)
-        raise typer.BadParameter(f"these options belong to {known}; got {name!r}", param_hint="OPTIONS")
-    where = device or default_device()
-    measured = [known for known in every if not known.endswith("_tune")]  # tuning is asked for by name
-    for chosen in measured if name == "all" else [name]:
-        given = {"--only": only, "--seconds": seconds, "--small": small, "--device": device}
-        options = [key if value is True else f"{key} {value}" for key, value in given.items() if value]
-        command = " ".join([f"kvlearn bench {chosen} --record", *options])
-        if chosen in newer.BENCHMARKS:
-            _bench(chosen, command, where, record or out is not None, out, only, seconds, small)
-            continue
-        rows = run_and_print(chosen, where, Console())
-        if record:
-            path = results.save(chosen, command, [row.as_dict() for row in rows], collect_provenance(where))
-            typer.echo(f"recorded in {path.parent.name}/{path.name}")
-            if chosen == "decode":
-                _draw_decode(path)
-
-
-def _bench(
-    name: str,
-    command: str,
-    device: str,
-    record: bool,
-    out: Path | None,
-    only: str,
-    seconds: float,
-    small: bool,
-) -> None:
-    """Run a benchmark of kvlearn/bench, show its rows, and keep each as it is measured if asked to."""
-    from rich.console import Console
-
-    from kvlearn.bench import BENCHMARKS, common
-    from kvlearn.measure.provenance import collect_provenance
-    from kvlearn.measure.report import print_rows
-
-    recorder = common.Recorder(name, command, collect_provenance(device), out) if record else None
-    rows = common.run(name, device, small=small, only=only, seconds=seconds, recorder=recorder)
     try:
-        print_rows(f"{name}: {BENCHMARKS[name]}", rows, device, Console())
+        written = command.bench(command.Request(name, device, only, seconds, small, record, out, as_json))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if recorder is not None and recorder.path is not None:
-        typer.echo(f"recorded in {recorder.path.parent.name}/{recorder.path.name}")
+    if "decode" in written:
+        _draw_decode(written["decode"])
 
 
 def _draw_decode(path: Path) -> None:
     """The achieved bandwidth beside the rows that were recorded; nothing where no GPU was measured."""
+    from kvlearn.bench.decode import bandwidth_points
     from kvlearn.measure import results
-    from kvlearn.measure.decode_bench.figure import bandwidth_points
 
     arguments = bandwidth_points(results.read(path).rows)
     if arguments is not None:
         from kvlearn import plots
 
         path.with_suffix(".png").write_bytes(plots.achieved_bandwidth(**arguments).png())
-        typer.echo(f"drawn in {path.parent.name}/{path.stem}.png")
+        typer.echo(f"drawn in {path.parent.name}/{path.stem}.png", err=True)
 
 
 @app.command()

@@ -1,9 +1,17 @@
 """``kvlearn bench NAME``: what is measured with the instruments of ``kvlearn.measure``.
 
 A benchmark is a module of this package with a function ``parts(device, small)`` and a line in ``BENCHMARKS``.
-``common`` has what they share. (The benchmarks of earlier chapters are in kvlearn/measure/bench.)
+``common`` has what benchmarks share, ``command`` is the command line. Nothing here imports torch: the command
+refuses a wrong name at once.
 """
 
 BENCHMARKS = {
+    "full": "full attention: what the cache saves, and how close decode and prefill come to the roofline",
+    "shared": "shared and compressed heads: bytes stored and read, both paths of a latent, conversion",
+    "window": "windows, patterns, sparse attention: growth of time and memory, steps of decode, bytes",
+    "linear": "states in place of caches: exponents, steps, bytes, 100K tokens of decode, others' Mamba",
     "models": "models rebuilt from kvlearn's parts beside transformers': decode, mixtures, loading",
+    "decode": "the decode kernel against the floor, torch and its own stages; its PyTorch form on a CPU",
+    "decode_tune": "tilings and splits of the decode kernel: the best beside the present (needs a GPU)",
 }
+BY_NAME_ONLY = ("decode_tune", "gpu")  # `kvlearn bench all` leaves these out

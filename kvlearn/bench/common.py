@@ -1,15 +1,18 @@
-"""What benchmarks share: parts within a time, rows that are kept as they are measured, ratios, their table.
+"""What benchmarks share: parts within a time, rows that are kept as they are measured, comparisons, growth.
 
-Two implementations are compared in one process, by turns, by the median of the ratios of neighbouring runs
-(``kvlearn.measure.timing``): other programs then slow both.
+One timing protocol: implementations are compared in one process, interleaved, by the median of the ratios of
+neighbouring runs (``kvlearn.measure.timing``), so that whatever slows the machine slows all. Before anything
+is timed, its result is compared with the expected one (``agree``).
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any, Literal
 
 import torch
@@ -18,20 +21,52 @@ from torch import Tensor
 from kvlearn import validate
 from kvlearn.bench import BENCHMARKS
 from kvlearn.measure import results
-from kvlearn.measure.bench import Row
-from kvlearn.measure.results import Recorded
+from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.results import Recorded, Row
 from kvlearn.measure.table import Table
 from kvlearn.measure.timing import Comparison, Quartiles
 
 Calls = Mapping[str, Callable[[], Tensor]]
 
 
+# Parts
+
+
+@dataclass
+class Limit:
+    """Seconds that several parts may take together, and what they have taken."""
+
+    seconds: float
+    spent: float = 0.0
+
+
 @dataclass(frozen=True)
 class Part:
-    """A part of a benchmark: what ``--only`` selects, and what a failure costs."""
+    """A part of a benchmark: what ``--only`` selects, and what a failure costs.
+
+    It is begun only while ``needs`` seconds are left, and while the parts that share its ``limit`` have not
+    used it up.
+    """
 
     name: str
     rows: Callable[[], Iterator[Row]]
+    needs: float = 0.0
+    limit: Limit | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Part ``index`` of ``count`` is about to begin, ``elapsed`` seconds after the first."""
+
+    name: str
+    index: int
+    count: int
+    elapsed: float
+    left: float | None  # an estimate, once a part is finished
+
+    def __str__(self) -> str:
+        left = "" if self.left is None else f", about {self.left:.0f} s left"
+        return f"part {self.index} of {self.count}: {self.name} ({self.elapsed:.0f} s elapsed{left})"
 
 
 @dataclass
@@ -62,55 +97,103 @@ def run(
     only: str = "",
     seconds: float = 0,
     recorder: Recorder | None = None,
+    progress: Callable[[Progress], object] | None = None,
 ) -> Iterator[Row]:
     """The rows of benchmark ``name`` as they are measured, each recorded before it is yielded.
 
     ``small`` takes sizes that need seconds in all, for tests. ``only`` selects the parts whose names contain
-    it, ``seconds`` is the time after which no part is begun (0: none). Raises ValueError for an unknown name
-    or part.
+    it, ``seconds`` is the time after which no part is begun (0: none), ``progress`` is told of each part that
+    begins. Raises ValueError for an unknown name or part.
     """
     validate.one_of("name", name, BENCHMARKS)
+    torch.manual_seed(0)
     parts = import_module(f"kvlearn.bench.{name}").parts(torch.device(device), small)
-    chosen = [part for part in parts if only in part.name]
-    if not chosen:
+    selected = [part for part in parts if only in part.name]
+    if not selected:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
-    for row in run_parts(chosen, seconds):
+    for row in run_parts(selected, seconds, progress=progress):
         if recorder is not None:
             recorder.add(row)
         yield row
 
 
 def run_parts(
-    parts: Iterable[Part], seconds: float = 0, now: Callable[[], float] = time.monotonic
+    parts: Iterable[Part],
+    seconds: float = 0,
+    now: Callable[[], float] = time.monotonic,
+    *,
+    progress: Callable[[Progress], object] | None = None,
+    release: Callable[[], object] | None = None,
 ) -> Iterator[Row]:
     """The rows of all parts in order. A part that has begun is finished.
 
-    A part that raises, or is not reached in time, leaves a row that has a reason in place of a number.
+    A part that raises, or is not reached in time, leaves a row that has a reason in place of a number. After
+    each part ``release`` (by default ``release_memory``) hands back what it allocated.
     """
-    end = now() + seconds if seconds else math.inf
-    for part in parts:
-        if now() >= end:
-            yield missing(part.name, f"not reached within {seconds:g} s")
+    parts = list(parts)
+    start = now()
+    end = start + seconds if seconds else math.inf
+    for index, part in enumerate(parts):
+        begun = now()
+        reason = not_begun(part, begun, end, seconds)
+        if reason:
+            yield missing(part.name, reason)
             continue
+        if progress is not None:
+            elapsed = begun - start
+            estimate = min(elapsed / index * (len(parts) - index), end - begun) if index else None
+            progress(Progress(part.name, index + 1, len(parts), elapsed, estimate))
         try:
             yield from part.rows()
         except Exception as error:
-            yield missing(part.name, f"{type(error).__name__}: {error}".split("\n")[0])
+            yield missing(part.name, in_short(error))
+        try:
+            (release or release_memory)()
+        except Exception as error:  # a device that is lost says so at the next call, whichever it is
+            yield missing(part.name, f"after it: {in_short(error)}")
+        if part.limit is not None:
+            part.limit.spent += now() - begun
 
 
-def missing(part: str, reason: str) -> Row:
+def not_begun(part: Part, at: float, end: float, seconds: float) -> str:
+    """Why a part is not begun at this time; empty where it is."""
+    if part.limit is not None and part.limit.spent >= part.limit.seconds:
+        return f"not reached within the {part.limit.seconds:g} s of its group"
+    return f"not reached within {seconds:g} s" if end - at <= part.needs and end < math.inf else ""
+
+
+def missing(part: str, reason: str, **details: Any) -> Row:
     """A row that says why a part has no numbers, or no more."""
-    return Row(part, math.nan, "x", details={"what": "missing", "part": part}, missing=reason)
+    return Row(part, math.nan, "x", details={"what": "missing", "part": part, **details}, missing=reason)
 
 
-def agree(calls: Calls, expected: Tensor) -> None:
-    """Raise AssertionError that names a call whose result differs by 1e-4 of the largest ``expected``."""
+def in_short(error: Exception) -> str:
+    """The kind of an error and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def release_memory() -> None:
+    """Hand back what a part allocated."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# Comparisons
+
+
+def agree(calls: Calls, expected: Tensor, *, rtol: float = 1e-3, atol: float = 1e-4) -> None:
+    """Raise AssertionError, which names the call, unless all calls give ``expected``.
+
+    |result − expected| ≤ atol + rtol · |expected| for every element; NaN differs.
+    """
     for name, call in calls.items():
-        difference = float((call() - expected).abs().max() / expected.abs().max())
-        if not difference <= 1e-4:  # NaN differs too
-            raise AssertionError(
-                f"{name}: expected the same output, got one that differs by {difference:.1e}"
-            )
+        result = call()
+        try:
+            torch.testing.assert_close(result, expected.to(result.dtype), rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: expected the same output. {error}") from None
 
 
 def time_row(
@@ -118,7 +201,7 @@ def time_row(
 ) -> Row:
     """Seconds per call of ``name``; ``bar`` is the most it may take."""
     took = compared.time(name)
-    details = {**details, "who": name}
+    details = {"who": name, **details}
     return Row(f"{title}: {name}", took.median, "s", bar, "<=", took, details)
 
 
@@ -133,18 +216,83 @@ def ratio_row(
 ) -> Row:
     """How many times as long ``name`` takes as ``base``, round by round."""
     ratio = compared.ratio(name, base)
-    details = {**details, "who": name, "base": base}
+    details = {"who": name, "base": base, **details}
     return Row(f"{title}: {name} / {base}", ratio.median, "x", bar, relation, ratio, details)
 
 
-def recorded_table(recorded: Recorded, *whats: str) -> Table:
-    """Rows of a recorded benchmark with one of these ``what``, for a notebook, and those that are missing.
+# Growth with the length
 
-    Its caption names the file. Raises ValueError where there is no such row.
+
+@dataclass(frozen=True)
+class Bars:
+    """The most that the exponents of time and of memory may be; None: nothing to pass."""
+
+    time: float | None = None
+    memory: float | None = None
+
+
+def label(name: str, n: int) -> str:
+    """What a comparison calls ``name`` at ``n`` tokens."""
+    return f"{name}, {n} tokens"
+
+
+def by_label(calls: Mapping[str, Mapping[int, Callable[[], Tensor]]]) -> dict[str, Callable[[], Tensor]]:
+    """Calls by name and length as one mapping, for a comparison of all."""
+    return {label(name, n): call for name, of in calls.items() for n, call in of.items()}
+
+
+def growth_rows(
+    part: str,
+    calls: Mapping[str, Mapping[int, Callable[[], Tensor]]],
+    compared: Comparison,
+    device: torch.device,
+    *,
+    bars: Mapping[str, Bars],
+    details: Callable[..., dict[str, Any]],
+    least: int = 1,
+) -> Iterator[Row]:
+    """Time and extra memory of every name at every length, and how both grow from ``least`` tokens on.
+
+    An exponent is the slope of log(time) over log(N), fitted round by round; memory is counted exactly and
+    fitted once. ``details(what, name, length, **more)`` gives what a plot finds a row by.
+    """
+    for name, of in calls.items():
+        bar, peaks = bars.get(name, Bars()), {n: peak_memory(call, device) for n, call in of.items()}
+        for n in of:
+            yield time_row(compared, part, label(name, n), details(f"{part}_time", name, n))
+        for n, peak in peaks.items():
+            found = details(f"{part}_memory", name, n)
+            yield Row(f"{part}, extra memory: {label(name, n)}", peak, "B", details=found)
+        times = {n: compared.rounds[label(name, n)] for n in of}
+        n_rounds = len(next(iter(times.values())))
+        slopes = [exponent({n: of_n[i] for n, of_n in times.items()}, least) for i in range(n_rounds)]
+        spread, fitted = Quartiles.of(slopes), {"fitted": [n for n in of if n >= least]}
+        found = details(f"{part}_time_exponent", name, max(of), **fitted)
+        title = f"{part}, {name}: time as a power of N"
+        yield Row(title, spread.median, "power", bar.time, "<=", spread, found)
+        found = details(f"{part}_memory_exponent", name, max(of), **fitted)
+        title = f"{part}, {name}: extra memory as a power of N"
+        yield Row(title, exponent(peaks, least), "power", bar.memory, "<=", details=found)
+
+
+def exponent(amounts: Mapping[int, float], least: int = 1) -> float:
+    """p of the power of N that fits best, by least squares of logarithms, from ``least`` tokens on."""
+    points = [(math.log(n), math.log(amount)) for n, amount in amounts.items() if n >= least]
+    return linear_regression(*zip(*points, strict=True)).slope
+
+
+# Recorded rows
+
+
+def recorded_table(recorded: Recorded, *whats: str) -> Table:
+    """Rows of a recorded benchmark for a notebook: all, or those with one of these ``what``.
+
+    Rows that are missing are shown with their reason. The caption names the file. Raises ValueError where
+    there is no such row.
     """
     lines = []
     for row in recorded.rows:
-        if row.get("what") not in (*whats, "missing"):
+        if whats and row.get("what") not in (*whats, "missing"):
             continue
         spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "n" in row else None
         measured = math.nan if row["measured"] is None else row["measured"]

@@ -11,8 +11,7 @@ memory       ``peak_memory`` of a call
 work         FLOPs and bytes by formula: ``attention_work``, ``attention_layer_work``, ``decoder_work``
 roofline     ``measure_roofline``, ``read_bandwidth``, ``matmul_peak`` of this machine
 provenance   ``collect_provenance``: date, commit, machine, versions
-results      ``results.save`` and ``results.load``: recorded measurements in results/
-bench        ``kvlearn bench``: benchmarks with their bars
+results      ``results.Row``, ``results.save`` and ``results.load``: recorded measurements in results/
 doctor       ``kvlearn doctor``: what runs how on this machine
 """
 

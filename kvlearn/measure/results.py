@@ -7,16 +7,19 @@ One machine a file for timings. Rows of quality may come from several machines; 
 """
 
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import kvlearn
 from kvlearn.measure.provenance import checkout, collect_provenance
+from kvlearn.measure.timing import Quartiles
+from kvlearn.measure.units import format_bytes, format_rate, format_seconds
 
 SCHEMA = 1
 # What each key of a provenance must hold; more keys are welcome.
@@ -31,6 +34,80 @@ PROVENANCE: dict[str, tuple[type, ...]] = {
     "gpu": (dict, type(None)),
     "versions": (dict,),
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number in SI units (s, B, B/s, FLOP/s, FLOP/B, tokens/s; x for a ratio), and its bar.
+
+    ``bar`` None: measured for the record, nothing to pass. ``spread``: the quartiles behind a median.
+    ``details``: what a plot needs to find the row again (length, batch, …). ``missing``: why there is no
+    number; a row that measured NaN or infinity has none either.
+    """
+
+    case: str
+    measured: float
+    unit: str
+    bar: float | None = None
+    relation: Literal[">=", "<=", "=="] = ">="
+    spread: Quartiles | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    missing: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no number; empty where there is one."""
+        return self.missing or ("" if math.isfinite(self.measured) else f"measured {self.measured}")
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the bar is met; None where there is no bar, or no number."""
+        if self.bar is None or self.reason:
+            return None
+        return {
+            ">=": self.measured >= self.bar,
+            "<=": self.measured <= self.bar,
+            "==": self.measured == self.bar,
+        }[self.relation]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As results/ keeps it."""
+        row: dict[str, Any] = {
+            "case": self.case,
+            "measured": None if self.reason else self.measured,
+            "unit": self.unit,
+            "bar": self.bar,
+            "relation": None if self.bar is None else self.relation,
+            "pass": self.passed,
+            **self.details,
+        }
+        if self.reason:
+            return row | {"missing": self.reason}
+        if self.spread is not None:
+            row |= {"q1": self.spread.q1, "q3": self.spread.q3, "n": self.spread.n}
+        return row
+
+    def texts(self) -> tuple[str, str, str, str, str]:
+        """Case, bar, measured, quartiles and verdict, for a table."""
+        sign = {">=": "≥", "<=": "≤", "==": "="}[self.relation]
+        bar = "" if self.bar is None else f"{sign} {format_quantity(self.bar, self.unit)}"
+        if self.reason:
+            return self.case, bar, "missing", "", self.reason
+        quartiles = (self.spread.q1, self.spread.q3) if self.spread is not None else ()
+        spread = " – ".join(format_quantity(q, self.unit) for q in quartiles)
+        verdict = {None: "", True: "pass", False: "miss"}[self.passed]
+        return self.case, bar, format_quantity(self.measured, self.unit), spread, verdict
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """A number with its unit, as a reader wants to see it."""
+    if unit == "s":
+        return format_seconds(value)
+    if unit == "B":
+        return format_bytes(value)
+    if unit.endswith("/s") and unit != "tokens/s":
+        return format_rate(value, unit.removesuffix("/s"))
+    return f"{value:,.3g} {unit}" if abs(value) < 1000 else f"{value:,.0f} {unit}"
 
 
 @dataclass(frozen=True)

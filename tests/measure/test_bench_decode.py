@@ -15,10 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kvlearn.bench import BENCHMARKS, command, common
 from kvlearn.cli import app
-from kvlearn.measure import Quartiles, report, results
-from kvlearn.measure import bench as framework
-from kvlearn.measure.bench import BENCHMARKS, Row, decode, decode_tune
+from kvlearn.measure import Quartiles, results
+from kvlearn.measure.bench import decode, decode_tune
 from kvlearn.measure.decode_bench import ceilings, cells, cpu, grid, others, rivals, special, tune
 from kvlearn.measure.decode_bench.bench import Bench, cuda_bench
 from kvlearn.measure.decode_bench.cells import Cell
@@ -28,6 +28,7 @@ from kvlearn.measure.decode_bench.figure import bandwidth_points
 from kvlearn.measure.decode_bench.inputs import Arena
 from kvlearn.measure.decode_bench.jobs import Deadline
 from kvlearn.measure.decode_bench.rivals import Unable
+from kvlearn.measure.results import Row
 
 CPU = torch.device("cpu")
 NEEDS_TRITON = pytest.mark.skipif(sys.platform == "darwin", reason="no Triton")
@@ -401,7 +402,7 @@ def test_recording_decode_draws_its_figure(monkeypatch: pytest.MonkeyPatch, tmp_
         Row("BW_read", 4e12, "B/s", details={"what": "bw_read"}),
         Row("own", time.median, "s", bar=1e-3, relation="<=", spread=time, details=details),
     ]
-    monkeypatch.setattr(report, "run_benchmark", lambda name, device: iter(rows))
+    monkeypatch.setattr(common, "run_parts", lambda parts, seconds, **_: iter(rows))
     monkeypatch.setattr(results, "results_folders", lambda: [tmp_path])
     monkeypatch.setattr("kvlearn.measure.provenance.read_bandwidth", lambda device: 1e9)
     done = CliRunner().invoke(app, ["bench", "decode", "--record"])
@@ -411,11 +412,11 @@ def test_recording_decode_draws_its_figure(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_log_has_each_row_as_soon_as_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_short(name: str, device: str) -> Iterator[Row]:
+    def cut_short(parts: Any, seconds: float, **_: Any) -> Iterator[Row]:
         yield Row("first", 1e-3, "s", bar=1.0, relation="<=")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "run_benchmark", cut_short)
+    monkeypatch.setattr(common, "run_parts", cut_short)
     done = CliRunner().invoke(app, ["bench", "decode"])
     assert done.exit_code != 0
     assert "first" in done.output
@@ -424,7 +425,7 @@ def test_a_log_has_each_row_as_soon_as_it_is_measured(monkeypatch: pytest.Monkey
 
 def test_both_are_listed() -> None:
     assert {"decode", "decode_tune"} <= set(BENCHMARKS)
-    assert framework.default_device() in ("cpu", "cuda")
+    assert command.default_device() in ("cpu", "cuda")
 
 
 def test_an_error_is_stated_against_the_unquantised_cache(place: Bench) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvlearn import plots
 from kvlearn.attention import REGISTRY, Cache, LinearAttention, Mechanism, StateCache
-from kvlearn.measure.bench import Row, run_benchmark
+from kvlearn.bench.common import run as run_benchmark
 from kvlearn.measure.linear_bench import cores, designs, endurance, layers, peers, scaling, sizes, steps
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.growth import label
 
 CPU = torch.device("cpu")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kvlearn.attention import GroupedQueryAttention
+from kvlearn.bench.common import run as run_benchmark
 from kvlearn.measure import Comparison
-from kvlearn.measure.bench import Row, run_benchmark, shared
+from kvlearn.measure.bench import shared
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench import grouped, roads, rows
 from kvlearn.measure.steps import filled_cache, last_token
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from kvlearn.attention import KV, REGISTRY, RingCache, SlotCache, SparseAttention, WindowAttention
 from kvlearn.attention.core import attention, causal_mask, rule_mask
 from kvlearn.attention.window import Window
+from kvlearn.bench.common import run as run_benchmark
 from kvlearn.measure import Comparison
-from kvlearn.measure.bench import Row, run_benchmark
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench import growth
 from kvlearn.measure.window_bench import chosen, designs, layers, reference, scaling, sizes, steps
 from kvlearn.measure.window_bench.designs import DESIGNS, WITH_SINKS, new_layer

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import Cell, cell
 from kvlearn.measure.decode_bench.clocks import CudaClock, WallClock, time_by_turns
@@ -20,6 +19,7 @@ from kvlearn.measure.decode_bench.grid import LENGTHS, grid_cells
 from kvlearn.measure.decode_bench.inputs import Arena, Inputs, quantised
 from kvlearn.measure.decode_bench.jobs import Budget, Deadline, Job, run_jobs
 from kvlearn.measure.decode_bench.rivals import Unable
+from kvlearn.measure.results import Row
 
 CPU = torch.device("cpu")
 SMALL = Cell("GQA 4/2", batch=3, length=32, n_heads=4, n_kv_heads=2, head_dim=16)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench import cpu
 from kvlearn.measure.decode_bench.bench import Bench, cuda_bench
 from kvlearn.measure.decode_bench.ceilings import bandwidth, launch_cost, peak
@@ -16,6 +15,7 @@ from kvlearn.measure.decode_bench.grid import grid_jobs, stage_jobs
 from kvlearn.measure.decode_bench.jobs import Deadline, Job, run_jobs
 from kvlearn.measure.decode_bench.others import flex_jobs, library_jobs
 from kvlearn.measure.decode_bench.special import special_jobs
+from kvlearn.measure.results import Row
 
 SECONDS = 510.0  # of the 9 minutes; what is left is for importing, recording and drawing
 

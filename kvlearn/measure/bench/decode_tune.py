@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench, cuda_bench
 from kvlearn.measure.decode_bench.ceilings import bandwidth
 from kvlearn.measure.decode_bench.contest import note
 from kvlearn.measure.decode_bench.jobs import Deadline, run_jobs
 from kvlearn.measure.decode_bench.tune import tune_jobs
+from kvlearn.measure.results import Row
 
 SECONDS = 450.0  # of 8 minutes
 

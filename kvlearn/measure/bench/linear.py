@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench import endurance, layers, peers, scaling, sizes, steps
+from kvlearn.measure.results import Row
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import kvlearn
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench import grouped, roads
 from kvlearn.measure.shared_bench.rows import Calls, agree, time_row
 from kvlearn.measure.timing import compare

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.window_bench import chosen, layers, scaling, sizes, steps
 
 

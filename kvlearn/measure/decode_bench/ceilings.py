@@ -6,10 +6,10 @@ from functools import partial
 import torch
 
 from kvlearn.kernels.runtime import HAS_TRITON
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.clocks import time_by_turns
 from kvlearn.measure.decode_bench.contest import in_short, note
+from kvlearn.measure.results import Row
 from kvlearn.measure.units import GIB
 
 STREAM = 2 * GIB  # bytes, and more than that brings nothing

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import SHARE, Bench
 from kvlearn.measure.decode_bench.cells import Cell
 from kvlearn.measure.decode_bench.clocks import Measured, time_by_turns
 from kvlearn.measure.decode_bench.exact import TOLERANCE, error
 from kvlearn.measure.decode_bench.inputs import Inputs
 from kvlearn.measure.decode_bench.rivals import Unable
+from kvlearn.measure.results import Row
 from kvlearn.measure.timing import Comparison
 from kvlearn.measure.units import format_bytes_decimal
 

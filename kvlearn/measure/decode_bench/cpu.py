@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import Cell, cell, tokens
 from kvlearn.measure.decode_bench.clocks import WallClock
@@ -15,6 +14,7 @@ from kvlearn.measure.decode_bench.inputs import Arena
 from kvlearn.measure.decode_bench.jobs import Deadline, Job, run_jobs
 from kvlearn.measure.decode_bench.own import OWN, own
 from kvlearn.measure.decode_bench.rivals import sdpa
+from kvlearn.measure.results import Row
 from kvlearn.measure.roofline import read_bandwidth
 from kvlearn.measure.units import KIB, MIB
 

@@ -6,13 +6,13 @@ must: t ≤ bytes / (0.90 · BW_read) + 15 µs        goal: t ≤ bytes / (0.95 
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import Cell, cell
 from kvlearn.measure.decode_bench.contest import Entry, Outcome, compete, note, too_large
 from kvlearn.measure.decode_bench.jobs import Job
 from kvlearn.measure.decode_bench.own import OWN, own
 from kvlearn.measure.decode_bench.rivals import sdpa_flash, sdpa_flash_expanded, stage
+from kvlearn.measure.results import Row
 from kvlearn.measure.units import GB, KIB
 
 FORMS = ("MHA 32/32", "GQA 32/4", "GQA 64/8", "MQA 32/1")

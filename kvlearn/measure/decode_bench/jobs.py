@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.contest import in_short, note
+from kvlearn.measure.results import Row
 
 BEFORE_THE_END = 25.0  # seconds that a part may need once it is begun, unless it says otherwise
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import cell
 from kvlearn.measure.decode_bench.contest import Entry, compete, note
@@ -12,6 +11,7 @@ from kvlearn.measure.decode_bench.grid import FORMS, ratios
 from kvlearn.measure.decode_bench.jobs import Budget, Job
 from kvlearn.measure.decode_bench.own import OWN, own
 from kvlearn.measure.decode_bench.rivals import Flex, Rival, flashinfer, vllm_triton
+from kvlearn.measure.results import Row
 from kvlearn.measure.units import KIB
 
 FLEX = "FlexAttention"

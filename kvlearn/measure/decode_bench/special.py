@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from kvlearn.kernels.tiling import LATENT_TILINGS
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import Cell, cell, tokens
 from kvlearn.measure.decode_bench.contest import Entry, compete
@@ -17,6 +16,7 @@ from kvlearn.measure.decode_bench.inputs import quantised as quantise
 from kvlearn.measure.decode_bench.jobs import Job
 from kvlearn.measure.decode_bench.own import OWN, own
 from kvlearn.measure.decode_bench.rivals import sdpa_masked, stage
+from kvlearn.measure.results import Row
 from kvlearn.measure.units import KIB
 
 WINDOW, SINKS = 4 * KIB, 4

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 
 from kvlearn.kernels.tiling import Tiling
-from kvlearn.measure.bench import Row
 from kvlearn.measure.decode_bench.bench import Bench
 from kvlearn.measure.decode_bench.cells import Cell, cell
 from kvlearn.measure.decode_bench.contest import compete
 from kvlearn.measure.decode_bench.jobs import Deadline, Job
 from kvlearn.measure.decode_bench.own import own, present_tiling
+from kvlearn.measure.results import Row
 from kvlearn.measure.units import KIB
 
 SECONDS_A_FORM = 34.0

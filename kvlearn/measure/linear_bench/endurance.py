@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvlearn.attention import Mechanism, StateCache
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench.designs import details, new_layer, state_names
+from kvlearn.measure.results import Row
 
 LENGTH, LAST = 100_000, 1000
 D_MODEL, N_HEADS = 32, 2

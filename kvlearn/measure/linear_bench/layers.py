@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kvlearn.attention import Mechanism
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench import designs
 from kvlearn.measure.linear_bench.designs import details, state_names
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.growth import by_label, growth_rows, label
 from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
 from kvlearn.measure.timing import compare

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kvlearn.attention import StateCache
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench.designs import details, new_layer
 from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
 from kvlearn.measure.timing import compare
 

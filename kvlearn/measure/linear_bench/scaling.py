@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench.cores import CORES, checked_core
 from kvlearn.measure.linear_bench.designs import details
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.growth import Bars, by_label, growth_rows, label
 from kvlearn.measure.shared_bench.rows import ratio_row
 from kvlearn.measure.timing import compare

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench import designs
 from kvlearn.measure.linear_bench.designs import details, state_names
+from kvlearn.measure.results import Row
 
 LENGTHS = (1024, 1_000_000)
 

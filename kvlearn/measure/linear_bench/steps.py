@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.linear_bench import designs
 from kvlearn.measure.linear_bench.designs import details, state_names
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import time_row
 from kvlearn.measure.steps import last_token
 from kvlearn.measure.timing import compare

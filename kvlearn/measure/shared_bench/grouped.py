@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvlearn.attention import GroupedQueryAttention
 from kvlearn.attention.core import attention, causal_attention, causal_mask_at
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import Calls, agree, ratio_row, time_row
 from kvlearn.measure.steps import filled_cache, next_token
 from kvlearn.measure.timing import compare

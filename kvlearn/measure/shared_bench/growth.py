@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import time_row
 from kvlearn.measure.timing import Comparison, Quartiles
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from kvlearn.attention import FullAttention, MultiHeadCompression
 from kvlearn.attention.core import causal_mask_at
 from kvlearn.attention.mla import AttentionPath, absorbed_attention, crossover, naive_attention, path_flops
-from kvlearn.measure.bench import Row
 from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import Calls, agree, ratio_row, time_row
 from kvlearn.measure.steps import filled_cache, last_token, next_token
 from kvlearn.measure.timing import compare

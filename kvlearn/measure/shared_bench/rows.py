@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.timing import Comparison
 
 Calls = Mapping[str, Callable[[], Tensor]]

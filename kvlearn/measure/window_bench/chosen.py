@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlearn.attention import REGISTRY, Mechanism
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
 from kvlearn.measure.timing import compare
 from kvlearn.measure.window_bench import designs

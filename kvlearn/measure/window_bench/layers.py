@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvlearn.measure.bench import Row
 from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import agree, ratio_row, time_row
 from kvlearn.measure.timing import compare
 from kvlearn.measure.units import GIB

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlearn.attention import KV
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.growth import Bars, Core, by_label, growth_rows, label
 from kvlearn.measure.shared_bench.rows import agree, ratio_row
 from kvlearn.measure.timing import Comparison, compare

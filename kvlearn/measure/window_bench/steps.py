@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvlearn.attention import Cache
 from kvlearn.attention.core import merge_heads, split_heads
-from kvlearn.measure.bench import Row
+from kvlearn.measure.results import Row
 from kvlearn.measure.shared_bench.rows import agree, time_row
 from kvlearn.measure.steps import next_token
 from kvlearn.measure.timing import compare
