@@ -1,6 +1,7 @@
-"""What tests of benchmarks share: small sizes, and a clock whose hands they set."""
+"""What tests of benchmarks share: times that the test sets in place of measured ones."""
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,10 +10,8 @@ from torch import Tensor
 from kvlearn.measure import Comparison
 
 
-def small_and_timed(
-    monkeypatch: pytest.MonkeyPatch, small: Mapping[Any, Mapping[str, Any]]
-) -> dict[str, float]:
-    """Small sizes, and a clock that shows what stands here under a contestant's name: else one second."""
+def shown_times(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> dict[str, float]:
+    """Every call of a comparison runs once and takes the seconds that stand here under its name: else 1."""
     shown: dict[str, float] = {}
 
     def compare(fns: Mapping[str, Callable[[], Tensor]], *, rounds: int, **_: Any) -> Comparison:
@@ -20,9 +19,16 @@ def small_and_timed(
             fn()
         return Comparison({name: rounds * (shown.get(name, 1.0),) for name in fns})
 
+    for module in modules:
+        monkeypatch.setattr(module, "compare", compare)
+    return shown
+
+
+def small_and_timed(
+    monkeypatch: pytest.MonkeyPatch, small: Mapping[Any, Mapping[str, Any]]
+) -> dict[str, float]:
+    """Small sizes beside ``shown_times``."""
     for module, values in small.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
-        if hasattr(module, "compare"):
-            monkeypatch.setattr(module, "compare", compare)
-    return shown
+    return shown_times(monkeypatch, *(module for module in small if hasattr(module, "compare")))

@@ -1,7 +1,7 @@
-"""The two paths of a latent, naive and absorbed: a step of decode, its memory, and where chunks change sides.
+"""The two paths of a latent, naive and absorbed: a step of decode, its memory, and the crossover of chunks.
 
-The best that can be done naively is sought among several ways to decompress; each is checked against the
-equation, written down once more in fp64.
+These are parts of ``kvlearn bench shared``. The naive path is measured in several forms of decompression, and
+the fastest is the baseline; each is checked against the equation, written down once more in fp64.
 """
 
 import math
@@ -18,15 +18,14 @@ from torch import Tensor
 from kvlearn.attention import FullAttention, MultiHeadCompression
 from kvlearn.attention.core import causal_mask_at
 from kvlearn.attention.mla import AttentionPath, absorbed_attention, crossover, naive_attention, path_flops
+from kvlearn.bench.common import Calls, Part, agree, ratio_row, time_row
 from kvlearn.measure.memory import peak_memory
 from kvlearn.measure.results import Row
-from kvlearn.measure.shared_bench.rows import Calls, agree, ratio_row, time_row
 from kvlearn.measure.steps import filled_cache, last_token, next_token
 from kvlearn.measure.timing import compare
 
-LENGTH = 8192
-PIECE = 512  # tokens decompressed at a time: their keys stay in a core's own cache
-NEW = (1, 8, 64, 128, 256, 512)
+SPEEDUP = 10  # how many times as fast the absorbed step must be, at least
+SCORES = 3  # times the scores of all heads: the most memory that the absorbed step may need
 ROUNDS = 9
 
 
@@ -41,14 +40,44 @@ class Shape:
 
     @property
     def scale(self) -> float:
+        """Of the scores."""
         return (self.head_dim + self.rope_dim) ** -0.5
 
     def details(self, what: str, name: str, **more: Any) -> dict[str, Any]:
+        """What a plot finds a row by."""
         return {"what": what, "name": name, **asdict(self), "batch": 1, **more}
 
 
-STEP = Shape(rank=128)
-CHUNKS = Shape(rank=512)  # 4 · head_dim, as in MLA: absorbed costs more than it saves once many ask
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the step and of the chunks; lengths in tokens."""
+
+    length: int = 8192
+    piece: int = 512  # decompressed at a time: their keys stay in a core's own cache
+    new: tuple[int, ...] = (1, 8, 64, 128, 256, 512)
+    step: Shape = Shape(rank=128)
+    # 4 · head_dim, as in MLA: absorbed costs more than it saves once many queries ask.
+    chunks: Shape = Shape(rank=512)
+
+
+SIZES = Sizes()
+SMALL = Sizes(
+    length=512,  # what does not grow with it no longer counts
+    piece=100,
+    new=(1, 2, 9),
+    step=Shape(rank=6, n_heads=3, head_dim=8, rope_dim=4),
+    chunks=Shape(rank=16, n_heads=2, head_dim=8, rope_dim=4),
+)
+
+
+def parts(device: torch.device, small: bool = False) -> list[Part]:
+    """The parts of ``kvlearn bench shared`` that measure latents."""
+    sizes = SMALL if small else SIZES
+    return [
+        Part("latent step", lambda: step_rows(sizes, device)),
+        Part("latent layer", lambda: layer_rows(sizes, device)),
+        Part("latent chunks", lambda: chunk_rows(sizes, device)),
+    ]
 
 
 class Drawn(NamedTuple):
@@ -80,27 +109,31 @@ def one_product(q: Tensor, latents: Tensor, kv_up: Tensor, positions: Tensor, sc
     return F.scaled_dot_product_attention(q[..., :head_dim], k, v, attn_mask=mask, scale=scale)
 
 
-def in_pieces(q: Tensor, latents: Tensor, kv_up: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Naive, one token of one sequence: ``PIECE`` tokens at a time, all keys first, then the values."""
+def in_pieces(
+    q: Tensor, latents: Tensor, kv_up: Tensor, positions: Tensor, scale: float, piece: int = SIZES.piece
+) -> Tensor:
+    """Naive, one token of one sequence: ``piece`` tokens at a time, all keys first, then the values."""
     n_heads, _, rank = kv_up.shape
     head_dim = q.shape[-1] - (latents.shape[-1] - rank)
     k_up, v_up = kv_up[:, :head_dim].flatten(0, 1), kv_up[:, head_dim:].flatten(0, 1)
-    pieces = latents[0, :, :rank].T.split(PIECE, dim=1)
-    keys = ((k_up @ piece).unflatten(0, (n_heads, -1)) for piece in pieces)
+    pieces = latents[0, :, :rank].T.split(piece, dim=1)
+    keys = ((k_up @ latent).unflatten(0, (n_heads, -1)) for latent in pieces)
     scores = torch.cat([q[0, :, :, :head_dim] @ k for k in keys], dim=-1)
     scores += q[0, :, :, head_dim:] @ latents[0, :, rank:].T
-    weights = (scores * scale).softmax(-1).transpose(1, 2).split(PIECE, dim=1)
-    values = ((v_up @ piece).unflatten(0, (n_heads, -1)) for piece in pieces)
+    weights = (scores * scale).softmax(-1).transpose(1, 2).split(piece, dim=1)
+    values = ((v_up @ latent).unflatten(0, (n_heads, -1)) for latent in pieces)
     out = sum(v @ weight for v, weight in zip(values, weights, strict=True))
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)[None]
 
 
-NAIVE: dict[str, Callable[..., Tensor]] = {
-    "naive": naive_attention,
-    "naive, one product": one_product,
-    "naive, in pieces": in_pieces,
-}
+def naive_forms(piece: int) -> dict[str, Callable[..., Tensor]]:
+    """By name; ``piece`` tokens at a time where a form works in pieces."""
+    return {
+        "naive": naive_attention,
+        "naive, one product": one_product,
+        "naive, in pieces": partial(in_pieces, piece=piece),
+    }
 
 
 def exact(given: Drawn) -> Tensor:
@@ -118,38 +151,44 @@ def exact(given: Drawn) -> Tensor:
     return (scores * given.scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
-def step_rows(device: torch.device) -> Iterator[Row]:
-    """One token over a long cache, absorbed against the best naive path, and the memory that each needs."""
-    given = draw(STEP, LENGTH - 1, 1, device)
+@torch.inference_mode()
+def step_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """One token over a long cache, absorbed against the best naive form, and the memory that each needs."""
+    shape = sizes.step
+    given = draw(shape, sizes.length - 1, 1, device)
     calls: Calls = {
         "absorbed": partial(absorbed_attention, *given),
-        **{name: partial(way, *given) for name, way in NAIVE.items()},
+        **{name: partial(form, *given) for name, form in naive_forms(sizes.piece).items()},
     }
     agree(calls, exact(given))
-    by_turns = compare(calls, rounds=ROUNDS)
-    title = f"{STEP.n_heads} heads, rank {STEP.rank}, {LENGTH} tokens"
+    compared = compare(calls, rounds=ROUNDS)
+    title = f"{shape.n_heads} heads, rank {shape.rank}, {sizes.length} tokens"
     for name in calls:
         path: AttentionPath = "absorbed" if name == "absorbed" else "naive"
-        found = STEP.details("road_time", name, length=LENGTH, flops=flops(STEP, path, LENGTH - 1, 1))
-        yield time_row(by_turns, title, name, found)
-    best = min(NAIVE, key=lambda name: by_turns.time(name).median)
-    found = STEP.details("road_speedup", best, length=LENGTH)
-    yield ratio_row(by_turns, f"{title}, best naive", best, "absorbed", found, bar=10)
-    scores = STEP.n_heads * LENGTH * 4
+        found = shape.details(
+            "road_time", name, length=sizes.length, flops=flops(shape, path, sizes.length - 1, 1)
+        )
+        yield time_row(compared, title, name, found)
+    best = min(naive_forms(sizes.piece), key=lambda name: compared.time(name).median)
+    found = shape.details("road_speedup", best, length=sizes.length)
+    yield ratio_row(compared, f"{title}, best naive", best, "absorbed", found, bar=SPEEDUP)
+    scores = shape.n_heads * sizes.length * 4
     for name, call in calls.items():
         peak = peak_memory(call, device)
-        found = STEP.details("road_memory", name, length=LENGTH, times_scores=peak / scores)
-        bar = 3 * scores if name == "absorbed" else None
+        found = shape.details("road_memory", name, length=sizes.length, times_scores=peak / scores)
+        bar = SCORES * scores if name == "absorbed" else None
         yield Row(f"{title}, extra memory: {name}", peak, "B", bar=bar, relation="<=", details=found)
 
 
-def layer_rows(device: torch.device) -> Iterator[Row]:
+@torch.inference_mode()
+def layer_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The same token through the whole layer, and through full attention with as many heads."""
-    d_model = STEP.n_heads * STEP.head_dim
+    shape = sizes.step
+    d_model = shape.n_heads * shape.head_dim
     with device:
-        layer = MultiHeadCompression(d_model, STEP.n_heads, rank=STEP.rank, rope_dim=STEP.rope_dim).eval()
-        full = FullAttention(d_model, STEP.n_heads).eval()
-    step = next_token(layer, torch.randn(1, 1, d_model, device=device), filled_cache(layer, 1, LENGTH))
+        layer = MultiHeadCompression(d_model, shape.n_heads, rank=shape.rank, rope_dim=shape.rope_dim).eval()
+        full = FullAttention(d_model, shape.n_heads).eval()
+    step = next_token(layer, torch.randn(1, 1, d_model, device=device), filled_cache(layer, 1, sizes.length))
 
     def by(path: AttentionPath) -> Tensor:
         layer.absorb = path == "absorbed"
@@ -157,42 +196,43 @@ def layer_rows(device: torch.device) -> Iterator[Row]:
 
     paths: dict[str, Callable[[], Tensor]] = {path: partial(by, path) for path in get_args(AttentionPath)}
     agree(paths, by("naive"))
-    by_turns = compare({"full": last_token(full, 1, LENGTH), **paths}, rounds=ROUNDS)
-    title = f"layer {d_model}, rank {STEP.rank}, {LENGTH} tokens"
-    for name in by_turns.rounds:
-        yield time_row(by_turns, title, name, STEP.details("layer_time", name, length=LENGTH))
+    compared = compare({"full": last_token(full, 1, sizes.length), **paths}, rounds=ROUNDS)
+    title = f"layer {d_model}, rank {shape.rank}, {sizes.length} tokens"
+    for name in compared.rounds:
+        yield time_row(compared, title, name, shape.details("layer_time", name, length=sizes.length))
     for name in ("naive", "full"):
-        found = STEP.details("layer_speedup", name, length=LENGTH)
-        yield ratio_row(by_turns, title, name, "absorbed", found)
+        found = shape.details("layer_speedup", name, length=sizes.length)
+        yield ratio_row(compared, title, name, "absorbed", found)
 
 
-def chunk_rows(device: torch.device) -> Iterator[Row]:
+@torch.inference_mode()
+def chunk_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """More and more new tokens over a long cache: both paths' times beside their FLOPs, and the crossover."""
-    ratios = {}
-    for new in NEW:
-        given = draw(CHUNKS, LENGTH, new, device)
+    ratios, shape = {}, sizes.chunks
+    for new in sizes.new:
+        given = draw(shape, sizes.length, new, device)
         calls: Calls = {
             "naive": partial(naive_attention, *given),
             "absorbed": partial(absorbed_attention, *given),
         }
         check_chunk(calls, given)
-        by_turns = compare(calls, rounds=ROUNDS if new < 64 else ROUNDS // 3)
-        title = f"{new} new over {LENGTH}, rank {CHUNKS.rank}"
+        compared = compare(calls, rounds=ROUNDS if new < 64 else ROUNDS // 3)
+        title = f"{new} new over {sizes.length}, rank {shape.rank}"
         for path in get_args(AttentionPath):
-            counted = flops(CHUNKS, path, LENGTH, new)
-            found = CHUNKS.details("chunk_time", path, new=new, cached=LENGTH, flops=counted)
-            yield time_row(by_turns, title, path, found)
-        by_flops = flops(CHUNKS, "naive", LENGTH, new) / flops(CHUNKS, "absorbed", LENGTH, new)
-        found = CHUNKS.details("chunk_speedup", "absorbed", new=new, cached=LENGTH, by_flops=by_flops)
-        yield ratio_row(by_turns, title, "naive", "absorbed", found)
-        ratios[new] = by_turns.ratio("naive", "absorbed").median
-    formula = crossover(CHUNKS.head_dim, CHUNKS.rank)
-    found = CHUNKS.details("crossover", "formula", cached=LENGTH)
-    yield Row(f"crossover, rank {CHUNKS.rank}: by FLOPs", formula, "tokens", details=found)
+            counted = flops(shape, path, sizes.length, new)
+            found = shape.details("chunk_time", path, new=new, cached=sizes.length, flops=counted)
+            yield time_row(compared, title, path, found)
+        by_flops = flops(shape, "naive", sizes.length, new) / flops(shape, "absorbed", sizes.length, new)
+        found = shape.details("chunk_speedup", "absorbed", new=new, cached=sizes.length, by_flops=by_flops)
+        yield ratio_row(compared, title, "naive", "absorbed", found)
+        ratios[new] = compared.ratio("naive", "absorbed").median
+    formula = crossover(shape.head_dim, shape.rank)
+    found = shape.details("crossover", "formula", cached=sizes.length)
+    yield Row(f"crossover, rank {shape.rank}: by FLOPs", formula, "tokens", details=found)
     measured = crossing(ratios)
     if measured is not None:
-        found = CHUNKS.details("crossover", "measured", cached=LENGTH)
-        yield Row(f"crossover, rank {CHUNKS.rank}: as measured", measured, "tokens", details=found)
+        found = shape.details("crossover", "measured", cached=sizes.length)
+        yield Row(f"crossover, rank {shape.rank}: as measured", measured, "tokens", details=found)
 
 
 def check_chunk(calls: Calls, given: Drawn) -> None:
