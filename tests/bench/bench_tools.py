@@ -22,13 +22,3 @@ def shown_times(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> dict[s
     for module in modules:
         monkeypatch.setattr(module, "compare", compare)
     return shown
-
-
-def small_and_timed(
-    monkeypatch: pytest.MonkeyPatch, small: Mapping[Any, Mapping[str, Any]]
-) -> dict[str, float]:
-    """Small sizes beside ``shown_times``."""
-    for module, values in small.items():
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
-    return shown_times(monkeypatch, *(module for module in small if hasattr(module, "compare")))

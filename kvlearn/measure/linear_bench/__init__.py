@@ -1,1 +1,0 @@
-"""The parts of ``kvlearn bench linear``: exponents, layers, others' Mamba, steps, bytes, long texts."""
