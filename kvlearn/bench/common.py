@@ -157,9 +157,11 @@ def run_parts(
 
 def not_begun(part: Part, at: float, end: float, seconds: float) -> str:
     """Why a part is not begun at this time; empty where it is."""
-    if part.limit is not None and part.limit.spent >= part.limit.seconds:
+    if end < math.inf and end - at <= part.needs:
+        return f"not reached within {seconds:g} s"
+    if part.limit is not None and part.limit.seconds - part.limit.spent <= part.needs:
         return f"not reached within the {part.limit.seconds:g} s of its group"
-    return f"not reached within {seconds:g} s" if end - at <= part.needs and end < math.inf else ""
+    return ""
 
 
 def missing(part: str, reason: str, **details: Any) -> Row:

@@ -1,7 +1,7 @@
 """Time: medians and quartiles by torch.utils.benchmark, and fair comparisons on noisy machines.
 
 Machines share their cores, clocks move, caches warm up. So a time is a median with its quartiles, and two
-things are compared by turns within one process, by the median of the ratios of neighbouring runs.
+things are compared interleaved, within one process, by the median of the ratios of neighbouring runs.
 On CUDA the timer waits for the device before and after.
 """
 
@@ -72,7 +72,7 @@ def compare(
     min_block_time: float = 0.01,
     calls: int | None = None,
 ) -> Comparison:
-    """Times several functions by turns.
+    """Times several functions, interleaved.
 
     In each round every function runs once, or as often as fills ``min_block_time`` seconds; with ``calls``
     all run that often, after one call to warm up, as functions need whose calls change what they work on.
@@ -87,10 +87,10 @@ def compare(
     for name, fn in fns.items():
         fn()  # warm up: the first call may compile, allocate and fill caches
         times[name] = calls or max(1, math.ceil(min_block_time / max(_seconds(fn, 1), 1e-9)))
-    return by_turns({name: partial(_seconds, fns[name], times[name]) for name in fns}, rounds)
+    return interleaved({name: partial(_seconds, fns[name], times[name]) for name in fns}, rounds)
 
 
-def by_turns(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Comparison:
+def interleaved(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Comparison:
     """Reads every clock (seconds a call, measured anew) once a round; the order turns from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     names = list(clocks)

@@ -1,4 +1,4 @@
-"""What ``kvlearn bench decode`` is made of: cells, inputs, the truth in fp64, clocks, contests and jobs."""
+"""What ``kvlearn bench decode`` is made of: cases, tensors, the exact result, timers, comparisons."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,20 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvlearn.measure.decode_bench.bench import Bench
-from kvlearn.measure.decode_bench.cells import Cell, cell
-from kvlearn.measure.decode_bench.clocks import CudaClock, WallClock, time_by_turns
-from kvlearn.measure.decode_bench.contest import Entry, compete
-from kvlearn.measure.decode_bench.exact import error, exact_row
-from kvlearn.measure.decode_bench.grid import LENGTHS, grid_cells
-from kvlearn.measure.decode_bench.inputs import Arena, Inputs, quantised
-from kvlearn.measure.decode_bench.jobs import Budget, Deadline, Job, run_jobs
-from kvlearn.measure.decode_bench.rivals import Unable
-from kvlearn.measure.results import Row
+from kvlearn.bench.decode.cases import Arena, Case, Inputs, error, exact_row, new_case, quantised
+from kvlearn.bench.decode.comparison import Implementation, Setup, Unavailable, compare_implementations
+from kvlearn.bench.decode.grid import grid_cases
+from kvlearn.bench.decode.sizes import SIZES
+from kvlearn.measure.timers import CudaTimer, WallTimer, time_interleaved
 
 CPU = torch.device("cpu")
-SMALL = Cell("GQA 4/2", batch=3, length=32, n_heads=4, n_kv_heads=2, head_dim=16)
-LATENT = Cell("MLA 4", batch=2, length=32, n_heads=4, n_kv_heads=1, head_dim=16, rope_dim=8)
+SMALL = Case("GQA 4/2", batch=3, length=32, n_heads=4, n_kv_heads=2, head_dim=16)
+LATENT = Case("MLA 4", batch=2, length=32, n_heads=4, n_kv_heads=1, head_dim=16, rope_dim=8)
 
 
 @pytest.fixture
@@ -33,8 +28,8 @@ def arena() -> Arena:
 
 
 @pytest.fixture
-def bench(arena: Arena) -> Bench:
-    return Bench(CPU, WallClock(), arena, memory=2**20, l2=1000, backend="torch", read=1e9, peak=1e12)
+def setup(arena: Arena) -> Setup:
+    return Setup(CPU, WallTimer(), arena, memory=2**20, l2=1000, backend="torch", read=1e9, peak=1e12)
 
 
 def attention(x: Inputs, **options: Any) -> torch.Tensor:
@@ -43,17 +38,17 @@ def attention(x: Inputs, **options: Any) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)[:, :, 0]
 
 
-# Cells
+# Cases
 
 
 def test_bytes_are_live_keys_and_values_once_and_queries_and_results() -> None:
-    measured = cell("GQA 32/4", 1, 65536)
+    measured = new_case("GQA 32/4", 1, 65536)
     assert measured.nbytes == 2 * 4 * 65536 * 128 * 2 + 2 * 32 * 128 * 2
     assert measured.stored == 2 * 4 * 65536 * 128 * 2
 
 
 def test_a_latent_counts_once_and_in_both_products() -> None:
-    measured = cell("MLA 16", 32, 16384)
+    measured = new_case("MLA 16", 32, 16384)
     assert measured.stored == 32 * 16384 * 576 * 2
     assert measured.nbytes == measured.stored + 32 * 16 * (576 + 512) * 2
     assert measured.nbytes >= 600e6
@@ -61,31 +56,31 @@ def test_a_latent_counts_once_and_in_both_products() -> None:
 
 
 def test_a_window_reads_its_own_keys_and_the_sinks_and_stores_everything() -> None:
-    measured = cell("MHA 32/32", 2, 65536, window=4096, n_sinks=4)
+    measured = new_case("MHA 32/32", 2, 65536, window=4096, n_sinks=4)
     assert measured.live(65536) == 4100
     assert measured.live(4097) == 4097
     assert measured.live(10) == 10
-    assert measured.stored == cell("MHA 32/32", 2, 65536).stored
+    assert measured.stored == new_case("MHA 32/32", 2, 65536).stored
 
 
 def test_short_rows_count_with_their_own_length() -> None:
-    measured = cell("MHA 32/32", 4, 1024, others=16)
+    measured = new_case("MHA 32/32", 4, 1024, others=16)
     assert measured.lengths == [1024, 16, 16, 16]
     assert measured.flops == (1024 + 48) * 32 * 4 * 128
 
 
 def test_bytes_of_a_quantised_cache_are_half() -> None:
-    whole, half = cell("GQA 64/8", 32, 16384), cell("GQA 64/8", 32, 16384, kv_dtype=torch.int8)
+    whole, half = new_case("GQA 64/8", 32, 16384), new_case("GQA 64/8", 32, 16384, kv_dtype=torch.int8)
     assert half.stored * 2 == whole.stored
     assert half.nbytes >= 512e6
 
 
 def test_the_grid_is_the_one_that_was_asked_for() -> None:
-    cells = grid_cells()
-    assert len(set(cells)) == 4 * 4 * 4
-    assert {(c.n_heads, c.n_kv_heads) for c in cells} == {(32, 32), (32, 4), (64, 8), (32, 1)}
-    assert {c.batch for c in cells} == {1, 8, 32, 128}
-    assert {c.length for c in cells} == set(LENGTHS) == {1024, 4096, 16384, 65536}
+    cases = grid_cases(SIZES)
+    assert len(set(cases)) == 4 * 4 * 4
+    assert {(c.n_heads, c.n_kv_heads) for c in cases} == {(32, 32), (32, 4), (64, 8), (32, 1)}
+    assert {c.batch for c in cases} == {1, 8, 32, 128}
+    assert {c.length for c in cases} == {1024, 4096, 16384, 65536}
 
 
 # Inputs
@@ -115,17 +110,17 @@ def test_quantising_keeps_the_numbers_nearly(arena: Arena, dtype: torch.dtype) -
     assert (back - x.k.float()).norm() / x.k.float().norm() < 0.04
 
 
-# The truth
+# The exact result
 
 
-def test_the_truth_agrees_with_torch(arena: Arena) -> None:
+def test_the_exact_result_agrees_with_torch(arena: Arena) -> None:
     x = arena.inputs(SMALL)[0]
     expected = attention(x)
     for row in range(SMALL.batch):
         torch.testing.assert_close(exact_row(SMALL, x, row), expected[row])
 
 
-def test_the_truth_of_a_window_agrees_with_a_mask(arena: Arena) -> None:
+def test_the_exact_result_of_a_window_agrees_with_a_mask(arena: Arena) -> None:
     windowed = replace(SMALL, window=5, n_sinks=2)
     x = arena.inputs(windowed)[0]
     mask = torch.zeros(32, dtype=torch.bool)
@@ -133,7 +128,7 @@ def test_the_truth_of_a_window_agrees_with_a_mask(arena: Arena) -> None:
     torch.testing.assert_close(exact_row(windowed, x, 1), attention(x, attn_mask=mask[None, None, None])[1])
 
 
-def test_the_truth_of_pages_is_that_of_the_gathered_cache(arena: Arena) -> None:
+def test_the_exact_result_of_pages_is_that_of_the_gathered_cache(arena: Arena) -> None:
     paged = replace(SMALL, page=8)
     x = arena.inputs(paged)[0]
     assert x.table is not None
@@ -141,7 +136,7 @@ def test_the_truth_of_pages_is_that_of_the_gathered_cache(arena: Arena) -> None:
     torch.testing.assert_close(exact_row(paged, x, 2), attention(Inputs(x.q, k, v, x.lengths))[2])
 
 
-def test_the_truth_of_a_latent(arena: Arena) -> None:
+def test_the_exact_result_of_a_latent(arena: Arena) -> None:
     x = arena.inputs(LATENT)[0]
     assert x.q_rope is not None
     q = torch.cat([x.q, x.q_rope], -1).double()
@@ -160,7 +155,7 @@ def test_an_error_shows_one_wrong_head_and_a_missing_number(arena: Arena) -> Non
     assert not error(SMALL, x, wrong) <= 1
 
 
-# Clocks
+# Timers
 
 
 class FakeCuda:
@@ -239,31 +234,31 @@ class FakeCuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda(step=1e-4)
     fake.install(monkeypatch)
-    monkeypatch.setattr("kvlearn.measure.decode_bench.clocks.MIB", 1)
+    monkeypatch.setattr("kvlearn.measure.timers.MIB", 1)
     return fake
 
 
 def test_a_graph_holds_whole_turns_and_gives_the_time_of_one_call(cuda: FakeCuda) -> None:
-    graph = CudaClock(CPU, l2=16).prepare([cuda.call] * 7)
+    graph = CudaTimer(CPU, l2=16).prepare([cuda.call] * 7)
     assert cuda.captured == [7, 35]  # 5 turns of 7 calls of 0.1 ms last 3 ms
     assert graph.calls == 35
     assert graph.seconds() == pytest.approx(1e-4)
 
 
 def test_everything_runs_once_before_it_is_captured(cuda: FakeCuda) -> None:
-    CudaClock(CPU, l2=16).prepare([cuda.call] * 7)
+    CudaTimer(CPU, l2=16).prepare([cuda.call] * 7)
     assert cuda.log[:15] == ["wait", *["call"] * 7, *["captured"] * 7]
 
 
 def test_a_call_that_is_long_is_captured_once(cuda: FakeCuda) -> None:
     cuda.step = 0.01
-    assert CudaClock(CPU, l2=16).prepare([cuda.call]).calls == 1
+    assert CudaTimer(CPU, l2=16).prepare([cuda.call]).calls == 1
     assert cuda.captured == [1]
 
 
 def test_a_graph_never_holds_more_calls_than_it_may(cuda: FakeCuda) -> None:
     cuda.step = 1e-9
-    assert CudaClock(CPU, l2=16).prepare([cuda.call] * 300).calls == 900
+    assert CudaTimer(CPU, l2=16).prepare([cuda.call] * 300).calls == 900
 
 
 def test_a_failed_capture_puts_the_stream_back(cuda: FakeCuda) -> None:
@@ -272,24 +267,24 @@ def test_a_failed_capture_puts_the_stream_back(cuda: FakeCuda) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="capturing"):
-        CudaClock(CPU, l2=16).prepare([call])
+        CudaTimer(CPU, l2=16).prepare([call])
     assert cuda.stream == "default"
 
 
 def test_a_plain_call_finds_the_cache_written_over(cuda: FakeCuda) -> None:
-    clock = CudaClock(CPU, l2=16)
-    clock.trash = torch.ones(1)
+    timer = CudaTimer(CPU, l2=16)
+    timer.trash = torch.ones(1)
 
     def call() -> None:
-        assert clock.trash.item() == 0
-        clock.trash += 1
+        assert timer.trash.item() == 0
+        timer.trash += 1
         cuda.call()
 
-    assert clock.plain(call).median == pytest.approx(1e-4)
-    assert clock.host(cuda.call).n == 50
+    assert timer.plain(call).median == pytest.approx(1e-4)
+    assert timer.host(cuda.call).n == 50
 
 
-def test_contestants_are_measured_in_every_round_and_the_order_turns() -> None:
+def test_implementations_are_measured_in_every_round_and_the_order_turns() -> None:
     order = []
 
     class Clockwork:
@@ -302,7 +297,7 @@ def test_contestants_are_measured_in_every_round_and_the_order_turns() -> None:
             order.append(self.name)
             return 1e-2
 
-    comparison = time_by_turns({name: Clockwork(name) for name in "abc"})
+    comparison = time_interleaved({name: Clockwork(name) for name in "abc"})
     assert order[3:9] == ["a", "b", "c", "b", "c", "a"]  # the first three say how many rounds there can be
     assert len(comparison.rounds["a"]) in (14, 15)
     assert comparison.ratio("a", "b").median == 1
@@ -310,114 +305,68 @@ def test_contestants_are_measured_in_every_round_and_the_order_turns() -> None:
 
 def test_on_a_cpu_the_wall_clock_times_the_calls() -> None:
     called = []
-    turn = WallClock().prepare([lambda: called.append(1), lambda: called.append(2)])
+    turn = WallTimer().prepare([lambda: called.append(1), lambda: called.append(2)])
     assert turn.seconds() > 0
     assert called == [1, 1, 2]
 
 
-# Contests
+# Comparisons
 
 
-def right(cell: Cell, x: Inputs) -> Callable[[], torch.Tensor]:
+def right(case: Case, x: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: attention(x)
 
 
-def test_who_is_wrong_is_noted_and_not_timed(bench: Bench) -> None:
-    entries = {
-        "right": Entry(SMALL, right),
-        "wrong": Entry(SMALL, lambda cell, x: lambda: attention(x, scale=1.0)),
-        "unfinished": Entry(SMALL, lambda cell, x: lambda: torch.full_like(x.q, torch.nan)),
-        "broken": Entry(SMALL, lambda cell, x: lambda: torch.zeros(3)[5]),
+def test_who_is_wrong_is_noted_and_not_timed(setup: Setup) -> None:
+    implementations = {
+        "right": Implementation(SMALL, right),
+        "wrong": Implementation(SMALL, lambda case, x: lambda: attention(x, scale=1.0)),
+        "unfinished": Implementation(SMALL, lambda case, x: lambda: torch.full_like(x.q, torch.nan)),
+        "broken": Implementation(SMALL, lambda case, x: lambda: torch.zeros(3)[5]),
     }
-    outcome = compete(bench, entries)
-    assert list(outcome.calls) == list(outcome.comparison.rounds) == ["right"]
-    assert outcome.notes["wrong"].startswith("ArithmeticError: wrong by")
-    assert "nan" in outcome.notes["unfinished"]
-    assert outcome.notes["broken"].startswith("IndexError")
-    assert len(bench.failures) == 3
-    assert [row.details["names"] for row in outcome.note_rows()] == [["wrong"], ["unfinished"], ["broken"]]
+    compared = compare_implementations(setup, implementations)
+    assert list(compared.calls) == list(compared.comparison.rounds) == ["right"]
+    assert compared.failed["wrong"].startswith("ArithmeticError: wrong by")
+    assert "nan" in compared.failed["unfinished"]
+    assert compared.failed["broken"].startswith("IndexError")
+    rows = list(compared.missing_rows())
+    assert [row.details["names"] for row in rows] == [["wrong"], ["unfinished"], ["broken"]]
+    assert {(row.details["what"], row.as_dict()["measured"]) for row in rows} == {("missing", None)}
 
 
-def test_who_cannot_take_part_is_noted_and_no_failure(bench: Bench) -> None:
-    def unable(cell: Cell, x: Inputs) -> Callable[[], torch.Tensor]:
-        raise Unable("not made for this")
+def test_who_cannot_take_part_is_noted_and_no_failure(setup: Setup) -> None:
+    def unable(case: Case, x: Inputs) -> Callable[[], torch.Tensor]:
+        raise Unavailable("not made for this")
 
-    outcome = compete(bench, {"unable": Entry(SMALL, unable)})
-    assert outcome.notes == {"unable": "not made for this"}
-    assert bench.failures == []
-
-
-def test_a_cell_that_is_too_large_is_skipped_by_name(bench: Bench) -> None:
-    outcome = compete(bench, {name: Entry(replace(SMALL, length=2**16), right) for name in "ab"})
-    (row,) = outcome.note_rows()
-    assert "GQA 4/2, 3 x 64k: a, b: skipped, a cache of 25.17 MB is above 60% of the memory" in row.case
+    compared = compare_implementations(setup, {"unable": Implementation(SMALL, unable)})
+    assert (compared.unavailable, compared.failed) == ({"unable": "not made for this"}, {})
+    (row,) = compared.missing_rows()
+    assert (row.details["what"], row.reason) == ("unavailable", "not made for this")
 
 
-def test_the_inputs_of_a_contest_exceed_five_times_the_cache(bench: Bench) -> None:
-    bench.l2 = SMALL.nbytes
-    assert compete(bench, {"right": Entry(SMALL, right)}).copies == {"right": 5}
+def test_a_case_that_is_too_large_is_skipped_by_name(setup: Setup) -> None:
+    compared = compare_implementations(
+        setup, {name: Implementation(replace(SMALL, length=2**16), right) for name in "ab"}
+    )
+    (row,) = compared.missing_rows()
+    assert row.case == "GQA 4/2, 3 x 64k: a, b"
+    assert row.reason == "skipped, a cache of 25.17 MB is above 60% of the memory"
 
 
-def test_a_time_row_has_what_a_plot_needs(bench: Bench) -> None:
-    row = compete(bench, {"right": Entry(SMALL, right)}).time_row("right", bar=1.0, relation="<=").as_dict()
+def test_the_inputs_of_a_comparison_exceed_five_times_the_cache(setup: Setup) -> None:
+    setup.l2 = SMALL.nbytes
+    assert compare_implementations(setup, {"right": Implementation(SMALL, right)}).copies == {"right": 5}
+
+
+def test_a_time_row_has_what_a_plot_needs(setup: Setup) -> None:
+    row = (
+        compare_implementations(setup, {"right": Implementation(SMALL, right)})
+        .time_row("right", bar=1.0, relation="<=")
+        .as_dict()
+    )
     assert row["case"] == "GQA 4/2, 3 x 32: right"
     assert row["pass"] is True
     assert row["bandwidth"] == pytest.approx(SMALL.nbytes / row["measured"])
     assert {"what", "stage", "how", "form", "batch", "length", "heads", "kv_heads", "nbytes", "error"} <= set(
         row
     )
-
-
-# Jobs
-
-
-def ten(name: str) -> Iterator[Row]:
-    yield Row(name, 10, "s")
-
-
-def broken() -> Iterator[Row]:
-    yield Row("first", 1, "s")
-    raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
-
-
-def test_a_failing_part_costs_itself_and_is_named() -> None:
-    failures: list[str] = []
-    jobs = [Job("broken", broken), Job("whole", lambda: ten("whole"))]
-    rows = list(run_jobs(jobs, Deadline(100), lambda: None, failures))
-    assert [row.case for row in rows[:3]] == [
-        "first",
-        "broken: RuntimeError: CUDA error: out of memory",
-        "whole",
-    ]
-    assert rows[-2].case == "failed: broken"
-    assert rows[-2].passed is False
-
-
-def test_a_device_that_is_lost_is_named_and_ends_nothing() -> None:
-    def lost() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    rows = list(run_jobs([Job(n, lambda: ten("x")) for n in "ab"], Deadline(100), lost, []))
-    assert rows[-2].details["names"] == ["after a", "after b"]
-
-
-def test_what_is_not_reached_in_time_is_named() -> None:
-    clock = iter(range(0, 1000, 10))
-    deadline = Deadline(75, now=lambda: next(clock))
-    rows = list(run_jobs([Job(n, lambda: ten("x"), needs=30) for n in "abc"], deadline, lambda: None, []))
-    assert [row.case for row in rows] == ["x", "x", "not reached in time: c", "failed", "duration"]
-    assert [row.passed for row in rows[2:4]] == [False, True]
-
-
-def test_parts_with_one_budget_share_it() -> None:
-    now = 0.0
-
-    def slow() -> Iterator[Row]:
-        nonlocal now
-        now += 8
-        yield from ten("slow")
-
-    budget = Budget(10)
-    jobs = [Job(n, slow, budget=budget) for n in "abc"] + [Job("d", lambda: ten("d"))]
-    rows = list(run_jobs(jobs, Deadline(1000, now=lambda: now), lambda: None, []))
-    assert [row.case for row in rows[:4]] == ["slow", "slow", "d", "not reached in time: c"]

@@ -1,6 +1,6 @@
 """``kvlearn bench decode`` and ``decode_tune``: all of it at a size where the interpreter takes no time.
 
-The GPU's part runs here as it does there, but for the clock, which does not ask the device's events.
+The GPU's part runs here as it does there, but for the timer, which does not ask the device's events.
 """
 
 import sys
@@ -15,30 +15,32 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvlearn.bench import BENCHMARKS, command, common
+from kvlearn.bench import command, common, decode, decode_tune
+from kvlearn.bench.decode import cpu, features, grid, libraries, rates, tilings
+from kvlearn.bench.decode.cases import Arena, Case, error, new_case
+from kvlearn.bench.decode.comparison import (
+    Implementation,
+    Setup,
+    Unavailable,
+    compare_implementations,
+    cuda_setup,
+    kernel_under_test,
+)
+from kvlearn.bench.decode.grid import bandwidth_points
+from kvlearn.bench.decode.sizes import SMALL
 from kvlearn.cli import app
 from kvlearn.measure import Quartiles, results
-from kvlearn.measure.bench import decode, decode_tune
-from kvlearn.measure.decode_bench import ceilings, cells, cpu, grid, others, rivals, special, tune
-from kvlearn.measure.decode_bench.bench import Bench, cuda_bench
-from kvlearn.measure.decode_bench.cells import Cell
-from kvlearn.measure.decode_bench.contest import Entry, compete
-from kvlearn.measure.decode_bench.exact import error
-from kvlearn.measure.decode_bench.figure import bandwidth_points
-from kvlearn.measure.decode_bench.inputs import Arena
-from kvlearn.measure.decode_bench.jobs import Deadline
-from kvlearn.measure.decode_bench.rivals import Unable
 from kvlearn.measure.results import Row
 
 CPU = torch.device("cpu")
 NEEDS_TRITON = pytest.mark.skipif(sys.platform == "darwin", reason="no Triton")
-GQA = Cell("GQA 32/4", batch=2, length=32, n_heads=4, n_kv_heads=2, head_dim=16)
+GQA = Case("GQA 32/4", batch=2, length=32, n_heads=4, n_kv_heads=2, head_dim=16)
 
 
-class FakeClock:
+class FakeTimer:
     """Calls the first of the calls once, and says that every measurement took as long as the last."""
 
-    def prepare(self, calls: Sequence[Callable[[], Any]]) -> "FakeClock":
+    def prepare(self, calls: Sequence[Callable[[], Any]]) -> "FakeTimer":
         calls[0]()
         self.calls = len(calls)
         return self
@@ -54,40 +56,31 @@ class FakeClock:
 
 
 @pytest.fixture
-def place() -> Bench:
+def place() -> Setup:
     torch.manual_seed(0)
-    return Bench(
-        CPU, FakeClock(), Arena(2**17, CPU), memory=2**20, l2=100, backend="torch", read=1e9, peak=1e12
+    return Setup(
+        CPU, FakeTimer(), Arena(2**17, CPU), memory=2**20, l2=100, backend="torch", read=1e9, peak=1e12
     )
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every form and size so small that a tile holds it."""
-    for name, form in cells.FORMS.items():
-        tiny = {"n_heads": 4, "n_kv_heads": max(1, 4 * form.n_kv_heads // form.n_heads), "head_dim": 16}
-        monkeypatch.setitem(cells.FORMS, name, replace(form, **tiny, rope_dim=16 if form.rope_dim else 0))
-    sizes: list[tuple[Any, dict[str, Any]]] = [
-        (grid, {"BATCHES": (1,), "LENGTHS": (16, 32), "LONGEST": 32, "STAGE_CELLS": (("GQA 32/4", 1, 32),)}),
-        (others, {"FLEX_CELLS": ((1, 32),), "LIBRARY_CELLS": (("GQA 32/4", 1, 32),)}),
-        (special, {"WINDOWED": (("GQA 32/4", 1, 32), ("MHA 32/32", 1, 32)), "WINDOW": 16, "SINKS": 2}),
-        (special, {"PAGED": (("GQA 32/4", 1, 64),), "RAGGED": (("GQA 32/4", 2, 32, 16),)}),
-        (special, {"QUANTISED": (("GQA 64/8", 1, 32),), "FEW_HEADS": ((1, 32),), "MANY_HEADS": ((1, 32),)}),
-        (ceilings, {"STREAM": 2**14, "PRODUCT": 16}),
-        (tune, {"FORMS": (GQA,), "SPLIT_CELLS": (GQA,), "SPLITS": (1, 2)}),
-        (tune, {"CHOICES": {"block_n": (16,), "num_warps": (4, 8)}}),
-    ]
-    for module, values in sizes:
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
 
 
+def case_of(form: str, batch: int, length: int, **changes: Any) -> Case:
+    return SMALL.case(form, batch, length, **changes)
+
+
+def missing(rows: list[Row]) -> list[str]:
+    return [f"{row.case}: {row.reason}" for row in rows if row.details["what"] == "missing"]
+
+
 @NEEDS_TRITON
-def test_the_whole_of_the_gpus_part(small: None, place: Bench) -> None:
+def test_the_whole_of_the_gpus_part(place: Setup) -> None:
     place.backend, place.read = "triton", 0.0
-    rows = list(decode.gpu_part(place, Deadline(1000)))
-    assert place.failures == [], place.failures
+    rows = list(common.run_parts(decode.gpu_parts(SMALL, lambda: place)))
+    assert missing(rows) == []
     dicts = [row.as_dict() for row in rows]
     own = [row for row in dicts if row.get("stage") == "own" and row["what"] == "time"]
     # Four forms of two lengths, each in a graph and plainly; and what a cache can be besides.
@@ -129,18 +122,17 @@ def test_the_whole_of_the_gpus_part(small: None, place: Bench) -> None:
         row["what"] for row in dicts
     }
     assert [row["what"] for row in dicts[:5]] == ["stream", "stream", "stream", "stream", "bw_read"]
-    notes = [row.case for row in rows if row.details["what"] == "note"]
-    assert len(notes) == 2
-    assert all("not installed" in note for note in notes)
-    assert [row.case for row in rows[-5:]][:2] == ["not reached in time", "failed"]
-    assert rows[-2].case == "bars met"
+    absent = [row for row in rows if row.details["what"] == "unavailable"]
+    assert [(row.case, row.reason) for row in absent] == [
+        (name, "not installed") for name in libraries.LIBRARIES
+    ]
 
 
 @NEEDS_TRITON
-def test_the_figure_is_drawn_from_the_rows(small: None, place: Bench) -> None:
+def test_the_figure_is_drawn_from_the_rows(place: Setup) -> None:
     place.backend = "triton"
     measured = Row("BW_read", 4e12, "B/s", details={"what": "bw_read"})
-    rows = [measured, *grid.grid_cell(place, cells.cell("GQA 32/4", 1, 16))]
+    rows = [measured, *grid.grid_rows(place, case_of("GQA 32/4", 1, 16), 32)]
     drawn = bandwidth_points([row.as_dict() for row in rows])
     assert drawn is not None
     assert [name for name, _, _ in drawn["points"]] == ["own", "SDPA flash", "v1"]
@@ -150,15 +142,16 @@ def test_the_figure_is_drawn_from_the_rows(small: None, place: Bench) -> None:
     assert plots.achieved_bandwidth(**drawn).png().startswith(b"\x89PNG")
 
 
-def test_without_a_gpu_there_is_nothing_to_draw(small: None, place: Bench) -> None:
-    assert bandwidth_points([row.as_dict() for row in cpu.shared_heads(place, 1, 16)]) is None
+def test_without_a_gpu_there_is_nothing_to_draw(place: Setup) -> None:
+    assert bandwidth_points([row.as_dict() for row in cpu.shared_rows(place, SMALL, 1, 16)]) is None
 
 
 @NEEDS_TRITON
-def test_a_card_is_tuned_form_by_form(small: None, place: Bench) -> None:
+def test_a_card_is_tuned_form_by_form(place: Setup) -> None:
     place.backend = "triton"
-    rows = [row.as_dict() for row in decode_tune.tune(place, Deadline(1000))]
-    assert place.failures == []
+    measured = list(common.run_parts(decode.tiling_parts(SMALL, lambda: place, 1000)))
+    assert missing(measured) == []
+    rows = [row.as_dict() for row in measured]
     (splits,) = [row for row in rows if row["what"] == "best_splits"]
     assert splits["splits"] in (1, 2)
     (tiling,) = [row for row in rows if row["what"] == "best_tiling"]
@@ -168,34 +161,25 @@ def test_a_card_is_tuned_form_by_form(small: None, place: Bench) -> None:
 
 
 @NEEDS_TRITON
-def test_a_tiling_that_cannot_run_is_no_failure(
-    small: None, place: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tiling_that_cannot_run_is_no_failure(place: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of resource: shared memory")
 
     place.backend = "triton"
-    monkeypatch.setattr("kvlearn.measure.decode_bench.own.launch", refuses)
-    assert tune.once(place, GQA, special.LATENT_TILINGS[0]) == float("inf")
-    assert place.failures == []
+    monkeypatch.setattr("kvlearn.bench.decode.comparison.launch", refuses)
+    assert tilings.seconds_of(place, GQA, features.LATENT_TILINGS[0]) == float("inf")
 
 
 def test_without_a_gpu_nothing_is_tuned() -> None:
-    (row,) = decode_tune.run(CPU)
-    assert "no GPU" in row.case
+    (row,) = common.run_parts(decode_tune.parts(CPU))
+    assert "no GPU" in row.reason
 
 
-def test_without_a_gpu_the_pytorch_forms_are_measured(
-    small: None, place: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "SIZES", ((1, 16),))
-    monkeypatch.setattr(cpu, "LONG", (1, 64))
-    monkeypatch.setattr(cpu, "WINDOW", 16)
-    monkeypatch.setattr(cpu, "ROOM", 2**16)
+def test_without_a_gpu_the_pytorch_forms_are_measured(place: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "read_bandwidth", lambda device: 1e10)
-    rows = list(decode.run(CPU))
+    rows = list(common.run("decode", small=True))
     assert rows[0].case.startswith("no GPU")
-    assert rows[-2].case == "failed"
+    assert missing(rows) == []
     times = [row.details for row in rows if row.details["what"] == "time"]
     assert {(row["form"], row["stage"]) for row in times} >= {
         ("MHA 32/32", "own"),
@@ -210,42 +194,46 @@ def test_without_a_gpu_the_pytorch_forms_are_measured(
     assert ratios[2:] == [("MHA 32/32", "GQA 32/4"), ("MHA 32/32", "MQA 32/1")]
 
 
-def test_a_cell_above_its_share_of_the_memory_is_skipped_and_named(place: Bench) -> None:
-    (row,) = grid.grid_cell(place, cells.cell("MHA 32/32", 128, 65536))
-    assert "MHA 32/32, 128 x 64k: skipped, a cache of 137.44 GB is above 60% of the memory" in row.case
+def test_a_cell_above_its_share_of_the_memory_is_skipped_and_named(place: Setup) -> None:
+    (row,) = grid.grid_rows(place, new_case("MHA 32/32", 128, 65536), 65536)
+    assert row.case == "MHA 32/32, 128 x 64k"
+    assert row.reason == "skipped, a cache of 137.44 GB is above 60% of the memory"
 
 
-# Rivals
+# Baselines
 
 
-def plain(cell: Cell) -> Iterator[tuple[str, rivals.Rival]]:
+def plain(case: Case) -> Iterator[tuple[str, libraries.Baseline]]:
     yield from {
-        "flash": rivals.sdpa_flash,
-        "expanded": rivals.sdpa_flash_expanded,
-        "unpinned": rivals.sdpa,
-        "flex": rivals.Flex(),
+        "flash": libraries.sdpa_flash,
+        "expanded": libraries.sdpa_flash_expanded,
+        "unpinned": libraries.sdpa,
+        "flex": libraries.Flex(),
     }.items()
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-def test_rivals_compute_the_same(small: None, place: Bench, n_kv_heads: int) -> None:
-    measured = replace(GQA, n_kv_heads=n_kv_heads)
-    outcome = compete(place, {name: Entry(measured, rival) for name, rival in plain(measured)})
-    assert outcome.notes == {}
+def test_baselines_compute_the_same(place: Setup, n_kv_heads: int) -> None:
+    case = replace(GQA, n_kv_heads=n_kv_heads)
+    compared = compare_implementations(
+        place, {name: Implementation(case, baseline) for name, baseline in plain(case)}
+    )
+    assert (compared.failed, compared.unavailable) == ({}, {})
 
 
-def test_a_mask_is_the_window_with_its_sinks(place: Bench) -> None:
+def test_a_mask_is_the_window_with_its_sinks(place: Setup) -> None:
     windowed = replace(GQA, window=7, n_sinks=3)
-    assert compete(place, {"masked": Entry(windowed, rivals.sdpa_masked)}).notes == {}
+    assert (
+        compare_implementations(place, {"masked": Implementation(windowed, libraries.sdpa_masked)}).failed
+        == {}
+    )
 
 
-def test_heads_are_repeated_where_flash_refuses_groups(
-    small: None, place: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rivals, "flash_takes_groups", lambda device: False)
-    rows = list(grid.grid_cell(place, cells.cell("GQA 32/4", 1, 16)))
-    names = [row.case for row in rows]
-    assert any("SDPA flash: its flash backend refuses grouped heads" in name for name in names)
+def test_heads_are_repeated_where_flash_refuses_groups(place: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "flash_takes_groups", lambda device: False)
+    rows = list(grid.grid_rows(place, case_of("GQA 32/4", 1, 16), 32))
+    texts = [f"{row.case}: {row.reason}" for row in rows]
+    assert any("SDPA flash: its flash backend refuses grouped heads" in text for text in texts)
     (ratio,) = [row for row in rows if "SDPA flash, heads repeated / own" in row.case]
     assert ratio.bar == 1.0
 
@@ -254,18 +242,18 @@ def test_a_backend_that_refuses_groups_is_noticed(monkeypatch: pytest.MonkeyPatc
     def refuses(*_: Any, **__: Any) -> None:
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    monkeypatch.setattr(rivals.F, "scaled_dot_product_attention", refuses)
-    assert rivals.flash_takes_groups.__wrapped__(CPU) is False
+    monkeypatch.setattr(libraries.F, "scaled_dot_product_attention", refuses)
+    assert libraries.flash_takes_groups.__wrapped__(CPU) is False
 
 
-def test_repeated_heads_that_do_not_fit_are_left_out(place: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "EXPANDED", 1)
-    with pytest.raises(Unable, match="would not fit"):
-        rivals.sdpa_flash_expanded(GQA, place.arena.inputs(GQA)[0])
+def test_repeated_heads_that_do_not_fit_are_left_out(place: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "EXPANDED", 1)
+    with pytest.raises(Unavailable, match="would not fit"):
+        libraries.sdpa_flash_expanded(GQA, place.arena.inputs(GQA)[0])
 
 
 @pytest.fixture
-def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashInfer and vLLM as their documents describe them, in the plainest torch."""
 
     class Wrapper:
@@ -320,63 +308,65 @@ def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     return torch.einsum("hs,hsd->hd", weights, v.float()).to(q.dtype)
 
 
-def test_other_libraries_get_what_their_documents_ask_for(small: None, place: Bench, libraries: None) -> None:
-    (job,) = others.library_jobs(place)
-    rows = list(job.rows())
-    assert place.failures == []
-    assert {row.details["stage"] for row in rows if row.details["what"] == "time"} == set(others.LIBRARIES)
+def test_other_libraries_get_what_their_documents_ask_for(place: Setup, installed: None) -> None:
+    made = decode.part_maker(SMALL, lambda: place, None)
+    (part,) = [p for p in decode.library_parts(SMALL, made) if p.name.startswith("libraries")]
+    rows = list(part.rows())
+    assert missing(rows) == []
+    assert {row.details["stage"] for row in rows if row.details["what"] == "time"} == set(libraries.LIBRARIES)
 
 
-def test_other_libraries_take_part_with_pages_only(place: Bench, libraries: None) -> None:
+def test_other_libraries_take_part_with_pages_only(place: Setup, installed: None) -> None:
     x = place.arena.inputs(GQA)[0]
-    for rival in (rivals.flashinfer, rivals.vllm_triton):
-        with pytest.raises(Unable, match="paged"):
-            rival(GQA, x)
+    for baseline in (libraries.flashinfer, libraries.vllm_triton):
+        with pytest.raises(Unavailable, match="paged"):
+            baseline(GQA, x)
 
 
 def test_a_library_without_its_kernel_is_noted(
-    place: Bench, libraries: None, monkeypatch: pytest.MonkeyPatch
+    place: Setup, installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paged = replace(GQA, page=16)
-    monkeypatch.setattr(rivals, "VLLM", ("vllm.nowhere.kernel",))
-    with pytest.raises(Unable, match="no triton_decode_attention"):
-        rivals.vllm_triton(paged, place.arena.inputs(paged)[0])
+    monkeypatch.setattr(libraries, "VLLM", ("vllm.nowhere.kernel",))
+    with pytest.raises(Unavailable, match="no triton_decode_attention"):
+        libraries.vllm_triton(paged, place.arena.inputs(paged)[0])
 
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("others", [None, 16])
-def test_stages_take_part_where_they_can(place: Bench, others: int | None) -> None:
+def test_stages_take_part_where_they_can(place: Setup, others: int | None) -> None:
     from kvlearn.kernels.stages import STAGES
 
-    measured = replace(GQA, others=others)
-    outcome = compete(place, {name: Entry(measured, rivals.stage(name)) for name in STAGES})
-    assert set(outcome.calls) == ({"v4", "v5"} if others else set(STAGES))
-    assert place.failures == []
+    case = replace(GQA, others=others)
+    compared = compare_implementations(
+        place, {name: Implementation(case, libraries.stage(name)) for name in STAGES}
+    )
+    assert set(compared.calls) == ({"v4", "v5"} if others else set(STAGES))
+    assert compared.failed == {}
 
 
-# The card
+# The GPU
 
 
 def test_a_card_gives_sixty_percent_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(L2_cache_size=1000, total_memory=10_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9000, 10_000))
-    monkeypatch.setattr("kvlearn.measure.decode_bench.bench.CudaClock", lambda device, l2: FakeClock())
-    monkeypatch.setattr("kvlearn.measure.decode_bench.bench.SPARE", 1000)
-    made = cuda_bench(CPU)
+    monkeypatch.setattr("kvlearn.bench.decode.comparison.CudaTimer", lambda device, l2: FakeTimer())
+    monkeypatch.setattr("kvlearn.bench.decode.comparison.SPARE", 1000)
+    made = cuda_setup(CPU)
     assert made.arena.nbytes == 6000 // 256 * 256
     assert (made.memory, made.l2) == (10_000, 1000)
 
 
 @NEEDS_TRITON
-def test_a_stream_that_sums_wrong_sets_no_ceiling(place: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_sums_wrong_sets_no_ceiling(place: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvlearn.kernels import stream
 
     monkeypatch.setattr(stream, "read", lambda x, sums, block, warps: sums.fill_(1.0))
     place.read = 0.0
-    monkeypatch.setattr(ceilings, "STREAM", 2**12)
-    rows = list(ceilings.bandwidth(place))
-    assert sum("ArithmeticError" in row.case for row in rows) == len(stream.TILINGS)
+    rows = list(rates.bandwidth_rows(place, 2**12))
+    assert sum("ArithmeticError" in row.reason for row in rows) == len(stream.TILINGS)
     assert rows[-1].details["stage"] == "torch.sum"
     assert rows[-1].measured == place.read == pytest.approx(2**12 / 1e-3)
 
@@ -395,8 +385,8 @@ def test_the_stream_reads_every_number_once() -> None:
 
 
 def test_recording_decode_draws_its_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cell = cells.cell("GQA 32/4", 8, 4096)
-    details = {**cell.details, "what": "time", "stage": "own", "how": "graph", "copies": 9}
+    case = new_case("GQA 32/4", 8, 4096)
+    details = {**case.details, "what": "time", "stage": "own", "how": "graph", "copies": 9}
     time = Quartiles(20e-6, 19e-6, 21e-6, 9)
     rows = [
         Row("BW_read", 4e12, "B/s", details={"what": "bw_read"}),
@@ -423,14 +413,13 @@ def test_a_log_has_each_row_as_soon_as_it_is_measured(monkeypatch: pytest.Monkey
     assert "pass" in done.output
 
 
-def test_both_are_listed() -> None:
-    assert {"decode", "decode_tune"} <= set(BENCHMARKS)
+def test_a_device_is_chosen() -> None:
     assert command.default_device() in ("cpu", "cuda")
 
 
-def test_an_error_is_stated_against_the_unquantised_cache(place: Bench) -> None:
-    eight = Entry(replace(GQA, kv_dtype=torch.int8), special.own(place, GQA).prepare)
-    row = special.lost(place, eight, GQA)
+def test_an_error_is_stated_against_the_unquantised_cache(place: Setup) -> None:
+    eight = Implementation(replace(GQA, kv_dtype=torch.int8), kernel_under_test(place, GQA).prepare)
+    row = features.error_row(place, eight, GQA)
     assert 1e-3 < row.measured < 0.1
     x = place.arena.inputs(GQA)[0]
     assert error(GQA, x, eight.prepare(GQA, x)()) < row.measured

@@ -1,4 +1,4 @@
-"""Clocks for one decode step: by CUDA graphs with a cold L2, and by the wall where there is no GPU.
+"""Timers for short calls: CUDA graphs with a cold L2, and the wall clock where there is no GPU.
 
 A CUDA graph holds calls on ever other inputs, several times as many bytes as the L2 holds, so that each call
 finds its own thrown out; a replay's time over its calls is one value. A plain call is timed as
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvlearn.measure.timing import Comparison, Quartiles, by_turns
+from kvlearn.measure.timing import Comparison, Quartiles, interleaved
 from kvlearn.measure.units import MIB
 
 Call = Callable[[], Any]
@@ -23,20 +23,20 @@ BUDGET = 0.15  # seconds per implementation
 FEWEST, MOST = 5, 25  # rounds
 
 
-class Measured(Protocol):
+class Prepared(Protocol):
     """One implementation, ready to be timed: ``calls`` calls per measurement."""
 
     calls: int
 
     def seconds(self) -> float:
-        """Seconds a call, measured once more."""
+        """Seconds per call, measured once more."""
         ...
 
 
-class Clock(Protocol):
-    """What measures; a test brings its own."""
+class Timer(Protocol):
+    """Measures seconds per call; a test brings its own."""
 
-    def prepare(self, calls: Sequence[Call]) -> Measured:
+    def prepare(self, calls: Sequence[Call]) -> Prepared:
         """Calls that do the same work on different inputs, to be timed. Raises what a call raises."""
         ...
 
@@ -49,39 +49,39 @@ class Clock(Protocol):
         ...
 
 
-def time_by_turns(measured: Mapping[str, Measured]) -> Comparison:
-    """Seconds a call of each, by turns, as many rounds as the budget allows."""
-    round_seconds = sum(one.seconds() * one.calls for one in measured.values())
-    allowed = int(BUDGET * len(measured) / max(round_seconds, 1e-9))
-    return by_turns({name: one.seconds for name, one in measured.items()}, min(max(allowed, FEWEST), MOST))
+def time_interleaved(prepared: Mapping[str, Prepared]) -> Comparison:
+    """Seconds per call of each, interleaved, as many rounds as ``BUDGET`` allows."""
+    round_seconds = sum(one.seconds() * one.calls for one in prepared.values())
+    allowed = int(BUDGET * len(prepared) / max(round_seconds, 1e-9))
+    return interleaved({name: one.seconds for name, one in prepared.items()}, min(max(allowed, FEWEST), MOST))
 
 
-class WallTurn:
-    """All calls once, by the wall clock."""
+class WallCalls:
+    """All calls once, timed by the wall clock."""
 
     def __init__(self, functions: Sequence[Call]) -> None:
         self.functions, self.calls = functions, len(functions)
         functions[0]()
 
     def seconds(self) -> float:
-        """Seconds a call."""
+        """Seconds per call."""
         start = time.perf_counter()
         for function in self.functions:
             function()
         return (time.perf_counter() - start) / self.calls
 
 
-class WallClock:
+class WallTimer:
     """For a CPU, where every call waits for its result."""
 
-    def prepare(self, calls: Sequence[Call]) -> Measured:
+    def prepare(self, calls: Sequence[Call]) -> Prepared:
         """The calls follow each other."""
-        return WallTurn(calls)
+        return WallCalls(calls)
 
     def plain(self, call: Call) -> Quartiles:
         """A few calls."""
-        turn = WallTurn([call])
-        return Quartiles.of([turn.seconds() for _ in range(FEWEST)])
+        wall = WallCalls([call])
+        return Quartiles.of([wall.seconds() for _ in range(FEWEST)])
 
     def host(self, call: Call) -> Quartiles:
         """The same: a call returns when it is done."""
@@ -89,25 +89,25 @@ class WallClock:
 
 
 class Replay:
-    """A captured graph, by the device's own clock."""
+    """A captured graph, timed by the device."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, calls: int) -> None:
         self.graph, self.calls = graph, calls
         graph.replay()  # the first sends the graph to the device
 
     def seconds(self) -> float:
-        """Seconds a call."""
+        """Seconds per call."""
         return elapsed(self.graph.replay) / self.calls
 
 
-class CudaClock:
+class CudaTimer:
     """For a GPU: CUDA graphs replayed between two events."""
 
     def __init__(self, device: torch.device, l2: int) -> None:
         self.stream = torch.cuda.Stream(device)
         self.trash = torch.empty(max(512 * MIB, 4 * l2), dtype=torch.int8, device=device)
 
-    def prepare(self, calls: Sequence[Call]) -> Measured:
+    def prepare(self, calls: Sequence[Call]) -> Prepared:
         """Captures the calls, so many times over that a replay is long enough to be timed."""
         self._warm_up(calls)
         once = self._capture(calls)

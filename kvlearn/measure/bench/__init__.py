@@ -1,1 +1,0 @@
-"""Benchmarks that have not moved to kvlearn/bench yet."""

@@ -1,0 +1,77 @@
+"""Parts of a benchmark: what fails costs itself, what is not reached is named, comparisons are checked."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvlearn.bench import common
+from kvlearn.bench.common import Limit, Part, run_parts
+from kvlearn.measure.results import Row
+
+
+def ten(name: str) -> Iterator[Row]:
+    yield Row(name, 10, "s")
+
+
+def texts(rows: Iterator[Row]) -> list[str]:
+    return [f"{row.case}: {row.reason}" if row.reason else row.case for row in rows]
+
+
+def broken() -> Iterator[Row]:
+    yield Row("first", 1, "s")
+    raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def test_a_failing_part_costs_itself_and_is_named() -> None:
+    parts = [Part("broken", broken), Part("whole", lambda: ten("whole"))]
+    assert texts(run_parts(parts)) == [
+        "first",
+        "broken: RuntimeError: CUDA error: out of memory",
+        "whole",
+    ]
+
+
+def test_a_device_that_is_lost_is_named_and_ends_nothing() -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = run_parts([Part(n, lambda: ten("x")) for n in "ab"], release=lost)
+    after = "after it: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert texts(rows) == ["x", f"a: {after}", "x", f"b: {after}"]
+
+
+def test_what_is_not_reached_in_time_is_named() -> None:
+    clock = iter(range(0, 1000, 10))
+    parts = [Part(n, lambda: ten("x"), needs=30) for n in "abcde"]
+    rows = run_parts(parts, 75, lambda: next(clock))
+    assert texts(rows) == ["x", "x", "x", "x", "e: not reached within 75 s"]
+
+
+def test_parts_with_one_limit_share_it() -> None:
+    now = 0.0
+
+    def slow() -> Iterator[Row]:
+        nonlocal now
+        now += 8
+        yield from ten("slow")
+
+    limit = Limit(10)
+    parts = [*(Part(n, slow, limit=limit) for n in "abc"), Part("d", lambda: ten("d"))]
+    rows = list(run_parts(parts, now=lambda: now))
+    assert texts(iter(rows)) == ["slow", "slow", "c: not reached within the 10 s of its group", "d"]
+    late = Part("late", slow, needs=5, limit=Limit(20, spent=15))
+    assert texts(run_parts([late])) == ["late: not reached within the 20 s of its group"]
+
+
+def test_results_that_differ_are_not_timed() -> None:
+    expected = torch.tensor([1.0, 2.0])
+    common.agree({"same": lambda: expected + 1e-5}, expected)
+    for wrong in (expected + 1e-2, torch.tensor([1.0, torch.nan])):
+        with pytest.raises(AssertionError, match=r"(?s)^wrong: expected the same output.*not close"):
+            common.agree({"wrong": lambda wrong=wrong: wrong}, expected)
+
+
+def test_a_power_of_the_length_is_fitted_from_the_least_on() -> None:
+    amounts = {16: 1e9, 32: 2 * 32**1.5, 64: 2 * 64**1.5, 128: 2 * 128**1.5}
+    assert common.exponent(amounts, least=32) == pytest.approx(1.5)
