@@ -13,5 +13,6 @@ BENCHMARKS = {
     "models": "models rebuilt from kvlearn's parts beside transformers': decode, mixtures, loading",
     "decode": "the decode kernel against the floor, torch and its own stages; its PyTorch form on a CPU",
     "decode_tune": "tilings and splits of the decode kernel: the best beside the present (needs a GPU)",
+    "gpu": "all that a GPU is wanted for, in 500 s: correctness, tilings, the decode grid, hardware rows",
 }
 BY_NAME_ONLY = ("decode_tune", "gpu")  # `kvlearn bench all` leaves these out

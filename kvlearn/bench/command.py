@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 from kvlearn.bench import BENCHMARKS, BY_NAME_ONLY
 
+GRACE = 30  # seconds after `--seconds` at which a part that still runs is ended with the process
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvlearn.bench.common import Progress, Recorder
+    from kvlearn.bench.common import Progress, Recorder, RowRecorder
+    from kvlearn.bench.gpu import GpuRecorder
     from kvlearn.measure.results import Row
 
 
@@ -118,34 +121,51 @@ def print_list(as_json: bool) -> None:
     print("\nkvlearn bench NAME measures one, kvlearn bench all measures all but " + ", ".join(BY_NAME_ONLY))
 
 
-def new_recorder(request: Request, name: str, device: str) -> "Recorder | None":
+def new_recorder(request: Request, name: str, device: str) -> "Recorder | GpuRecorder | None":
     """What keeps the rows of a run; its provenance is taken now. None where nothing is to be kept."""
     if not request.record and request.out is None:
         return None
     from kvlearn.bench.common import Recorder
     from kvlearn.measure.provenance import collect_provenance
 
+    if name == "gpu":
+        from kvlearn.bench.gpu import GpuRecorder
+
+        return GpuRecorder(request.command(name), collect_provenance(device), request.out)
     return Recorder(name, request.command(name), collect_provenance(device), request.out)
 
 
 def measured_rows(
-    request: Request, name: str, device: str, recorder: "Recorder | None", console: "Console"
+    request: Request, name: str, device: str, recorder: "RowRecorder | None", console: "Console"
 ) -> "Iterator[Row]":
     """The rows of one benchmark as they are measured; the console tells which part is next."""
     from kvlearn.bench import common
 
+    part, seconds = common.Part(name, lambda: iter(())), request.seconds
+    if name == "gpu" and not seconds:
+        from kvlearn.bench.gpu import SECONDS as seconds
+
     def tell(progress: "Progress") -> None:
+        nonlocal part
+        part = common.Part(progress.name, part.rows)
         console.print(f"  {progress}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    return common.run(
-        name,
-        device,
-        small=request.small,
-        only=request.only,
-        seconds=request.seconds,
-        recorder=recorder,
-        progress=tell,
-    )
+    def last_words() -> None:
+        row = common.missing(part, f"still running {GRACE} s after the end of {seconds:g} s: ended")
+        console.print(f"{row.case}: {row.reason}", style="red", soft_wrap=True)
+        if recorder is not None:
+            recorder.add(row)
+
+    with common.ended_by(seconds + GRACE if seconds else 0, last_words):
+        yield from common.run(
+            name,
+            device,
+            small=request.small,
+            only=request.only,
+            seconds=seconds,
+            recorder=recorder,
+            progress=tell,
+        )
 
 
 def show_rows(title: str, measured: "Iterable[Row]", device: str, console: "Console") -> "list[Row]":

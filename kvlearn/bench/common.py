@@ -7,13 +7,16 @@ is timed, its result is compared with the expected one (``agree``).
 
 import gc
 import math
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import linear_regression
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -45,13 +48,14 @@ class Part:
     """A part of a benchmark: what ``--only`` selects, and what a failure costs.
 
     It is begun only while ``needs`` seconds are left, and while the parts that share its ``limit`` have not
-    used it up.
+    used it up. ``details`` go into every row of it, those that say what is missing included.
     """
 
     name: str
     rows: Callable[[], Iterator[Row]]
     needs: float = 0.0
     limit: Limit | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ class Progress:
         return f"part {self.index} of {self.count}: {self.name} ({self.elapsed:.0f} s elapsed{left})"
 
 
+class RowRecorder(Protocol):
+    """What keeps rows."""
+
+    def add(self, row: Row) -> None:
+        """Keep one more row."""
+        ...
+
+
 @dataclass
 class Recorder:
     """Keeps rows in FOLDER/NAME-MACHINE.json: the whole file is written again with every row.
@@ -83,6 +95,13 @@ class Recorder:
     rows: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
 
+    def earlier(self) -> list[dict[str, Any]]:
+        """Rows of the file that this run replaces, each with the provenance of its own run."""
+        for recorded in results.load(self.name, self.folder):
+            if recorded.provenance["machine"] == self.provenance["machine"]:
+                return [{"provenance": recorded.provenance, **row} for row in recorded.rows]
+        return []
+
     def add(self, row: Row) -> None:
         """Keep one more row."""
         self.rows.append(row.as_dict())
@@ -96,21 +115,32 @@ def run(
     small: bool = False,
     only: str = "",
     seconds: float = 0,
-    recorder: Recorder | None = None,
+    recorder: RowRecorder | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Iterator[Row]:
     """The rows of benchmark ``name`` as they are measured, each recorded before it is yielded.
 
     ``small`` takes sizes that need seconds in all, for tests. ``only`` selects the parts whose names contain
-    it, ``seconds`` is the time after which no part is begun (0: none), ``progress`` is told of each part that
-    begins. Raises ValueError for an unknown name or part.
+    it, ``seconds`` is the time after which no part is begun (0: the module's ``SECONDS``, or no end),
+    ``progress`` is told of each part that begins. Raises ValueError for an unknown name or part.
+
+    A module with a function ``others(known, device, small)`` goes on where an earlier run ended: ``known``
+    are the recorded rows; ``others`` gives those to be kept as they are, ``parts`` takes ``known`` and
+    repeats what is finished.
     """
     validate.one_of("name", name, BENCHMARKS)
     torch.manual_seed(0)
-    parts = import_module(f"kvlearn.bench.{name}").parts(torch.device(device), small)
+    module, device = import_module(f"kvlearn.bench.{name}"), torch.device(device)
+    if isinstance(recorder, Recorder) and hasattr(module, "others"):
+        known = recorder.earlier()
+        recorder.rows += module.others(known, device, small)
+        parts = module.parts(device, small, known)
+    else:
+        parts = module.parts(device, small)
     selected = [part for part in parts if only in part.name]
     if not selected:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
+    seconds = seconds or getattr(module, "SECONDS", 0)
     for row in run_parts(selected, seconds, progress=progress):
         if recorder is not None:
             recorder.add(row)
@@ -137,20 +167,21 @@ def run_parts(
         begun = now()
         reason = not_begun(part, begun, end, seconds)
         if reason:
-            yield missing(part.name, reason)
+            yield missing(part, reason)
             continue
         if progress is not None:
             elapsed = begun - start
             estimate = min(elapsed / index * (len(parts) - index), end - begun) if index else None
             progress(Progress(part.name, index + 1, len(parts), elapsed, estimate))
         try:
-            yield from part.rows()
+            for row in part.rows():
+                yield replace(row, details={**row.details, **part.details}) if part.details else row
         except Exception as error:
-            yield missing(part.name, in_short(error))
+            yield missing(part, in_short(error))
         try:
             (release or release_memory)()
         except Exception as error:  # a device that is lost says so at the next call, whichever it is
-            yield missing(part.name, f"after it: {in_short(error)}")
+            yield missing(part, f"after it: {in_short(error)}")
         if part.limit is not None:
             part.limit.spent += now() - begun
 
@@ -164,9 +195,33 @@ def not_begun(part: Part, at: float, end: float, seconds: float) -> str:
     return ""
 
 
-def missing(part: str, reason: str, **details: Any) -> Row:
+def missing(part: Part, reason: str) -> Row:
     """A row that says why a part has no numbers, or no more."""
-    return Row(part, math.nan, "x", details={"what": "missing", "part": part, **details}, missing=reason)
+    details = {"what": "missing", "part": part.name, **part.details}
+    return Row(part.name, math.nan, "x", details=details, missing=reason)
+
+
+@contextmanager
+def ended_by(seconds: float, last_words: Callable[[], object]) -> Iterator[None]:
+    """End the process, exit status 124, if the block still runs after ``seconds``; 0 lets it run.
+
+    A kernel that hangs cannot be interrupted from Python. ``last_words`` is called first, by another thread.
+    """
+
+    def end() -> None:
+        try:
+            last_words()
+        finally:
+            os._exit(124)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def in_short(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What tests of benchmarks share: times that the test sets in place of measured ones."""
+"""What tests of benchmarks share: a provenance, and times that the test sets in place of measured ones."""
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -8,6 +8,18 @@ import pytest
 from torch import Tensor
 
 from kvlearn.measure import Comparison
+
+PROVENANCE = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "commit": None,
+    "dirty": None,
+    "machine": "a-machine",
+    "cores": 2,
+    "memory": 1,
+    "read_bandwidth_measured": 1,
+    "gpu": None,
+    "versions": {},
+}
 
 
 def shown_times(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> dict[str, float]:

@@ -19,7 +19,7 @@ from kvlearn.measure import Quartiles, Roofline, provenance, results
 from kvlearn.measure.results import Row
 from kvlearn.measure.steps import next_token
 
-SHARED = {"common", "command", "compressed", "sparse"}  # no benchmark of their own
+SHARED = {"common", "command", "compressed", "correctness", "sparse"}  # no benchmark of their own
 FAST = [
     Row("quick", 2.0, "x", bar=1, spread=Quartiles(2.0, 1.5, 2.5, 3), details={"length": 7}),
     Row("slow", 3.0, "s", bar=1, relation="<="),
@@ -39,7 +39,7 @@ def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_every_module_of_the_package_is_a_benchmark_with_a_line_about_it() -> None:
     modules = {module.name for module in pkgutil.iter_modules(bench.__path__)}
     assert modules - SHARED == set(BENCHMARKS)
-    assert set(BY_NAME_ONLY) <= {*BENCHMARKS, "gpu"}
+    assert set(BY_NAME_ONLY) <= set(BENCHMARKS)
 
 
 def test_every_benchmark_has_parts_with_names_of_their_own_at_both_sizes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_tools import PROVENANCE
 from typer.testing import CliRunner
 
 from kvlearn.bench import common, models
@@ -16,17 +17,6 @@ from kvlearn.cli import app
 from kvlearn.measure import Comparison, Quartiles, provenance, results
 from kvlearn.measure.results import Row
 
-PROVENANCE = {
-    "date": "2026-01-01T00:00:00+00:00",
-    "commit": None,
-    "dirty": None,
-    "machine": "a-machine",
-    "cores": 2,
-    "memory": 1,
-    "read_bandwidth_measured": 1,
-    "gpu": None,
-    "versions": {},
-}
 SECONDS = {"kvlearn": 2.0, "StaticCache": 1.9, "DynamicCache": 2.5, "transformers": 2.0}
 
 
