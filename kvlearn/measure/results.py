@@ -3,7 +3,8 @@
     {"schema": 1, "command": "kvlearn bench full --record", "provenance": {...}, "rows": [{...}, ...]}
 
 One machine a file for timings. Rows of quality may come from several machines; each then carries its own
-``"provenance"``.
+``"provenance"``. ``Row`` is a measured number with its bar; ``load`` reads files as they are, ``comparable``
+leaves out, by name, what must not be compared.
 """
 
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +175,74 @@ def load(name: str, folder: Path | None = None) -> list[Recorded]:
             if path.name == f"{name}-{recorded.provenance['machine']}.json":
                 found.setdefault(path.name, recorded)
     return [found[key] for key in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Runs whose rows may be compared, and what was left out: a file, or "FILE: CASE", and why."""
+
+    recorded: list[Recorded]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        files = ", ".join(run.path.name for run in self.recorded) or "no file"
+        return "\n".join([files, *(f"left out: {name}: {why}" for name, why in self.left_out.items())])
+
+
+def comparable(name: str, folder: Path | None = None) -> Comparable:
+    """The recorded runs of ``name`` that may be compared, one per machine, with the rows that have a number.
+
+    Left out, each with its reason: files that are damaged or of another schema, runs from a dirty tree, trial
+    runs at small sizes; of the others, rows without a number, rows of another machine than their file's, and
+    rows from a dirty tree. Nothing is averaged.
+    """
+    found: dict[str, Recorded] = {}
+    left_out: dict[str, str] = {}
+    for place in [folder] if folder is not None else results_folders():
+        for path in sorted(place.glob(f"{name}-*.json")):
+            if path.name in found or path.name in left_out:
+                continue  # the first place comes first
+            try:
+                run = read(path)
+            except ValueError as error:
+                left_out[path.name] = str(error).removeprefix(f"{path.name}: ")
+                continue
+            if path.name != f"{name}-{run.provenance['machine']}.json":
+                continue  # of a longer name that begins alike
+            why = unfit(run)
+            if why:
+                left_out[path.name] = why
+                continue
+            rows = []
+            for row in run.rows:
+                why = unfit_row(row, run)
+                if why:
+                    left_out[f"{path.name}: {row.get('case', row)}"] = why
+                else:
+                    rows.append(row)
+            found[path.name] = replace(run, rows=rows)
+    return Comparable([found[key] for key in sorted(found)], left_out)
+
+
+def unfit(run: Recorded) -> str:
+    """Why a whole run must not be compared; empty where it may."""
+    if run.provenance["dirty"]:
+        return "measured from a dirty tree"
+    if "--small" in run.command.split():
+        return "a trial run at small sizes"
+    return "" if run.rows else "no row"
+
+
+def unfit_row(row: Mapping[str, Any], run: Recorded) -> str:
+    """Why a row must not be compared with those of other runs; empty where it may."""
+    own = row.get("provenance", run.provenance)
+    if own["machine"] != run.provenance["machine"]:
+        return f"measured on {own['machine']}"
+    if own["dirty"]:
+        return "measured from a dirty tree"
+    if "measured" in row and row["measured"] is None:
+        return str(row.get("missing") or "no number")
+    return ""
 
 
 def read(path: Path) -> Recorded:

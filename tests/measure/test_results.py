@@ -123,3 +123,72 @@ def test_all_results_of_the_repository_hold_what_they_should() -> None:
     for folder in results.results_folders():
         for path in folder.glob("*.json"):
             results.read(path)
+
+
+# What must not be compared
+
+
+def save(
+    folder: Path, rows: list[dict[str, Any]], command: str = "kvlearn bench full", **changes: Any
+) -> str:
+    return results.save("full", command, rows, record(**changes), folder).name
+
+
+def test_runs_that_may_be_compared_are_found_with_all_their_rows(tmp_path: Path) -> None:
+    save(tmp_path, ROWS, machine="apple-m3")
+    save(tmp_path, ROWS, machine="nvidia-h200", dirty=False)
+    results.save("full-model", "…", ROWS, record(), tmp_path)  # another name
+    found = results.comparable("full", tmp_path)
+    assert [run.provenance["machine"] for run in found.recorded] == ["apple-m3", "nvidia-h200"]
+    assert [run.rows for run in found.recorded] == [ROWS, ROWS]
+    assert found.left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"dirty": True}, "dirty tree"),
+        ({"command": "kvlearn bench full --record --small"}, "small sizes"),
+        ({"rows": []}, "no row"),
+    ],
+)
+def test_a_run_that_must_not_be_compared_is_named(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    save(tmp_path, ROWS, machine="apple-m3")
+    name = save(tmp_path, **{"rows": ROWS, "machine": "nvidia-h200", **changes})
+    found = results.comparable("full", tmp_path)
+    assert [run.provenance["machine"] for run in found.recorded] == ["apple-m3"]
+    assert list(found.left_out) == [name]
+    assert why in found.left_out[name]
+    assert str(found).splitlines()[1].startswith(f"left out: {name}: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", json.dumps({"schema": 0, "command": "", "provenance": {}, "rows": []})]
+)
+def test_a_file_of_another_schema_is_named_and_hides_no_other(tmp_path: Path, text: str) -> None:
+    save(tmp_path, ROWS, machine="apple-m3")
+    (tmp_path / "full-old.json").write_text(text)
+    found = results.comparable("full", tmp_path)
+    assert len(found.recorded) == 1
+    (why,) = found.left_out.values()
+    assert list(found.left_out) == ["full-old.json"]
+    assert "schema: expected 1, got 0" in why or "expected JSON" in why
+
+
+def test_rows_without_a_number_or_of_another_machine_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"case": "good", "measured": 1.0},
+        {"case": "nan", "measured": None, "missing": "measured nan"},
+        {"case": "elsewhere", "measured": 3.0, "provenance": record(machine="apple-m3")},
+        {"case": "unclean", "measured": 4.0, "provenance": record(dirty=True)},
+        {"case": "own", "measured": 5.0, "provenance": record(dirty=False)},
+    ]
+    name = save(tmp_path, rows)
+    found = results.comparable("full", tmp_path)
+    assert [row["case"] for row in found.recorded[0].rows] == ["good", "own"]
+    assert found.left_out == {
+        f"{name}: nan": "measured nan",
+        f"{name}: elsewhere": "measured on apple-m3",
+        f"{name}: unclean": "measured from a dirty tree",
+    }
+    assert results.load("full", tmp_path)[0].rows == rows  # the file itself is read as it is
