@@ -21,12 +21,15 @@ from kvlearn.bench.common import Limit, Part, run_parts
 from kvlearn.bench.decode.cases import Arena, Case
 from kvlearn.bench.decode.comparison import Implementation, Setup, compare_implementations
 from kvlearn.bench.gpu import GpuRecorder, summary
+from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
 from kvlearn.measure import results
 from kvlearn.measure.results import Row
 from kvlearn.measure.timers import WallTimer
 
 CPU = torch.device("cpu")
-NEEDS_TRITON = pytest.mark.skipif(sys.platform == "darwin", reason="no Triton")
+NEEDS_TRITON = pytest.mark.skipif(
+    not (HAS_TRITON and INTERPRETED), reason="runs the GPU's part in Triton's interpreter, which is for CPUs"
+)
 CASE = Case("GQA 4/2", batch=2, length=32, n_heads=4, n_kv_heads=2, head_dim=16)
 
 

@@ -7,6 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvlearn.kernels.runtime import INTERPRETED
+
+# Where all tests of kernels keep their tensors: compiled kernels need a GPU, the interpreter reads the CPU's.
+DEVICE = "cpu" if INTERPRETED else "cuda"
 NAN = float("nan")
 
 
@@ -35,10 +39,10 @@ class Case:
         random = torch.Generator().manual_seed(self.seed)
         batch, heads = len(self.lengths), self.n_kv_heads * self.group
         self.random = random
-        self.q = torch.randn(batch, heads, self.width, generator=random).to(self.dtype)
-        self.lengths_ = torch.tensor(self.lengths, dtype=torch.int32)
+        self.q = torch.randn(batch, heads, self.width, generator=random).to(DEVICE, self.dtype)
+        self.lengths_ = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
         self.k, self.v = (self.cache(w) for w in (self.width, self.value_width or self.width))
-        self.sinks = torch.randn(heads, generator=random) if self.sink_logits else None
+        self.sinks = torch.randn(heads, generator=random).to(DEVICE) if self.sink_logits else None
         self.k_scale, self.v_scale = self.scale(), self.scale()
         self.table: Tensor | None = None
         if self.page is not None:
@@ -51,7 +55,7 @@ class Case:
             "time first": (batch, self.capacity, self.n_kv_heads, width),
             "every other": (batch, self.n_kv_heads, self.capacity, 2 * width),
         }[self.layout]
-        numbers = torch.randn(shape, generator=self.random)
+        numbers = torch.randn(shape, generator=self.random).to(DEVICE)
         cache = (numbers * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else numbers.to(dtype)
         if self.layout == "time first":
             cache = cache.transpose(1, 2)
@@ -65,7 +69,7 @@ class Case:
         }.get(self.scales)
         if shape is None:
             return None
-        scale = torch.rand(shape, generator=self.random) * 0.05 + 0.01
+        scale = torch.rand(shape, generator=self.random).to(DEVICE) * 0.05 + 0.01
         return float(scale) if self.scales == "number" else scale
 
     def to_pages(self) -> None:
@@ -74,7 +78,7 @@ class Case:
         per_row = -(-self.capacity // self.page)
         batch, spare = len(self.lengths), 3
         order = torch.randperm(batch * per_row + spare, generator=self.random)[: batch * per_row]
-        self.table = order.to(torch.int32).view(batch, per_row)
+        self.table = order.to(DEVICE, torch.int32).view(batch, per_row)
         self.k, self.v = self.paged(self.k), self.paged(self.v)
         if isinstance(self.k_scale, Tensor) and self.scales == "key":
             self.k_scale = self.paged(self.k_scale[..., None])[..., 0]
@@ -84,7 +88,8 @@ class Case:
         assert self.table is not None
         assert self.page is not None
         shape = (self.table.numel() + 3, cache.shape[1], self.page, cache.shape[3])
-        pool = torch.full(shape, 99 if cache.dtype == torch.int8 else self.poison, dtype=torch.float32)
+        unused = 99 if cache.dtype == torch.int8 else self.poison
+        pool = torch.full(shape, unused, dtype=torch.float32, device=DEVICE)
         for row, pages in enumerate(self.table.tolist()):
             for at, page in enumerate(pages):
                 piece = cache[row, :, at * self.page : (at + 1) * self.page].float()
@@ -139,8 +144,8 @@ class Case:
     def expected(self) -> tuple[Tensor, Tensor]:
         """(out, lse) in double precision."""
         batch, heads, width = self.q.shape
-        out = torch.zeros(batch, heads, self.v.shape[-1], dtype=torch.float64)
-        lse = torch.full((batch, heads), -torch.inf, dtype=torch.float64)
+        out = torch.zeros(batch, heads, self.v.shape[-1], dtype=torch.float64, device=DEVICE)
+        lse = torch.full((batch, heads), -torch.inf, dtype=torch.float64, device=DEVICE)
         for row in range(batch):
             for head in range(heads):
                 g = head // self.group
@@ -152,7 +157,7 @@ class Case:
                     values.append(value)
                 if self.sinks is not None:
                     scores.append(self.sinks[head].double())
-                    values.append(torch.zeros(self.v.shape[-1], dtype=torch.float64))
+                    values.append(torch.zeros_like(out[row, head]))
                 if scores:
                     all_scores = torch.stack(scores)
                     lse[row, head] = all_scores.logsumexp(0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, in_any_order
+from cases import DEVICE, Case, in_any_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -139,7 +139,7 @@ def test_results_over_pieces_of_a_context_merge_by_their_lse(backend: str) -> No
     case = Case((60, 60), capacity=60)
     parts = []
     for piece in (slice(0, 17), slice(17, 40), slice(40, 60)):
-        lengths = torch.full((2,), piece.stop - piece.start, dtype=torch.int32)
+        lengths = torch.full((2,), piece.stop - piece.start, dtype=torch.int32, device=DEVICE)
         out, lse = decode_attention(
             case.q, case.k[:, :, piece], case.v[:, :, piece], lengths, backend=backend, return_lse=True
         )
@@ -194,19 +194,19 @@ def test_what_is_not_validated_is_masked(backend: str) -> None:
     out = decode_attention(*case.arguments(), block_table=case.table, backend=backend, validate=False)
     kept = [*range(8), *range(24, 40)]
     rows = [torch.stack([case.at(cache, 0, p) for p in kept], dim=1)[None] for cache in (case.k, case.v)]
-    want = decode_attention(case.q[:1], *rows, torch.tensor([24], dtype=torch.int32))
+    want = decode_attention(case.q[:1], *rows, torch.tensor([24], dtype=torch.int32, device=DEVICE))
     torch.testing.assert_close(out[:1], want)
     case = Case((40, 64))
-    too_long = torch.tensor([10**6, -3], dtype=torch.int32)
+    too_long = torch.tensor([10**6, -3], dtype=torch.int32, device=DEVICE)
     out = decode_attention(*case.arguments()[:3], too_long, backend=backend, validate=False)
-    full = decode_attention(*case.arguments()[:3], torch.tensor([64, 0], dtype=torch.int32))
+    full = decode_attention(*case.arguments()[:3], torch.tensor([64, 0], dtype=torch.int32, device=DEVICE))
     torch.testing.assert_close(out, full)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_one_workspace_serves_step_after_step() -> None:
     """The tickets are zero again after every step, at one level of merging and at two, at any lengths."""
-    workspace = Workspace.new(3, 2, 16, max_splits=20, device="cpu")
+    workspace = Workspace.new(3, 2, 16, max_splits=20, device=DEVICE)
     for seed, lengths in enumerate([(300, 3, 272), (0, 16, 17), (256, 257, 1)]):
         case = Case(lengths, n_kv_heads=1, group=2, capacity=300, seed=seed)
         for splits in (1, 7, 20):
@@ -239,7 +239,7 @@ def test_with_a_workspace_a_step_allocates_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("kvlearn.kernels.kernel.decode_kernel", Kernel())
     case = Case((60, 7), page=8)
     options = {**case.options(), "backend": "triton", "validate": False, "num_splits": 3}
-    workspace, out = Workspace.new(2, 6, 16, 4, "cpu"), torch.empty_like(case.q)
+    workspace, out = Workspace.new(2, 6, 16, 4, DEVICE), torch.empty_like(case.q)
     with Allocations():
         decode_attention(*case.arguments(), **options, workspace=workspace, out=out)
     assert Allocations.names == []
@@ -251,7 +251,7 @@ def test_with_a_workspace_a_step_allocates_nothing(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_is_one_operator_under_torch_compile(backend: str) -> None:
     case = Case((40, 9), window=20, n_sinks=2, page=16)
-    workspace = Workspace.new(2, 6, 16, 4, "cpu")
+    workspace = Workspace.new(2, 6, 16, 4, DEVICE)
 
     def step(q: Tensor, lengths: Tensor) -> Tensor:
         options = {**case.options(), "backend": backend, "workspace": workspace}
@@ -260,13 +260,13 @@ def test_a_step_is_one_operator_under_torch_compile(backend: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for lengths in ((40, 9), (0, 64), (17, 17)):
-        case.lengths_ = torch.tensor(lengths, dtype=torch.int32)
+        case.lengths_ = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         torch.testing.assert_close(compiled(case.q, case.lengths_), step(case.q, case.lengths_))
 
 
 def test_the_operator_is_what_it_says_to_torch() -> None:
     case = Case((40, 9))
-    out, lse = torch.empty_like(case.q), torch.empty(2, 6)
+    out, lse = torch.empty_like(case.q), torch.empty(2, 6, device=DEVICE)
     nothing = (None,) * 4
     arguments = (case.q, None, case.k, case.v, case.lengths_, 0.3, None, 0, None, None, None, None, 1.0)
     torch.library.opcheck(
@@ -326,8 +326,8 @@ def test_every_stride_counts(backend: str) -> None:
         out = apart(torch.zeros_like(expected))
         decode_attention(*tensors, **options, out=out, backend=backend)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    q, cache = torch.randn(2, 4, 28), torch.randn(2, 40, 28)
-    lengths = torch.tensor([40, 9], dtype=torch.int32)
+    q, cache = torch.randn(2, 4, 28, device=DEVICE), torch.randn(2, 40, 28, device=DEVICE)
+    lengths = torch.tensor([40, 9], dtype=torch.int32, device=DEVICE)
     expected = decode_latent(q[..., :20], q[..., 20:], cache, lengths)
     got = decode_latent(*(apart(t) for t in (q[..., :20], q[..., 20:], cache, lengths)), backend=backend)
     torch.testing.assert_close(got, expected)
@@ -341,7 +341,7 @@ def test_only_live_keys_are_read_and_each_once(splits: int) -> None:
     case = Case((100,), capacity=128, window=33, n_sinks=3, group=4)
     with trace(k=case.k, v=case.v) as reads:
         decode_attention(*case.arguments(), **case.options(), backend="triton", num_splits=splits)
-    wanted = torch.zeros(case.k.shape, dtype=torch.int64)
+    wanted = torch.zeros(case.k.shape, dtype=torch.int64, device=DEVICE)
     wanted[:, :, case.visible(0)] = 1
     for name in ("k", "v"):
         assert (reads[name].counts.sum(0) == wanted.numpy()).all(), name
@@ -364,8 +364,8 @@ def test_only_the_pages_of_live_keys_are_looked_up() -> None:
 def test_a_last_family_of_one_hands_its_result_on(splits: int) -> None:
     """Where 16 or 256 do not divide the splits, somebody has nobody to merge with, and no ticket to draw."""
     case = Case((16 * splits,), n_kv_heads=2, group=1, capacity=16 * splits, sink_logits=True)
-    workspace = Workspace.new(1, 2, 16, splits, "cpu")
-    guard = torch.full((2 * splits + 4,), 777, dtype=torch.int32)
+    workspace = Workspace.new(1, 2, 16, splits, DEVICE)
+    guard = torch.full((2 * splits + 4,), 777, dtype=torch.int32, device=DEVICE)
     guard[: 2 * splits] = 0
     workspace = replace(workspace, tickets=guard[: 2 * splits])
     for _ in range(2):
@@ -379,7 +379,7 @@ def test_a_last_family_of_one_hands_its_result_on(splits: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_recorded_for_gradients(backend: str) -> None:
-    case, workspace = Case((40, 9)), Workspace.new(2, 6, 16, 4, "cpu")
+    case, workspace = Case((40, 9)), Workspace.new(2, 6, 16, 4, DEVICE)
     q = case.q.requires_grad_()
     out = decode_attention(q, *case.arguments()[1:], backend=backend, workspace=workspace)
     assert not out.requires_grad
@@ -388,9 +388,9 @@ def test_nothing_is_recorded_for_gradients(backend: str) -> None:
 
 def test_autocast_does_not_touch_the_pytorch_form() -> None:
     case = Case((40, 9))
-    expected = decode_attention(*case.arguments())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(decode_attention(*case.arguments()), expected)
+    expected = decode_attention(*case.arguments(), backend="torch")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(decode_attention(*case.arguments(), backend="torch"), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import in_any_order
+from cases import DEVICE, in_any_order
 from torch import Tensor
 
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
@@ -16,7 +16,6 @@ from kvlearn.kernels.stages import STAGES, new_lines
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the pinned Triton is for Linux")
 
-DEVICE = "cpu" if INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 2e-6 if INTERPRETED else 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -268,7 +267,7 @@ def test_v5_latent_reads_one_latent_as_key_and_value(n_heads: int, block_h: int,
 
 def test_errors_name_what_does_not_fit() -> None:
     q, k, v = draw()
-    lengths = torch.tensor([5, 5], dtype=torch.int32)
+    lengths = torch.tensor([5, 5], dtype=torch.int32, device=DEVICE)
     for name in ("v0", "v1", "v2", "v3"):
         with pytest.raises(ValueError, match="length: expected at most 96"):
             STAGES[name].decode(q, k, v, 97)
