@@ -16,3 +16,4 @@ BENCHMARKS = {
     "gpu": "all that a GPU is wanted for, in 500 s: correctness, tilings, the decode grid, hardware rows",
 }
 BY_NAME_ONLY = ("decode_tune", "gpu")  # `kvlearn bench all` leaves these out
+RESUMED = ("hardware",)  # a later run keeps the rows of parts that are finished

@@ -4,12 +4,13 @@ Names and options are checked before torch is imported, so a typing mistake is t
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvlearn.bench import BENCHMARKS, BY_NAME_ONLY
+from kvlearn.bench import BENCHMARKS, BY_NAME_ONLY, RESUMED
 
 GRACE = 30  # seconds after `--seconds` at which a part that still runs is ended with the process
 
@@ -46,9 +47,9 @@ class Request:
 
     def command(self, name: str) -> str:
         """What repeats the run of one benchmark; where its rows are kept changes nothing."""
-        given = {"--only": self.only, "--seconds": self.seconds, "--small": self.small}
+        given: dict[str, Any] = {"--only": self.only, "--seconds": self.seconds, "--small": self.small}
         options = [
-            flag if value is True else f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
+            flag if value is True else f"{flag} {shlex.quote(f'{value:g}' if flag == '--seconds' else value)}"
             for flag, value in (given | {"--device": self.device}).items()
             if value
         ]
@@ -60,7 +61,8 @@ class Request:
             raise ValueError(f"NAME: expected one of {', '.join([*BENCHMARKS, 'all'])}; got {self.name!r}")
         if self.device not in ("", "cpu", "cuda"):
             raise ValueError(f"--device: expected cpu, or cuda where there is one; got {self.device!r}")
-        if self.record and self.out is None and (self.small or self.only):
+        partly = self.small or (self.only and self.name not in RESUMED)
+        if self.record and self.out is None and partly:
             part = "--small" if self.small else "--only"
             raise ValueError(
                 f"--record: expected --out FOLDER with {part}: a part must not replace a whole run"
@@ -150,13 +152,13 @@ def measured_rows(
         part = common.Part(progress.name, part.rows)
         console.print(f"  {progress}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    def last_words() -> None:
+    def on_end() -> None:
         row = common.missing(part, f"still running {GRACE} s after the end of {seconds:g} s: ended")
         console.print(f"{row.case}: {row.reason}", style="red", soft_wrap=True)
         if recorder is not None:
             recorder.add(row)
 
-    with common.ended_by(seconds + GRACE if seconds else 0, last_words):
+    with common.ended_by(seconds + GRACE if seconds else 0, on_end):
         yield from common.run(
             name,
             device,

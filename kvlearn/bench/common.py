@@ -202,15 +202,15 @@ def missing(part: Part, reason: str) -> Row:
 
 
 @contextmanager
-def ended_by(seconds: float, last_words: Callable[[], object]) -> Iterator[None]:
+def ended_by(seconds: float, on_end: Callable[[], object]) -> Iterator[None]:
     """End the process, exit status 124, if the block still runs after ``seconds``; 0 lets it run.
 
-    A kernel that hangs cannot be interrupted from Python. ``last_words`` is called first, by another thread.
+    A kernel that hangs cannot be interrupted from Python. ``on_end`` is called first, by another thread.
     """
 
     def end() -> None:
         try:
-            last_words()
+            on_end()
         finally:
             os._exit(124)
 

@@ -33,6 +33,7 @@ class Sizes:
     pages: tuple[int, ...] = (16, 64)
     latent: tuple[int, int] = (512, 64)  # rank, rope_dim
     latent_heads: tuple[int, ...] = (16, 128)
+    merge_lengths: tuple[int, ...] = (17_000, 777)  # so long that the most splits have a tile each
     repeats: int = 1000  # of the one-launch merge
     head_dim: int = 128
 
@@ -47,6 +48,7 @@ SMALL = Sizes(
     pages=(16,),
     latent=(32, 16),
     latent_heads=(4,),
+    merge_lengths=(50, 9),
     repeats=3,
     head_dim=16,
 )
@@ -194,7 +196,7 @@ def latent_row(title: str, device: torch.device, sizes: Sizes, n_heads: int) -> 
 
 def merge_rows(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """The last of many splits merges: so many launches in a row on one workspace, every result compared."""
-    step = new_step(device, sizes.lengths, head_dim=sizes.head_dim)
+    step = new_step(device, sizes.merge_lengths, head_dim=sizes.head_dim)
     splits = sizes.splits[-1]
     batch, n_heads, width = step.q.shape
     workspace = Workspace.new(batch, n_heads, width, splits, device)
@@ -259,7 +261,7 @@ def checks(device: torch.device, sizes: Sizes) -> Mapping[str, Callable[[], Iter
         found[title] = lambda: row(title, make(), **how)
 
     for splits in sizes.splits:
-        check(f"{splits} splits, ragged lengths", partial(new, **wide), step_row, num_splits=splits)
+        check(f"up to {splits} splits, ragged lengths", partial(new, **wide), step_row, num_splits=splits)
     for head_dim in sizes.head_dims:
         check(f"head dim {head_dim}", partial(new, head_dim=head_dim), step_row)
     for group in sizes.groups:

@@ -6,7 +6,7 @@ In this order, each within its own time: correctness of the kernels on the devic
 decode grid with its bars, the rows of ``kvlearn bench hardware``. Every row names its benchmark and goes to
 that benchmark's file; rows and a summary are written as they come, so a run that is cut keeps what it had.
 
-Without a GPU there is one row that says so; ``--small`` rehearses the whole run in Triton's interpreter.
+Without a GPU there is one row that says so; ``--small`` tries the whole run in Triton's interpreter.
 """
 
 import importlib
@@ -38,10 +38,10 @@ MOST_CHARACTERS = 10_000  # of the summary
 def parts(device: torch.device, small: bool = False) -> list[Part]:
     """All parts in order."""
     if device.type != "cuda" and not small:
-        reason = "no GPU: nothing measured (--small rehearses the run in the interpreter)"
+        reason = "no GPU: nothing measured (--small tries the run in the interpreter)"
         return [Part("GPU", partial(iter, [unavailable("GPU", reason)]))]
     sizes = SMALL if small else SIZES
-    new_setup = cache(partial(cuda_setup, device) if device.type == "cuda" else rehearsal_setup)
+    new_setup = cache(partial(cuda_setup, device) if device.type == "cuda" else interpreter_setup)
     decode = gpu_parts(sizes, new_setup, DECODE_SECONDS, libraries_too=False)
     return [
         *of("gpu", correctness.parts(device, small, Limit(CORRECT_SECONDS))),
@@ -68,7 +68,7 @@ def hardware_parts(device: torch.device, small: bool) -> list[Part]:
     return [replace(part, needs=max(part.needs, HARDWARE_NEEDS)) if not small else part for part in made]
 
 
-# A rehearsal without a GPU
+# A trial run without a GPU
 
 
 class FirstCallTimer(WallTimer):
@@ -79,7 +79,7 @@ class FirstCallTimer(WallTimer):
         return super().prepare(calls[:1])
 
 
-def rehearsal_setup() -> Setup:
+def interpreter_setup() -> Setup:
     """The processor in place of a GPU: kernels run in the interpreter, and their times mean nothing."""
     device = torch.device("cpu")
     return Setup(device, FirstCallTimer(), Arena(2**17, device), memory=2**20, l2=100)

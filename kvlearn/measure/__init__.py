@@ -6,12 +6,13 @@ calculator   ``calculator``: the same with sliders, in a notebook
 budget       ``design``, ``budget_table``, ``budget``: a hybrid for a GPU, with the least time of a step
 table        ``Table`` for notebooks, and the course's ``running_table``
 units        ``format_bytes`` (KiB, MiB, GiB), ``format_bytes_decimal`` (kB, MB, GB), rates and times
-timing       ``measure_time``, ``compare`` by turns; medians with ``Quartiles``
+timing       ``measure_time``, ``compare`` interleaved; medians with ``Quartiles``
+timers       short calls: CUDA graphs with a cold L2, or the wall clock
 memory       ``peak_memory`` of a call
 work         FLOPs and bytes by formula: ``attention_work``, ``attention_layer_work``, ``decoder_work``
 roofline     ``measure_roofline``, ``read_bandwidth``, ``matmul_peak`` of this machine
 provenance   ``collect_provenance``: date, commit, machine, versions
-results      ``results.Row``, ``results.save`` and ``results.load``: recorded measurements in results/
+results      ``results.Row``, ``save``, ``load``, ``comparable``: recorded measurements in results/
 doctor       ``kvlearn doctor``: what runs how on this machine
 """
 
