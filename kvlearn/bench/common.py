@@ -124,24 +124,22 @@ def run(
     it, ``seconds`` is the time after which no part is begun (0: the module's ``SECONDS``, or no end),
     ``progress`` is told of each part that begins. Raises ValueError for an unknown name or part.
 
-    A module with a function ``others(known, device, small)`` goes on where an earlier run ended: ``known``
-    are the recorded rows; ``others`` gives those to be kept as they are, ``parts`` takes ``known`` and
-    repeats what is finished.
+    A module with a function ``others(known, device, small, selected)`` goes on where an earlier run ended:
+    ``known`` are the recorded rows; ``others`` gives those to be kept as they are, ``parts`` takes ``known``
+    and repeats what is finished.
     """
     validate.one_of("name", name, BENCHMARKS)
     torch.manual_seed(0)
     module, device = import_module(f"kvlearn.bench.{name}"), torch.device(device)
-    if isinstance(recorder, Recorder) and hasattr(module, "others"):
-        known = recorder.earlier()
-        recorder.rows += module.others(known, device, small)
-        parts = module.parts(device, small, known)
-    else:
-        parts = module.parts(device, small)
+    resumed = recorder if isinstance(recorder, Recorder) and hasattr(module, "others") else None
+    known = resumed.earlier() if resumed is not None else []
+    parts = module.parts(device, small, known) if resumed is not None else module.parts(device, small)
     selected = [part for part in parts if only in part.name]
     if not selected:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
-    seconds = seconds or getattr(module, "SECONDS", 0)
-    for row in run_parts(selected, seconds, progress=progress):
+    if resumed is not None:
+        resumed.rows += module.others(known, device, small, [part.name for part in selected])
+    for row in run_parts(selected, seconds or getattr(module, "SECONDS", 0), progress=progress):
         if recorder is not None:
             recorder.add(row)
         yield row

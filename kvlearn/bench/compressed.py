@@ -1,7 +1,8 @@
 """The two paths of a latent, naive and absorbed: a step of decode, its memory, and the crossover of chunks.
 
 These are parts of ``kvlearn bench shared``. The naive path is measured in several forms of decompression, and
-the fastest is the baseline; each is checked against the equation, written down once more in fp64.
+the fastest is the baseline; each is checked against the equation, written down once more in fp64. Rows of the
+step have "road" in their ``what``, the name under which recorded runs hold them.
 """
 
 import math

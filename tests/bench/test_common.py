@@ -1,12 +1,17 @@
 """Parts of a benchmark: what fails costs itself, what is not reached is named, comparisons are checked."""
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bench_tools import PROVENANCE
 
-from kvlearn.bench import common
-from kvlearn.bench.common import Limit, Part, run_parts
+from kvlearn.bench import common, models
+from kvlearn.bench.common import Limit, Part, Recorder, run_parts
+from kvlearn.measure import results
 from kvlearn.measure.results import Row
 
 
@@ -62,6 +67,33 @@ def test_parts_with_one_limit_share_it() -> None:
     assert texts(iter(rows)) == ["slow", "slow", "c: not reached within the 10 s of its group", "d"]
     late = Part("late", slow, needs=5, limit=Limit(20, spent=15))
     assert texts(run_parts([late])) == ["late: not reached within the 20 s of its group"]
+
+
+def test_a_benchmark_can_go_on_where_an_earlier_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of other conditions are kept, finished parts give their rows again, with their provenance."""
+
+    def parts(device: torch.device, small: bool, known: Any = ()) -> list[Part]:
+        finished = [row["case"] for row in known]
+        return [Part(n, partial(ten, f"{n}, again" if n in finished else n)) for n in "ab"]
+
+    def others(known: Any, device: torch.device, small: bool, selected: list[str]) -> list[dict[str, Any]]:
+        return [row for row in known if row["case"] not in selected]
+
+    monkeypatch.setattr(models, "parts", parts)
+    monkeypatch.setattr(models, "others", others, raising=False)
+
+    def recorded(only: str) -> list[dict[str, Any]]:
+        list(common.run("models", only=only, recorder=Recorder("models", "…", PROVENANCE, tmp_path)))
+        (found,) = results.load("models", tmp_path)
+        return found.rows
+
+    assert [row["case"] for row in recorded("a")] == ["a"]
+    rows = recorded("b")
+    assert [row["case"] for row in rows] == ["a", "b"]
+    assert [row.get("provenance") for row in rows] == [PROVENANCE, None]
+    assert [row["case"] for row in recorded("")] == ["a, again", "b, again"]
 
 
 def test_results_that_differ_are_not_timed() -> None:
