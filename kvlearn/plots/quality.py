@@ -387,7 +387,7 @@ def pareto(rows: Iterable[Row], *, budget: str = "cpu", lengths: Sequence[int] |
         )
         for length, front in fronts.items()
     )
-    alt = f"Loss over bytes of cache stored, {len(items)} designs, trained at {lengths[0]} tokens. {told}."
+    alt = f"Loss over bytes of cache stored, designs: {len(items)}, trained at {lengths[0]} tokens. {told}."
     return Picture(figure, alt, {"fronts": fronts, "points": drawn, "visible": visible})
 
 

@@ -1,13 +1,17 @@
 """The pictures of chapter 10 draw what the rows say, whatever of the plan has run."""
 
+import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kvlearn import plots
+from kvlearn.measure import Table
 from kvlearn.plots import quality as pictures
 from kvlearn.plots.quality import CLAIMS, FAMILY, above_full, apart, pareto_front
 from kvlearn.study import quality
@@ -284,3 +288,44 @@ def test_the_legend_is_smaller_than_the_curves() -> None:
         (legend,) = picture.figure.legends
         box, panel = legend.get_window_extent(), picture.figure.axes[0].get_window_extent()
         assert min(box.height / panel.height, box.width / panel.width) < 0.6
+
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "10_quality.ipynb"
+
+
+def cells_of_the_recorded_study() -> list[str]:
+    """The code of chapter 10 from where the rows are read to the last figure drawn from them."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    (first,) = (i for i, source in enumerate(code) if "quality.recorded()" in source)
+    (last,) = (i for i, source in enumerate(code) if "plots.converted(rows)" in source)
+    return code[first : last + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["nothing", "begun", "tier A in part", "tier A", "all tiers"])
+def test_the_chapter_needs_no_edit_whatever_has_run(
+    state: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [row for row in TIER_A if row["settings"]["training"]["steps"] < CPU.training.steps]
+    one = language_row(long_run("full", 0))
+    rows = {
+        "nothing": [],
+        "begun": [row for row in short if row["design"] == "full"],
+        "tier A in part": [
+            *short,
+            one,
+            language_row(long_run("gqa-4x", 0)),
+            language_row(long_run("window", 1)),
+        ],
+        "tier A": TIER_A,
+        "all tiers": [row for tier in "ABCD" for row in rows_of(tier)],
+    }[state]
+    monkeypatch.setattr(quality, "recorded", lambda: rows)
+    namespace: dict[str, Any] = {"quality": quality, "plots": plots, "math": math, "Table": Table}
+    for source in cells_of_the_recorded_study():
+        exec(source, namespace)
+    told = capsys.readouterr().out
+    assert ("not yet run: none" in told) == (state == "all tiers")
+    assert ("full attention: not yet run" in told) == (state in ("nothing", "begun"))
+    assert set(namespace["points"]) == set(above_full(rows))
