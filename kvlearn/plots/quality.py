@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
@@ -131,9 +132,9 @@ def above_full(rows: Iterable[Row], budget: str = "cpu", **options: Any) -> dict
     for design, item in items.items():
         pairs = paired_values(item.losses, full.losses) if full else []
         if pairs:
-            ends = (item.pooled.low, item.pooled.high) if item.pooled else (None, None)
+            low, high = (item.pooled.low, item.pooled.high) if item.pooled else (None, None)
             mean = math.fsum(pairs) / len(pairs)
-            points[design] = Point(stored[design], mean, *ends, item.summary.diverged)
+            points[design] = Point(stored[design], mean, low, high, item.summary.diverged)
     return points
 
 
@@ -542,9 +543,7 @@ def recall_over_bytes(rows: Iterable[Row], *, preset: str = "cpu") -> Picture:
             axes.set_title(title)
         for axes in panels[:, 0]:
             _share_axis(axes)
-        handles, labels = _unique(panels.flat)
-        place = "outside right center" if down == 1 else "outside lower center"
-        figure.legend(handles, labels, loc=place, ncols=1 if down == 1 else 4)
+        _legend(figure, panels.flat, beside=down == 1)
     told = "; ".join(
         f"{task}: "
         + ", ".join(f"{d} {c[1]:.0%} with {format_bytes(c[0])}" for (t, d), c in cells.items() if t == task)
@@ -596,9 +595,7 @@ def recall_over_length(rows: Iterable[Row], *, preset: str = "cpu", designs: Seq
             axes.set_title(task)
         for axes in panels[:, 0]:
             _share_axis(axes)
-        handles, labels = _unique(panels.flat)
-        place = "outside right center" if down == 1 else "outside lower center"
-        figure.legend(handles, labels, loc=place, ncols=1 if down == 1 else 4)
+        _legend(figure, panels.flat, beside=down == 1)
     told = "; ".join(
         f"{task}: " + ", ".join(f"{name} {line[0][1]:.0%} to {line[-1][1]:.0%}" for name, line in own.items())
         for task, own in curves.items()
@@ -650,6 +647,15 @@ def _bytes_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
     axes.set_xlabel("cache or state, logarithmic")
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], *, beside: bool) -> None:
+    """One for all panels: beside a single row of them, below more."""
+    handles, labels = _unique(panels)
+    if beside:
+        figure.legend(handles, labels, loc="outside right center")
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
 def _unique(panels: Iterable[Axes]) -> tuple[list[Any], list[str]]:

@@ -109,6 +109,11 @@ def long_run(design: str, seed: int) -> LanguageRun:
     return LanguageRun("cpu", design, CPU.training.steps, 2e-3, seed)
 
 
+def error_bars(axes: Any) -> dict[float, Any]:
+    """By their place on the horizontal axis."""
+    return {float(bars.lines[0].get_xdata()[0]): bars for bars in axes.containers}
+
+
 def test_every_design_of_the_study_has_a_family() -> None:
     assert set(FAMILY) == set(CPU.designs) == set(quality.GPU.designs)
 
@@ -140,7 +145,7 @@ def test_every_mechanism_of_the_course_is_in_the_headline_trained_or_waiting() -
 def test_a_hollow_marker_is_a_tie() -> None:
     picture = plots.loss_over_bytes(TIER_A)
     (axes,) = picture.figure.axes
-    markers = {bars.lines[0].get_xdata()[0]: bars.lines[0] for bars in axes.containers}
+    markers = {x: bars.lines[0] for x, bars in error_bars(axes).items()}
     for design, point in picture.data["points"].items():
         face = markers[picture.data["at"][design]].get_markerfacecolor()
         assert (face == "none") == point.tie, design
@@ -162,7 +167,7 @@ def test_a_claim_is_drawn_as_perplexity_at_the_share_that_is_left() -> None:
     claim = pictures.Claim("x", (0.75, 0.75), (0.01, 0.02), "")
     picture = plots.loss_over_bytes([], claims=[claim])
     (axes,) = picture.figure.axes
-    bars = {bars.lines[0].get_xdata()[0]: bars for bars in axes.containers}[picture.data["at"]["article: x"]]
+    bars = error_bars(axes)[picture.data["at"]["article: x"]]
     ((low, high),) = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
     assert (low, high) == pytest.approx((np.log(1.01), np.log(1.02)))
 
