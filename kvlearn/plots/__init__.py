@@ -16,6 +16,14 @@ from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
+from kvlearn.plots.quality import (
+    above_by_position,
+    converted,
+    loss_over_bytes,
+    pareto,
+    recall_over_bytes,
+    recall_over_length,
+)
 from kvlearn.plots.recall import recall_curves, recall_over_state
 from kvlearn.plots.scaling import scaling
 from kvlearn.plots.shared import pools, stored_and_read
@@ -26,6 +34,7 @@ from kvlearn.plots.workbench import time_per_token
 __all__ = [
     "COLOURS",
     "Picture",
+    "above_by_position",
     "access_pattern",
     "achieved_bandwidth",
     "across_layers",
@@ -35,17 +44,22 @@ __all__ = [
     "cache_saves",
     "cone",
     "conversion_curves",
+    "converted",
     "gallery",
     "influence",
     "layer_stripes",
     "lifetimes",
     "loss_by_position",
     "loss_curve",
+    "loss_over_bytes",
     "loss_over_rank",
     "on_the_roofline",
+    "pareto",
     "path_flops",
     "pools",
     "recall_curves",
+    "recall_over_bytes",
+    "recall_over_length",
     "recall_over_state",
     "ring",
     "rope_on_latent",
