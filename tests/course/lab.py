@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 from playwright.sync_api import Browser, ElementHandle, Page, sync_playwright
 
+from kvlearn.jupyter import settings
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCORE = "application/vnd.kvlearn.score.v1+json"
 FLAGS = [
@@ -32,9 +34,8 @@ FLAGS = [
     "--disable-sync",
 ]
 SETTINGS = {
-    "labconfig/page_config.json": {
-        "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}
-    },
+    **settings.files(teach=False),
+    "lab/user-settings/@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosaveInterval": 3},
     # Every cell stays in the page, scrolled to or not.
     "lab/user-settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
 }
