@@ -1,9 +1,9 @@
 """A notebook that nobody changed stays on disk as it is, byte for byte.
 
-JupyterLab saves an open notebook after two minutes, with the kernel's ``language_info``, new widget ids and its
-own formatting, even if no cell was run. In a git checkout such a file counts as changed, and ``git pull`` stops.
-The two hooks of :class:`Keeper` compare what is to be saved with what is stored. Source, outputs, a cell's type,
-attachments, tags and other metadata count; what Jupyter and its view write by themselves does not:
+JupyterLab saves an open notebook after two minutes, with the kernel's ``language_info``, new widget ids and
+its own formatting, even if no cell was run. In a git checkout such a file counts as changed, and ``git pull``
+stops. The two hooks of :class:`Keeper` compare what is to be saved with what is stored. Source, outputs, a
+cell's type, attachments, tags and other metadata count; what Jupyter writes by itself does not:
 
 - of the notebook: ``language_info``, ``kernelspec``, ``widgets``, ``signature``, ``orig_nbformat``
 - of a cell: whether it is trusted, folded or scrolled, when it ran, and its number
@@ -28,8 +28,8 @@ def merge(saved: Json, stored: Json) -> Json | None:
     """What to write for ``saved`` over ``stored``, two notebooks as JSON; None where nothing really changed.
 
     After a real change, all of it is ``saved``'s, except that cells which did not change keep their stored
-    metadata and outputs, and the notebook its stored ``language_info`` and, for the same kernel, ``kernelspec``.
-    Neither argument is changed.
+    metadata and outputs, and the notebook keeps its stored ``language_info`` and, for the same kernel,
+    ``kernelspec``. Neither argument is changed.
     """
     before, now = stored.get("cells", []), saved.get("cells", [])
     with_ids = all("id" in cell for cell in before)  # older formats get random ones each time they are opened

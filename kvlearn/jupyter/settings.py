@@ -24,7 +24,7 @@ def files(*, teach: bool) -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
-    """Write a learner's settings into ``folder`` (an environment's etc/jupyter) and a teacher's into teach/."""
+    """Write learners' settings into ``folder``, an environment's etc/jupyter, and teachers' into teach/."""
     for root, teach in ((folder, False), (folder / "teach", True)):
         for name, content in files(teach=teach).items():
             path = root / name

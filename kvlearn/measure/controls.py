@@ -9,11 +9,11 @@ FALLBACK = "Run this cell for sliders that change the table."
 
 
 def table_with_controls(controls: Mapping[str, Any], show: Callable[..., Table]) -> None:
-    """Displays the ``controls`` (ipywidgets by name) and below them ``show(**values)``, again at every change.
+    """Display ``controls`` (ipywidgets by name) and below them ``show(**values)``, again after each change.
 
-    Both are outputs of their own. The table is an ordinary one: on GitHub, and in JupyterLab before the cell is
-    run, it stands as it was saved. In place of the controls GitHub shows one sentence, where ipywidgets would
-    have left its representation as Python code.
+    The two are separate outputs. The table is an ordinary one: on GitHub, and in JupyterLab before the cell
+    is run, it is there as it was saved. In place of the controls GitHub shows one sentence; ipywidgets' own
+    fallback is its representation as Python code.
     """
     import ipywidgets as widgets
     from IPython.display import display

@@ -37,7 +37,14 @@ STORED: Json = {
             ],
             "source": ["first\n", "second"],
         },
-        {"cell_type": "code", "execution_count": None, "id": "c", "metadata": {}, "outputs": [], "source": []},
+        {
+            "cell_type": "code",
+            "execution_count": None,
+            "id": "c",
+            "metadata": {},
+            "outputs": [],
+            "source": [],
+        },
     ],
     "metadata": {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -60,7 +67,11 @@ def as_saved() -> Json:
                 output["text"] = "".join(output["text"])
             for kind, value in output.get("data", {}).items():
                 output["data"][kind] = "".join(value) if isinstance(value, list) else value
-    notebook["metadata"]["language_info"] = {"name": "python", "version": "3.12.1", "mimetype": "text/x-python"}
+    notebook["metadata"]["language_info"] = {
+        "name": "python",
+        "version": "3.12.1",
+        "mimetype": "text/x-python",
+    }
     return notebook
 
 
@@ -93,9 +104,7 @@ CHANGES = {
     "alt text": {"cells/1/outputs/1/metadata/image|png/alt": "another"},
     "an output less": {"cells/1/outputs/0": ...},
     "outputs cleared": {"cells/1/outputs": [], "cells/1/execution_count": None},
-    "an error": {
-        "cells/2/outputs": [{"output_type": "error", "ename": "E", "evalue": "x", "traceback": []}]
-    },
+    "an error": {"cells/2/outputs": [{"output_type": "error", "ename": "E", "evalue": "x", "traceback": []}]},
     "a cell's type": {"cells/2/cell_type": "raw"},
     "a tag": {"cells/1/metadata/tags": []},
     "nbgrader's metadata": {"cells/1/metadata/nbgrader": {"grade_id": "u01-1"}},
@@ -159,7 +168,9 @@ def test_a_change_keeps_what_did_not_change() -> None:
 
 def test_a_change_of_kernel_and_widget_state_are_saved_with_a_change() -> None:
     kernel = {"name": "conda", "display_name": "conda"}
-    saved = changed({"cells/0/source": "edited", "metadata/kernelspec": kernel, "metadata/widgets": {"x": {}}})
+    saved = changed(
+        {"cells/0/source": "edited", "metadata/kernelspec": kernel, "metadata/widgets": {"x": {}}}
+    )
     saved["cells"][1]["outputs"][2]["data"][WIDGET_VIEW]["model_id"] = "4f2a"
     merged = merge(saved, STORED)
     assert merged is not None
@@ -182,7 +193,9 @@ def test_a_stream_may_be_divided_in_any_way() -> None:
     saved = as_saved()
     saved["cells"][1]["outputs"][:1] = copy.deepcopy(SPLIT)
     assert merge(saved, STORED) is None
-    saved["cells"][1]["outputs"].insert(1, saved["cells"][1]["outputs"].pop(2))  # the figure between the lines
+    saved["cells"][1]["outputs"].insert(
+        1, saved["cells"][1]["outputs"].pop(2)
+    )  # the figure between the lines
     assert merge(saved, STORED) is not None
 
 

@@ -35,8 +35,8 @@
     };
   };
 
-  // In a narrow window the file browser makes room for the notebook, and text that is laid out in columns scrolls
-  // instead of breaking its lines anywhere.
+  // In a narrow window the file browser makes room for the notebook, text that is laid out in columns scrolls instead
+  // of breaking its lines anywhere, and so do the score's sentences (what was expected, what came).
   const narrowWindows = () => ({
     id: "kvlearn:narrow-windows",
     autoStart: true,
@@ -44,6 +44,7 @@
       const style = document.createElement("style");
       style.textContent = `@media ${NARROW} {
         .jp-OutputArea .jp-RenderedText pre { white-space: pre; word-break: normal; overflow-x: auto; }
+        .kvlearn-score td:nth-child(n + 4) { min-width: 12em; }
       }`;
       document.head.append(style);
       const narrow = window.matchMedia(NARROW);
