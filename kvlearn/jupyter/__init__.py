@@ -1,7 +1,8 @@
-"""The course in JupyterLab: saving that leaves unchanged notebooks alone, trust, alt text.
+"""The course in JupyterLab: unchanged notebooks stay as they are, the course is trusted, figures have alt text.
 
-Installing kvlearn enables this extension of the Jupyter server (``server.json``), and one of JupyterLab's page
-(``labextension/``) that gives figures their alt text.
+Installing kvlearn enables this extension of the Jupyter server (``server.json``) and one of JupyterLab's page
+(``labextension/``), and adds a template to nbconvert (``nbconvert/``). What is installed of these is a copy:
+install again after a change (``pip install --no-deps -e .``).
 """
 
 from typing import Any

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
+from nbconvert import HTMLExporter
 from nbformat.sign import MemorySignatureStore, NotebookNotary
 
 from kvlearn.jupyter import settings, trust
@@ -35,6 +37,22 @@ def test_the_page_extension_is_what_jupyterlab_looks_for() -> None:
     folder = ROOT / "kvlearn/jupyter/labextension"
     build = json.loads((folder / "package.json").read_text())["jupyterlab"]["_build"]
     assert (folder / build["load"]).is_file()
+
+
+def test_pages_made_by_nbconvert_have_alt_text() -> None:
+    figure = {
+        "output_type": "display_data",
+        "data": {"image/png": "iVBORw0KGgo="},
+        "metadata": {"image/png": {"alt": 'bars, "A" < B', "width": 10}},
+    }
+    bare = {**figure, "metadata": {}}
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("1", outputs=[nbformat.from_dict(figure), nbformat.from_dict(bare)])]
+    )
+    page, _ = HTMLExporter(template_name="kvlearn").from_notebook_node(notebook)
+    images = BeautifulSoup(page, "html.parser").find_all("img")
+    assert images[0]["alt"] == 'bars, "A" < B'
+    assert [image["src"] for image in images] == 2 * ["data:image/png;base64,iVBORw0KGgo="]
 
 
 @pytest.fixture
