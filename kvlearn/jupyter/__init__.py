@@ -1,4 +1,4 @@
-"""The course in JupyterLab: unchanged notebooks stay as they are, the course is trusted, figures have alt text.
+"""The course in JupyterLab: unchanged notebooks stay as they are, ours are trusted, figures have alt text.
 
 Installing kvlearn enables this extension of the Jupyter server (``server.json``) and one of JupyterLab's page
 (``labextension/``), and adds a template to nbconvert (``nbconvert/``). What is installed of these is a copy:
