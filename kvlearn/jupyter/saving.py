@@ -142,9 +142,9 @@ class Keeper:
         raw = file.read_bytes()
         try:
             stored = json.loads(raw)
-        except ValueError:  # broken on disk: whatever is saved is better
-            return
-        if stored.get("nbformat") != model["content"].get("nbformat"):
+            if stored["nbformat"] != model["content"]["nbformat"]:
+                return
+        except (ValueError, KeyError, TypeError):  # whatever is saved is better than a broken file
             return
         merged = merge(model["content"], stored)
         if merged is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from nbformat.sign import MemorySignatureStore, NotebookNotary
 
 from kvlearn.jupyter.saving import WIDGET_VIEW, Keeper, merge
 
@@ -61,7 +62,8 @@ def as_saved() -> Json:
     notebook = copy.deepcopy(STORED)
     for cell in notebook["cells"]:
         cell["source"] = "".join(cell["source"])
-        cell["metadata"]["trusted"] = True
+        if cell["cell_type"] == "code":
+            cell["metadata"]["trusted"] = True
         for output in cell.get("outputs", []):
             if "text" in output:
                 output["text"] = "".join(output["text"])
@@ -212,6 +214,7 @@ class Contents:
 
     def __init__(self, root: Path) -> None:
         self.root, self.keeper = root, Keeper()
+        self.notary = NotebookNotary(secret=b"secret", store_factory=MemorySignatureStore)
 
     def _get_os_path(self, path: str) -> str:
         return str(self.root / path)
@@ -222,7 +225,10 @@ class Contents:
         file = self.root / path
         text = model["content"]
         if kind == "notebook":
-            text = nbformat.writes(nbformat.from_dict(model["content"]), version=nbformat.NO_CONVERT)
+            notebook = nbformat.from_dict(model["content"])
+            if self.notary.check_cells(notebook):
+                self.notary.sign(notebook)
+            text = nbformat.writes(notebook, version=nbformat.NO_CONVERT)
         file.write_text(text)
         self.keeper.after(model=model, os_path=str(file), contents_manager=self)
 
@@ -257,15 +263,22 @@ def test_a_new_a_broken_and_another_file_are_written_as_they_come(tmp_path: Path
     contents = Contents(tmp_path)
     contents.save(as_saved())
     assert json.loads((tmp_path / "n.ipynb").read_text())["metadata"]["language_info"]["version"] == "3.12.1"
-    (tmp_path / "n.ipynb").write_text("<<<<<<< a merge conflict")
-    contents.save(as_saved())
-    assert json.loads((tmp_path / "n.ipynb").read_text())["nbformat"] == 4
+    for broken in ("<<<<<<< a merge conflict", "[]", "{}", ""):
+        (tmp_path / "n.ipynb").write_text(broken)
+        contents.save(as_saved())
+        assert json.loads((tmp_path / "n.ipynb").read_text())["nbformat"] == 4
     contents.save("text", "n.txt", "file")
     assert (tmp_path / "n.txt").read_text() == "text"
 
 
-def test_an_unchanged_notebook_is_still_signed_as_its_reader_trusts_it(tmp_path: Path) -> None:
-    (tmp_path / "n.ipynb").write_text(json.dumps(STORED))
-    model = {"type": "notebook", "content": as_saved()}
-    Contents(tmp_path).keeper.before(model=model, path="n.ipynb", contents_manager=Contents(tmp_path))
-    assert all(cell["metadata"]["trusted"] for cell in model["content"]["cells"])
+@pytest.mark.parametrize("edits", [{}, CHANGES["source"], CHANGES["markdown"]], ids=["", "code", "markdown"])
+def test_what_its_reader_trusts_is_trusted_when_it_is_opened_again(edits: Json, tmp_path: Path) -> None:
+    file, contents = tmp_path / "n.ipynb", Contents(tmp_path)
+    file.write_text(json.dumps(STORED))
+    strange = changed(edits)
+    for cell in strange["cells"]:
+        cell["metadata"].pop("trusted", None)
+    contents.save(strange)
+    assert not contents.notary.check_signature(nbformat.read(file, as_version=4))
+    contents.save(changed(edits))
+    assert contents.notary.check_signature(nbformat.read(file, as_version=4))
