@@ -12,7 +12,9 @@ cell's type, attachments, tags and other metadata count; what Jupyter writes by 
 
 import json
 import os
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,39 +129,63 @@ def _text(value: Any) -> str:
     return "".join(value) if isinstance(value, list) else str(value)
 
 
+@dataclass
+class _Save:
+    """Saves of one file that have begun and not ended."""
+
+    stored: bytes  # before the first of them
+    unchanged: bool  # the last of them
+    running: int
+    begun: float
+
+
 class Keeper:
-    """The hooks of a contents manager that keeps notebooks as files."""
+    """The hooks of a contents manager that keeps notebooks as files.
+
+    JupyterLab's own save and one by its reader may overlap, and the server writes in a thread: until the last
+    of them has ended, the file on disk may be half written.
+    """
+
+    LONGEST = 60.0  # seconds: a save that is older has failed
 
     def __init__(self) -> None:
-        self._unchanged: dict[str, bytes] = {}
+        self._saves: dict[Path, _Save] = {}
 
     def before(self, *, model: Json, path: str, contents_manager: Any, **_: Any) -> None:
         """Put what is to be written into ``model``, and remember a file that is to stay as it is."""
         file = Path(contents_manager._get_os_path(path.strip("/")))
-        self._unchanged.pop(str(file), None)
-        if model.get("type") != "notebook" or not model.get("content") or not file.is_file():
+        if model.get("type") != "notebook" or not model.get("content"):
             return
-        raw = file.read_bytes()
+        save = self._saves.get(file)
+        if save is None or time.monotonic() - save.begun > self.LONGEST:
+            if not file.is_file():
+                return
+            save = _Save(file.read_bytes(), False, 0, 0.0)
         try:
-            stored = json.loads(raw)
+            stored = json.loads(save.stored)
             if stored["nbformat"] != model["content"]["nbformat"]:
                 return
         except (ValueError, KeyError, TypeError):  # whatever is saved is better than a broken file
             return
         merged = merge(model["content"], stored)
-        if merged is None:
-            self._unchanged[str(file)] = raw
-            model["content"] = with_trust(stored, model["content"])
-        else:
-            model["content"] = merged
+        model["content"] = with_trust(stored, model["content"]) if merged is None else merged
+        self._saves[file] = replace(
+            save, unchanged=merged is None, running=save.running + 1, begun=time.monotonic()
+        )
 
     def after(self, *, os_path: str, model: Json, contents_manager: Any, **_: Any) -> None:
         """Give a file that did not change its own bytes back, where the writer formats them otherwise."""
         file = Path(os_path)
-        raw = self._unchanged.pop(str(file), None)
-        if raw is None or file.read_bytes() == raw:
+        save = self._saves.get(file)
+        if save is None:
+            return
+        save.running -= 1
+        if save.running:
+            return
+        del self._saves[file]
+        if not save.unchanged or file.read_bytes() == save.stored:
             return
         written = file.stat()
-        file.write_bytes(raw)
+        file.write_bytes(save.stored)
         # JupyterLab asks who changed a file that is newer than its own save.
         os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))

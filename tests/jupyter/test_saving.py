@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,12 @@ class Contents:
         return str(self.root / path)
 
     def save(self, content: Any, path: str = "n.ipynb", kind: str = "notebook") -> None:
+        """One save from beginning to end."""
+        for _ in self.steps(content, path, kind):
+            pass
+
+    def steps(self, content: Any, path: str = "n.ipynb", kind: str = "notebook") -> Iterator[None]:
+        """A save that stops when it has begun to write, and when it has written."""
         model = {"type": kind, "content": content, "format": "json"}
         self.keeper.before(model=model, path=f"/{path}", contents_manager=self)
         file = self.root / path
@@ -229,7 +235,10 @@ class Contents:
             if self.notary.check_cells(notebook):
                 self.notary.sign(notebook)
             text = nbformat.writes(notebook, version=nbformat.NO_CONVERT)
+        file.write_text(text[: len(text) // 2])
+        yield
         file.write_text(text)
+        yield
         self.keeper.after(model=model, os_path=str(file), contents_manager=self)
 
 
@@ -257,6 +266,37 @@ def test_the_file_keeps_its_bytes_in_any_form(form: Callable[[Json], str], tmp_p
     saved["cells"][0]["source"] = "edited"
     contents.save(saved)
     assert json.loads(file.read_text())["cells"][0]["source"] == ["edited"]
+
+
+@pytest.mark.parametrize("second", [{}, CHANGES["source"]], ids=["unchanged", "changed"])
+def test_saves_may_overlap(second: Json, tmp_path: Path) -> None:
+    file, contents = tmp_path / "n.ipynb", Contents(tmp_path)
+    file.write_text(json.dumps(STORED))
+    one, two = contents.steps(as_saved()), contents.steps(changed(second))
+    next(one)
+    next(two)  # begins over a half-written file
+    half = file.read_bytes()
+    assert next(one, "written") is None
+    file.write_bytes(half)
+    assert next(one, "ended") == "ended"
+    assert file.read_bytes() == half, "the end of one save wrote into the other's file"
+    assert list(two) == [None]
+    if second:
+        assert json.loads(file.read_text())["metadata"] == STORED["metadata"]
+        assert merge(changed(second), json.loads(file.read_text())) is None
+    else:
+        assert file.read_text() == json.dumps(STORED)
+
+
+def test_a_save_that_failed_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, contents = tmp_path / "n.ipynb", Contents(tmp_path)
+    file.write_text(json.dumps(STORED))
+    next(contents.steps(as_saved()))  # and never ends
+    file.write_text(json.dumps(changed(CHANGES["source"])))  # by git
+    monkeypatch.setattr(Keeper, "LONGEST", -1.0)
+    raw = file.read_bytes()
+    contents.save(changed(CHANGES["source"]))
+    assert file.read_bytes() == raw
 
 
 def test_a_new_a_broken_and_another_file_are_written_as_they_come(tmp_path: Path) -> None:
