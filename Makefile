@@ -1,5 +1,6 @@
 # kvlearn: `make lab` opens the course, `make help` lists the rest. GNU Make 3.81 and a POSIX shell are enough.
 PYTHON ?=
+TORCH_INDEX ?=
 NAME ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,17 +21,23 @@ export JUPYTER_CONFIG_DIR := $(CURDIR)/.jupyter/config
 export JUPYTER_DATA_DIR := $(CURDIR)/.jupyter/data
 export IPYTHONDIR := $(CURDIR)/.jupyter
 
-.PHONY: help env lab test quick grade bench study notebooks exercises lock clean lint unit nbval
+JUPYTER := $(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-env: $(READY) ## make .venv with everything pinned (PYTHON=python3.12 chooses the interpreter)
+env: $(READY) ## make .venv with everything pinned (PYTHON=python3.12: with it; TORCH_INDEX=address: torch from there)
+	@[ -z "$(TORCH_INDEX)" ] || [ "$$(cat $(READY))" = "$(TORCH_INDEX)" ] || { \
+	  echo "kvlearn: .venv was made without this TORCH_INDEX: make clean, then run it again" >&2; exit 1; }
 	@echo "kvlearn: .venv is ready; make lab opens the course"
 
 lab: $(READY) ## open the course in JupyterLab (ARGS="--no-browser --port 8890")
-	@$(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
-	  --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+	@$(JUPYTER) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+
+teach: $(READY) ## the same with nbgrader's menu, buttons and panels, for teachers
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/$(VENV)/etc/jupyter/teach" $(JUPYTER) $(ARGS)
 
 test: lint unit nbval ## everything: lint, types, tests, every notebook run afresh and compared
 
@@ -82,14 +89,13 @@ nbval: $(READY)
 $(READY): requirements.txt pyproject.toml $(BIN)/python
 	@rm -f $(READY)
 	@echo "kvlearn: installing requirements.txt into $(VENV), 2 to 5 minutes (log: $(VENV)/install.log)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt >$(VENV)/install.log 2>&1 || { \
+	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") >$(VENV)/install.log 2>&1 || { \
 	  echo "kvlearn: pip could not install requirements.txt ($$(grep -E '^ *(ERROR|[A-Za-z]+Error): ' $(VENV)/install.log | tail -1 | sed 's/^ *//')): check network and disk, then run make again; all of it in $(VENV)/install.log" >&2; \
 	  exit 1; }
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 >>$(VENV)/install.log 2>&1
-	@mkdir -p $(VENV)/etc/jupyter/labconfig
-	@echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' \
-	  >$(VENV)/etc/jupyter/labconfig/page_config.json
-	@touch $(READY)
+	@$(BIN)/python -m kvlearn.jupyter.settings
+	@echo "$(TORCH_INDEX)" >$(READY)
 
 # A dangling link (its interpreter was upgraded away) counts as missing, so .venv is then made anew.
 $(BIN)/python:

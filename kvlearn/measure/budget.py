@@ -22,6 +22,7 @@ from kvlearn.measure.cache_size import (
     state_bytes,
     weights_bytes,
 )
+from kvlearn.measure.controls import table_with_controls
 from kvlearn.measure.models import MODELS
 from kvlearn.measure.roofline import Roofline
 from kvlearn.measure.table import Table
@@ -148,12 +149,8 @@ def budget_table(model: ModelShape, length: int = 2**20, *, batch: int = 1) -> T
 
 
 def budget() -> None:
-    """Choose the layers, see the table: most layers are of one kind, every n-th is of another.
-
-    The table is an ordinary output: where no kernel runs, on GitHub for one, it stands as it was saved.
-    """
+    """Choose the layers, see the table: most layers are of one kind, every n-th is of another."""
     import ipywidgets as widgets
-    from IPython.display import display
 
     lengths = [(f"{n // 1024}K" if n < 2**20 else f"{n // 2**20}M", n) for n in (2**p for p in range(12, 23))]
     controls: dict[str, Any] = {
@@ -167,10 +164,4 @@ def budget() -> None:
     def show(most: str, every: int, other: str, length: int, batch: int) -> Table:
         return budget_table(design((every - 1) * [most] + [other]), length, batch=batch)
 
-    def values() -> dict[str, Any]:
-        return {name: control.value for name, control in controls.items()}
-
-    display(widgets.VBox(list(controls.values())))
-    table = display(show(**values()), display_id=True)
-    for control in controls.values():
-        control.observe(lambda _: table.update(show(**values())), names="value")
+    table_with_controls(controls, show)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvlearn.measure.cache_size import cache_bytes, elements_per_token, read_bytes, users, weights_bytes
+from kvlearn.measure.controls import table_with_controls
 from kvlearn.measure.models import MODELS
 from kvlearn.measure.table import Table
 from kvlearn.measure.units import GB, format_bytes
@@ -43,12 +44,8 @@ def memory_table(
 
 
 def calculator() -> None:
-    """Sliders above, a table below that follows them.
-
-    The table is an ordinary output: where no kernel runs, on GitHub for one, it stands as it was saved.
-    """
+    """Sliders above, a table below that follows them."""
     import ipywidgets as widgets
-    from IPython.display import display
 
     def powers(name: str, first: int, last: int, at: int) -> widgets.SelectionSlider:
         options = [
@@ -63,11 +60,4 @@ def calculator() -> None:
         "precision": widgets.ToggleButtons(options=list(PRECISIONS), value="16 bit", description="cache"),
         "card": widgets.Dropdown(options=list(CARDS), value="80 GB", description="card"),
     }
-    display(widgets.VBox(list(controls.values())))
-    table = display(memory_table(), display_id=True)
-
-    def follow(_: Any) -> None:
-        table.update(memory_table(**{name: control.value for name, control in controls.items()}))
-
-    for control in controls.values():
-        control.observe(follow, names="value")
+    table_with_controls(controls, memory_table)

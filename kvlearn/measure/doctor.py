@@ -1,5 +1,6 @@
 """``kvlearn doctor``: what this machine has, and what of the course will run how on it."""
 
+import os
 import platform
 import shutil
 import sys
@@ -15,9 +16,11 @@ import torch
 
 from kvlearn.measure.provenance import checkout, commit, cores, cpu_model, gpu, installed
 from kvlearn.measure.roofline import read_bandwidth
-from kvlearn.measure.units import GIB, format_bytes, format_rate
+from kvlearn.measure.units import GB, GIB, format_bytes, format_rate
 
 Status = Literal["ok", "note", "wrong"]
+# What `make env` takes on Linux x86-64, by du, with torch's CUDA libraries and without.
+ENVIRONMENT = {"cuda": 5.6 * GB, "cpu": 2.7 * GB}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -30,6 +33,27 @@ class Finding:
     value: str
     status: Status = "ok"
     advice: str = ""
+
+
+class Place(NamedTuple):
+    """Where doctor runs, and what opens the notebooks and installs everything there."""
+
+    name: str
+    lab: str
+    env: str
+
+
+def place(root: Path | None, here: Path) -> Place:
+    """``root`` is the checkout that kvlearn is imported from, None for an installed wheel."""
+    if root is None:
+        lab = "kvlearn start, then: jupyter lab"
+        return Place("no checkout: kvlearn is an installed package", lab, "pip install 'kvlearn[lab]'")
+    inside = here.resolve().is_relative_to(root)
+    # make reads the Makefile of the folder that it is told.
+    make = "make" if here.resolve() == root else f"make -C {os.path.relpath(root, here) if inside else root}"
+    if inside:
+        return Place("the checkout", f"{make} lab", f"{make} env")
+    return Place(f"outside the checkout {root}", f"kvlearn start, or: {make} lab", f"{make} env")
 
 
 class Need(NamedTuple):
@@ -50,7 +74,8 @@ def software() -> list[Finding]:
     """Python, what kvlearn requires, what the notebooks require, and the pins."""
     python = platform.python_version()
     old = sys.version_info < (3, 11)
-    advice = "install Python 3.11 or newer, then: make env" if old else ""
+    where = place(checkout(), Path.cwd())
+    advice = f"install Python 3.11 or newer, then: {where.env}" if old else ""
     state = commit()
     at = (
         f", commit {state['commit'][:10]}{' with changes' if state['dirty'] else ''}"
@@ -60,15 +85,19 @@ def software() -> list[Finding]:
     return [
         Finding("software", "python", python, "wrong" if old else "ok", advice),
         Finding("software", "kvlearn", f"{installed('kvlearn') or 'not installed, run from its folder'}{at}"),
+        Finding("software", "runs in", f"{where.name}; the notebooks open with: {where.lab}"),
         *requirements(own_requirements()),
         *(
             Finding(
                 "software", name, *(v, "ok", "") if (v := installed(name)) else ("missing", "note", advice)
             )
             for name, advice in (
-                ("jupyterlab", "for the notebooks: make lab"),
-                ("nbclient", "for grading and checking notebooks: make env"),
-                ("transformers", "for the tests and the chapters that load real models: make env"),
+                ("jupyterlab", f"for the notebooks: {where.env}"),
+                ("nbclient", f"for grading and checking notebooks: {where.env}"),
+                (
+                    "transformers",
+                    "for the tests and the chapters that load real models: pip install transformers",
+                ),
             )
         ),
         pins(),
@@ -92,7 +121,9 @@ def requirements(lines: list[str]) -> list[Finding]:
             findings.append(Finding("software", need.name, need.found))
         else:
             value = f"{need.found or 'missing'}, needed: {need.name}{need.versions}"
-            advice = f"make env, or: pip install '{need.name}{need.versions}'"
+            one = f"pip install '{need.name}{need.versions}'"
+            root = checkout()
+            advice = one if root is None else f"{place(root, Path.cwd()).env}, or: {one}"
             findings.append(Finding("software", need.name, value, "wrong", advice))
     return findings
 
@@ -110,7 +141,7 @@ def pins(root: Path | None = None) -> Finding:
         return Finding("software", "pins", f"all {len(pinned)} of requirements.txt met")
     more = f" and {len(unmet) - 3} more" if len(unmet) > 3 else ""
     value = f"{len(pinned) - len(unmet)} met; not: {', '.join(unmet[:3])}{more}"
-    return Finding("software", "pins", value, "note", "make env")
+    return Finding("software", "pins", value, "note", place(root, Path.cwd()).env)
 
 
 def parse(line: str) -> Need | None:
@@ -129,7 +160,7 @@ def hardware() -> list[Finding]:
     """Processor, memory and its bandwidth, GPU, disk."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     card = gpu()
-    low_memory, low_disk = memory.total < 4 * GIB, disk.free < 2 * GIB
+    low_memory = memory.total < 4 * GIB
     return [
         Finding(
             "hardware", "processor", f"{cpu_model()}, {cores()} cores, {torch.get_num_threads()} threads"
@@ -145,14 +176,17 @@ def hardware() -> list[Finding]:
             "hardware", "memory bandwidth", f"{format_rate(read_bandwidth('cpu'))}, measured now, reading"
         ),
         Finding("hardware", "GPU", f"{card['name']}, {format_bytes(card['memory'])}" if card else "none"),
-        Finding(
-            "hardware",
-            "free disk",
-            format_bytes(disk.free),
-            "note" if low_disk else "ok",
-            "under 2 GiB `make env` may not fit" if low_disk else "",
-        ),
+        free_disk(disk.free, torch.version.cuda is not None),
     ]
+
+
+def free_disk(free: int, cuda: bool) -> Finding:
+    """Whether another environment like this one (``cuda``: with torch's CUDA libraries) would fit."""
+    if free >= ENVIRONMENT["cuda" if cuda else "cpu"]:
+        return Finding("hardware", "free disk", format_bytes(free))
+    full, small = (f"{size / GB:.1f} GB" for size in (ENVIRONMENT["cuda"], ENVIRONMENT["cpu"]))
+    advice = f"a new environment takes {full}, {small} with a CPU build of torch (README, Start)"
+    return Finding("hardware", "free disk", format_bytes(free), "note", advice)
 
 
 def course() -> list[Finding]:

@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 from playwright.sync_api import Browser, ElementHandle, Page, sync_playwright
 
+from kvlearn.jupyter import settings
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCORE = "application/vnd.kvlearn.score.v1+json"
 FLAGS = [
@@ -31,10 +33,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SETTINGS = {
-    "labconfig/page_config.json": {
-        "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}
-    },
+SETTINGS: dict[str, Any] = {
+    "lab/user-settings/@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosaveInterval": 3},
     # Every cell stays in the page, scrolled to or not.
     "lab/user-settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
 }
@@ -77,9 +77,10 @@ def find(cells: list[dict[str, Any]], exercise: str, **nbgrader: bool) -> list[i
 
 
 @contextmanager
-def serve(folder: Path, home: Path) -> Iterator[Server]:
-    """JupyterLab over `folder`, at home in the empty folder `home`."""
+def serve(folder: Path, home: Path, *, teach: bool = False) -> Iterator[Server]:
+    """JupyterLab over `folder`, at home in the empty folder `home`, as learners or as teachers start it."""
     config, runtime = home / "config", home / "runtime"
+    settings.write(config)
     for name, content in SETTINGS.items():
         (config / name).parent.mkdir(parents=True, exist_ok=True)
         (config / name).write_text(json.dumps(content))
@@ -88,6 +89,8 @@ def serve(folder: Path, home: Path) -> Iterator[Server]:
     }
     places = {"HOME": home, "JUPYTER_CONFIG_DIR": config, "JUPYTER_RUNTIME_DIR": runtime}
     places |= {"JUPYTER_DATA_DIR": home / "data", "IPYTHONDIR": home}
+    if teach:
+        places["JUPYTER_CONFIG_PATH"] = config / "teach"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

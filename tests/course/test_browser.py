@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +135,131 @@ def test_moving_the_calculators_slider_changes_its_result(page: Page, server: Se
     handle.press("ArrowRight")
     changed = f"([area, before]) => ({WITHOUT_SLIDERS})(area) !== before"
     page.wait_for_function(changed, arg=[calculator.element_handle(), before])
+
+
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OPENED = ["notebooks/00_start_here.ipynb", "exercises/01_full_attention/01_full_attention.ipynb"]
+# What a reader needs of an open notebook in a narrow window: each output that is cut off, each image that is.
+CUT_OFF = """() => {
+  const scrolls = (node) => ["auto", "scroll"].includes(getComputedStyle(node).overflowX);
+  const areas = [...panel.node.querySelectorAll(".jp-OutputArea-output, .jp-MarkdownOutput")];
+  const wide = areas.filter((area) => area.scrollWidth > area.clientWidth + 1 && !scrolls(area));
+  const images = areas.flatMap((area) => [...area.querySelectorAll("img")].filter(
+    (image) => image.clientWidth > area.clientWidth + 1));
+  return [...wide.map((area) => area.textContent.slice(0, 60)), ...images.map((image) => image.alt)];
+}"""
+
+
+@pytest.fixture
+def checkout(server: Server) -> Iterator[Path]:
+    """A git repository inside the server's folder with the notebooks of `OPENED`, committed."""
+    folder = server.folder / "checkout"
+    for name in OPENED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".gitignore").write_text(".ipynb_checkpoints/\n")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "notebooks")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_opening_a_committed_notebook_leaves_git_clean(
+    page: Page, server: Server, checkout: Path, name: str
+) -> None:
+    with page.expect_response(lambda response: response.request.method == "PUT" and name in response.url):
+        notebook = Notebook(page, server, f"checkout/{name}")  # JupyterLab saves it, nobody asked for that
+    for _ in range(2):
+        page.evaluate("() => panel.context.save()")
+    assert git(checkout, "status", "--porcelain") == ""
+
+    text = "A sentence of the reader's."
+    page.evaluate("(text) => panel.content.model.cells.get(0).sharedModel.setSource(text)", text)
+    page.evaluate("() => panel.context.save()")
+    assert page.locator(".jp-Dialog").count() == 0, "JupyterLab believes that somebody else wrote the file"
+    saved, before = json.loads((checkout / name).read_text()), json.loads((ROOT / name).read_text())
+    assert "".join(saved["cells"][0]["source"]) == text
+    assert saved["cells"][1:] == before["cells"][1:]
+    assert saved["metadata"] == before["metadata"]
+    assert len(notebook.cells()) == len(saved["cells"])
+
+
+@pytest.mark.parametrize(
+    ("chapter", "width"),
+    [*((chapter, 420) for chapter in CHAPTERS), (CHAPTERS[1], 800)],
+    ids=lambda given: getattr(given, "stem", str(given)),
+)
+def test_every_figure_has_alt_text_and_narrow_windows_cut_nothing_off(
+    page: Page, server: Server, chapter: Path, width: int
+) -> None:
+    shutil.copytree(ROOT / "notebooks/pictures", server.folder / "pictures", dirs_exist_ok=True)
+    notebook = json.loads(chapter.read_text("utf-8"))
+    if width == 420:  # another notebook to Jupyter, which does not trust it
+        notebook["metadata"]["title"] = "changed"
+    (server.folder / chapter.name).write_text(json.dumps(notebook))
+    figures = [
+        output["metadata"]["image/png"]["alt"]
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    page.set_viewport_size({"width": width, "height": 900})
+    Notebook(page, server, chapter.name)
+    images = page.evaluate("() => [...panel.node.querySelectorAll('img')].map((image) => image.alt)")
+    assert all(images), f"{images.count('')} images have no alt text"
+    assert set(figures) <= set(images)
+    assert page.evaluate("() => panel.node.clientWidth") > 0.7 * width - 60, "the file browser is in the way"
+    assert page.evaluate(CUT_OFF) == []
+
+
+def test_the_calculator_is_its_table_before_it_is_run(page: Page, server: Server) -> None:
+    for title in (None, "changed"):  # trusted, if it is as committed; and not trusted
+        chapter = json.loads((ROOT / "notebooks/00_start_here.ipynb").read_text("utf-8"))
+        if title:
+            chapter["metadata"]["title"] = title
+        (server.folder / "calculator.ipynb").write_text(json.dumps(chapter))
+        notebook = Notebook(page, server, "calculator.ipynb")
+        (index,) = [i for i, cell in enumerate(notebook.cells()) if cell["source"].endswith("calculator()")]
+        shown = notebook.element(index).inner_text()
+        assert "users that fit on 80 GB" in shown
+        assert "VBox" not in shown
+        assert "Error" not in shown
+
+
+def test_the_courses_own_notebooks_are_trusted(page: Page, server: Server) -> None:
+    name = "notebooks/00_start_here.ipynb"
+    if git(ROOT, "status", "--porcelain", "--", name):
+        pytest.skip("this notebook is being worked on")
+    shutil.copy(ROOT / name, server.folder / "trusted.ipynb")
+    Notebook(page, server, "trusted.ipynb")
+    trusted = "() => [...panel.content.model.cells].every((cell) => cell.type !== 'code' || cell.trusted)"
+    assert page.evaluate(trusted)
+
+
+NBGRADER = "Nbgrader"
+
+
+def test_a_learner_sees_nothing_of_nbgrader(page: Page, server: Server, exercise: str) -> None:
+    Notebook(page, server, exercise)
+    assert page.get_by_role("menuitem", name=NBGRADER).count() == 0
+    assert page.get_by_text("Validate", exact=True).count() == 0
+    assert (
+        page.evaluate("() => window.jupyterapp.commands.listCommands()").count("nbgrader:open-formgrader")
+        == 0
+    )
+
+
+def test_a_teacher_sees_nbgrader(page: Page, tmp_path: Path) -> None:
+    folder, home = tmp_path / "course", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    with serve(folder, home, teach=True) as server:
+        page.goto(f"{server.url}lab?token={server.token}")
+        expect(page.get_by_role("menuitem", name=NBGRADER)).to_have_count(1)

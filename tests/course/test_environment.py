@@ -124,7 +124,9 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["env", "lab", "test", "quick", "grade", "bench", "study", "notebooks"])
+@pytest.mark.parametrize(
+    "target", ["env", "lab", "teach", "test", "quick", "grade", "bench", "study", "notebooks"]
+)
 def test_every_target_makes_a_missing_or_stale_environment_first(checkout: Path, target: str) -> None:
     assert "pip install" in make(checkout, "-n", target).stdout
     binaries = checkout / ".venv/bin"
@@ -134,6 +136,26 @@ def test_every_target_makes_a_missing_or_stale_environment_first(checkout: Path,
     assert "pip install" not in make(checkout, "-n", target).stdout
     assert "pip install" in make(checkout, "-n", "-W", "requirements.txt", target).stdout
     assert "pip install" in make(checkout, "-n", "-W", "pyproject.toml", target).stdout
+
+
+@needs_make
+def test_torch_comes_from_the_address_that_is_given(checkout: Path) -> None:
+    assert "--extra-index-url" not in make(checkout, "-n", "env").stdout
+    told = make(checkout, "-n", "env", "TORCH_INDEX=http://127.0.0.1:9/cpu").stdout
+    assert '-r requirements.txt \\\n  --extra-index-url "http://127.0.0.1:9/cpu"' in told
+    assert 'echo "http://127.0.0.1:9/cpu" >.venv/.ready' in told
+
+
+@needs_make
+def test_an_environment_made_without_that_address_is_not_passed_off_as_one_with_it(checkout: Path) -> None:
+    binaries = checkout / ".venv/bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").symlink_to(sys.executable)
+    for made_with, given, fine in (("", "", True), ("a", "", True), ("a", "a", True), ("", "a", False)):
+        (checkout / ".venv/.ready").write_text(f"{made_with}\n")
+        result = make(checkout, "env", f"TORCH_INDEX={given}")
+        assert (result.returncode == 0) is fine
+        assert fine or "make clean" in one_line(result)
 
 
 @needs_make

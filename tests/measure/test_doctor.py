@@ -51,8 +51,41 @@ def test_pins_that_are_not_met_are_named(tmp_path: Path) -> None:
     assert doctor.pins(tmp_path) == doctor.Finding("software", "pins", "all 1 of requirements.txt met")
     path.write_text("torch==0.1\nno-such==2\n")
     found = doctor.pins(tmp_path)
-    assert (found.status, found.advice) == ("note", "make env")
+    assert (found.status, found.advice) == ("note", f"make -C {tmp_path} env")
     assert f"torch {doctor.installed('torch')} (pinned ==0.1), no-such missing (pinned ==2)" in found.value
+
+
+def test_it_knows_where_it_runs(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "course", tmp_path / "elsewhere"
+    (root / "notebooks").mkdir(parents=True)
+    elsewhere.mkdir()
+    assert doctor.place(root, root)[1:] == ("make lab", "make env")
+    assert doctor.place(root, root / "notebooks")[1:] == ("make -C .. lab", "make -C .. env")
+    outside = doctor.place(root, elsewhere)
+    assert outside.lab == f"kvlearn start, or: make -C {root} lab"
+    assert "outside" in outside.name
+    wheel = doctor.place(None, elsewhere)
+    assert wheel.lab == "kvlearn start, then: jupyter lab"
+    assert "make" not in " ".join(wheel)
+
+
+def test_an_installed_package_is_never_told_of_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "checkout", lambda: None)
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    findings = doctor.software()
+    assert {finding.name for finding in findings} >= {"runs in", "jupyterlab", "pins"}
+    assert not [finding for finding in findings if "make" in finding.value + finding.advice]
+
+
+def test_low_disk_is_measured_against_what_an_environment_takes() -> None:
+    gb = 10**9
+    assert doctor.free_disk(6 * gb, cuda=True).status == "ok"
+    assert doctor.free_disk(3 * gb, cuda=False).status == "ok"
+    assert doctor.free_disk(2 * gb, cuda=False).status == "note"
+    low = doctor.free_disk(3 * gb, cuda=True)
+    assert (low.status, low.value) == ("note", doctor.format_bytes(3 * gb))
+    assert "5.6 GB, 2.7 GB with a CPU build" in low.advice
 
 
 @pytest.mark.parametrize(

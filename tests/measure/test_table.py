@@ -1,11 +1,15 @@
 """Tables for notebooks, the running table, and the calculator."""
 
+from typing import Any
+
+import ipywidgets as widgets
 import pytest
 import torch
 
 from kvlearn.attention import FullAttention
 from kvlearn.measure import MODELS, Table, memory_table, running_table
 from kvlearn.measure.calculator import CARDS, PRECISIONS
+from kvlearn.measure.controls import FALLBACK, table_with_controls
 from kvlearn.model import Spec
 
 ROWS = [{"name": "a <b>", "bytes": 1234567}, {"name": "longer", "bytes": 8}]
@@ -51,6 +55,30 @@ def test_the_running_table_tells_two_mechanisms_in_one_layer() -> None:
     parts = ["gated_delta", Spec("window", window=512)]
     (row,) = running_table(Spec("parallel", parts=parts)).rows
     assert row["mechanism"] == "gated_delta + window (window=512)"
+
+
+def test_controls_fall_back_to_a_sentence_and_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GitHub shows, and JupyterLab before the cell is run."""
+    shown: list[tuple[Any, dict[str, Any]]] = []
+
+    class Handle:
+        def update(self, table: Table) -> None:
+            shown.append((table, {}))
+
+    def display(what: Any, **options: Any) -> Handle:
+        shown.append((what, options))
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    slider = widgets.IntSlider(value=2)
+    table_with_controls({"n": slider}, lambda n: Table([{"n": n}]))
+    (bundle, options), (table, _) = shown
+    assert options == {"raw": True}
+    assert bundle["text/plain"] == FALLBACK
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert table.rows == [{"n": "2"}]
+    slider.value = 7
+    assert shown[-1][0].rows == [{"n": "7"}]
 
 
 def test_the_calculator_says_what_a_card_holds() -> None:
