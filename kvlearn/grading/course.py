@@ -73,7 +73,8 @@ def survey(folder: Path | None, jobs: int, *, as_json: bool = False) -> bool:
     session.save()
     for fault in faults:
         say(fault)
-    progress = overview(session.known, found=session.results)
+    known = records.read(folder) if session.records else session.known
+    progress = overview(known, found=session.results)
     if as_json:
         print(json.dumps(progress.to_json(), indent=2, ensure_ascii=False))
         return bool(faults)

@@ -508,3 +508,33 @@ def test_a_solved_tree_survives_a_pull_that_changes_the_same_exercise(
     graded = json.loads(kvlearn("grade", "--json").stdout)
     assert [e["status"] for e in graded[0]["exercises"]] == 5 * ["passed"]
     assert records.read(clone / "work").results == {}, "grading records nothing"
+
+
+def test_an_installed_wheel_makes_copies_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel carries solutions/ inside the package, and no exercises/."""
+    package = Path(records.__file__).parents[1]
+    installed = tmp_path / "site" / "kvlearn"
+    shutil.copytree(package / "grading", installed / "grading")
+    for name in ("__init__.py", "__main__.py", "cli.py", "html.py"):
+        shutil.copy(package / name, installed)
+    small.write_solutions(installed / "_solutions")
+    monkeypatch.delenv("KVLEARN_WORK")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+
+    def run(where: Path, *arguments: str) -> str:
+        command = [sys.executable, "-m", "kvlearn", *arguments]
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run(mine, "start") == f"{U}: copied to {FILE}\n"
+    solve(mine / FILE, **SOLVED)
+    below = mine / FILE.parent
+    assert "up to date" in run(below, "start"), "it is found from a folder below"
+    assert not (below / "work").exists()
+    assert "90.1" not in run(mine, "reset", "90.3")
+    assert "# mine" in source_of("answer1", mine / FILE)
