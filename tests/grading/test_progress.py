@@ -291,11 +291,12 @@ def test_a_change_of_the_checks_runs_the_answers_again(course: Path, monkeypatch
         patch.setattr("kvlearn.grading.grader.Sandbox", None)
         assert kvlearn("progress").exit_code == 0
     checks = Path(f"solutions/{U}/checks.py")
-    checks.write_text(checks.read_text() + "\n# another version\n")
+    checks.write_text(checks.read_text().replace("lambda x: x * 2", "lambda x: x * 3"))
     records.checks_of.cache_clear()
     assert kvlearn("progress").exit_code == 0
     after = records.read(WORK).results["90.1"]
-    assert (after.answer, after.score) == (before.answer, before.score)
+    assert (before.score, after.score) == (3, 1), "it ran again, by the new checks"
+    assert after.answer == before.answer
     assert after.checks != before.checks
 
 

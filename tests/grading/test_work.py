@@ -129,6 +129,15 @@ def test_an_existing_file_is_never_replaced_by_a_copy(course: Path) -> None:
     assert sources(read()) == sources(before)
 
 
+def test_a_file_that_appears_at_the_last_moment_is_not_replaced(course: Path) -> None:
+    FILE.parent.mkdir(parents=True)
+    FILE.write_text("mine")
+    with pytest.raises(FileExistsError):
+        work._create(FILE, b"ours")
+    assert FILE.read_text() == "mine"
+    assert os.listdir(FILE.parent) == [FILE.name]
+
+
 def test_answers_written_in_exercises_come_along_and_stay_there(course: Path) -> None:
     there = small.write(small.answered(**SOLVED), Path(f"exercises/{U}/{U}.ipynb"))
     before = there.read_bytes()
