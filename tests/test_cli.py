@@ -155,6 +155,14 @@ def test_the_shells_script_is_shown() -> None:
     assert "_KVLEARN_COMPLETE=complete_bash" in done.stdout
 
 
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvlearn.grading.course.survey", interrupted)
+    assert kvlearn("progress").exit_code == 130
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["grade", "nosuch"], ["reset", "nosuch"], ["study", "-h"]])
 def test_no_color_is_honoured(arguments: list[str]) -> None:
     coloured = re.compile(r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38|48)[0-9;]*m")

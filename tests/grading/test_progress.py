@@ -10,8 +10,8 @@ from typing import Any
 import nbformat
 import pytest
 import small_unit as small
+from copies import FILE, U, kvlearn, new_stub, new_task, read, solve, upstream
 from nbclient import NotebookClient
-from test_work import FILE, U, kvlearn, new_stub, new_task, read, solve, upstream
 
 import kvlearn as front
 from kvlearn.grading import catalogue, commands, folders, overview, records
