@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # On a busy machine torch's threads lose most of their time spinning for each other; asleep they are six times faster.
 SHARE := OMP_WAIT_POLICY=passive
+# Notebooks that git keeps show nothing of the progress of whoever runs them.
+NO_WORK := KVLEARN_WORK=/dev/null
 # Two workers with one thread each are faster than one with two; a notebook's timings want the machine alone.
 PYTEST := $(SHARE) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
 NBVAL := -p no:python --nbval --nbval-sanitize-with tests/course/nbval_sanitize.cfg --nbval-cell-timeout=300
@@ -33,7 +35,8 @@ env: $(READY) ## make .venv with everything pinned (PYTHON=python3.12: with it; 
 	  echo "kvlearn: .venv was made without this TORCH_INDEX: make clean, then run it again" >&2; exit 1; }
 	@echo "kvlearn: .venv is ready; make lab opens the course"
 
-lab: $(READY) ## open the course in JupyterLab (ARGS="--no-browser --port 8890")
+lab: $(READY) ## open the course in JupyterLab, with your copies in work/ (ARGS="--no-browser --port 8890")
+	@$(BIN)/kvlearn start || :
 	@$(JUPYTER) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 teach: $(READY) ## the same with nbgrader's menu, buttons and panels, for teachers
@@ -44,8 +47,8 @@ test: lint unit nbval ## everything: lint, types, tests, every notebook run afre
 quick: lint ## lint, types and unit tests, no notebooks: under 3 minutes
 	@$(PYTEST) -m "not slow"
 
-grade: $(READY) ## grade your exercises (ARGS="--json")
-	@$(BIN)/kvlearn grade exercises $(ARGS)
+grade: $(READY) ## grade your exercises in work/ (ARGS="--json")
+	@$(BIN)/kvlearn grade $(ARGS)
 
 bench: $(READY) ## measure this machine: make bench NAME=full (all of it without a NAME)
 	@$(BIN)/kvlearn bench $(or $(NAME),all) $(ARGS)
@@ -55,7 +58,7 @@ study: $(READY) ## train the base model again, or what NAME says (kvlearn study 
 
 # A widget's id is drawn anew in every run; an empty one is what a saved notebook can keep.
 notebooks: $(READY) ## run every notebook in place and keep its outputs
-	@$(SHARE) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
+	@$(SHARE) $(NO_WORK) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 	  --ExecutePreprocessor.record_timing=False $(CLEAN_METADATA) notebooks/*.ipynb solutions/*/*.ipynb
 	@for notebook in notebooks/*.ipynb; do \
 	  sed 's/"model_id": "[0-9a-f]*"/"model_id": ""/' "$$notebook" >"$$notebook.new" && mv "$$notebook.new" "$$notebook"; done
@@ -83,7 +86,7 @@ unit: $(READY)
 	@$(PYTEST)
 
 nbval: $(READY)
-	@$(SHARE) $(BIN)/pytest -q $(NBVAL) notebooks solutions
+	@$(SHARE) $(NO_WORK) $(BIN)/pytest -q $(NBVAL) notebooks solutions
 
 # The stamp is written last, so an interrupted or failed set-up is taken up again by the next `make`.
 $(READY): requirements.txt pyproject.toml $(BIN)/python

@@ -1,6 +1,6 @@
 """kvlearn: making the KV cache of language models small, one mechanism at a time.
 
-``kvlearn.check``, ``kvlearn.hint`` and ``kvlearn.solution`` serve the exercises; the mechanisms live in
+``kvlearn.check``, ``hint``, ``solution`` and ``progress`` serve the exercises; the mechanisms live in
 ``kvlearn.attention``, the language model that takes any of them in ``kvlearn.model``.
 """
 
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "check": "kvlearn.grading",
     "hint": "kvlearn.grading",
+    "progress": "kvlearn.grading",
     "solution": "kvlearn.grading",
     "from_transformers": "kvlearn.model",
 }

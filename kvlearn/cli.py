@@ -1,22 +1,142 @@
-"""The command ``kvlearn``: a thin door to the rooms that do the work.
+"""The command ``kvlearn``.
 
-Every command imports what it needs when it runs, so that ``kvlearn bench`` works where JupyterLab and its
-friends are not installed.
+Every command imports what it needs when it runs: ``kvlearn bench`` works where JupyterLab is not installed,
+and what is asked for wrongly is refused before torch is imported.
 """
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+EXIT_CODES = (
+    "Exit codes: 0, it was done (a low score or a missed bar is a result); 1, something of it could not be "
+    "done, stderr says what; 2, the command was written wrongly; 130, ended with Ctrl+C."
+)
 
 app = typer.Typer(
     name="kvlearn",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="The command line of the course: look at this machine, grade exercises, measure, train.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="The command line of the course: start, grade exercises, see progress, measure this machine, train.",
+    epilog=EXIT_CODES,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import kvlearn
+
+        typer.echo(f"kvlearn {kvlearn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="the version, and nothing else"),
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+def _fail(reason: object, code: int = 1) -> NoReturn:
+    typer.echo(f"kvlearn: {reason}", err=True)
+    raise typer.Exit(code)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _units(incomplete: str) -> list[str]:
+    """For the shell: the units' names."""
+    from kvlearn.grading.folders import solutions_root, unit_names
+
+    return [name for name in unit_names(solutions_root()) if name.startswith(incomplete)]
+
+
+def _exercises(incomplete: str) -> list[str]:
+    """For the shell: the exercises' ids."""
+    from kvlearn.grading.folders import solutions_root, titles
+
+    solutions = solutions_root()
+    return [
+        name
+        for unit in _units(incomplete[:2])
+        for name in titles(unit, solutions)
+        if name.startswith(incomplete)
+    ]
+
+
+def _studies(incomplete: str) -> list[str]:
+    return [name for name in STUDIES if name.startswith(incomplete)]
+
+
+@app.command()
+def start(
+    units: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="UNIT", help="names or numbers; all of them unless told", autocompletion=_units
+        ),
+    ] = None,
+) -> None:
+    """Copy the exercises to work/, where you solve them, and bring what is new in the course into the copies.
+
+    Nothing that you wrote is lost: answers stay as they are, and before a notebook is changed, a copy of it
+    goes to work/kept.
+    """
+    from kvlearn.grading import work
+    from kvlearn.grading.folders import solutions_root, unit_named, unit_names, work_root
+
+    solutions = solutions_root()
+    try:
+        chosen = [unit_named(name, solutions) for name in units or unit_names(solutions)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="UNIT") from None
+    try:
+        outcomes = work.start(list(dict.fromkeys(chosen)), work_root())
+    except OSError as error:
+        _fail(work.reason(error))
+    for line in work.tell(outcomes):
+        typer.echo(line)
+    failed = [outcome for outcome in outcomes if outcome.what == "failed"]
+    for outcome in failed:
+        typer.echo(f"kvlearn: {outcome.unit}: {'; '.join(outcome.lines)}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reset(
+    exercise: Annotated[str, typer.Argument(help="as 01.3", autocompletion=_exercises)],
+) -> None:
+    """Give one exercise in work/ back as it was given. Your notebook as it was goes to work/kept."""
+    from kvlearn.grading import work
+    from kvlearn.grading.folders import solutions_root, titles, unit_named, work_root
+    from kvlearn.grading.submission import Unusable, tasks_of
+
+    solutions = solutions_root()
+    try:
+        unit = unit_named(exercise.split(".")[0], solutions)
+        known = [task.id for task in tasks_of(unit, solutions)[0]]
+    except ValueError:
+        unit, known = "", [name for each in _units("") for name in titles(each, solutions)]
+    if exercise not in known:
+        expected = f"expected one of {', '.join(known)}; got {exercise!r}"
+        raise typer.BadParameter(expected, param_hint="EXERCISE")
+    try:
+        outcome = work.reset(exercise, unit, work_root())
+    except (OSError, Unusable) as error:
+        _fail(work.reason(error))
+    for line in work.tell([outcome]):
+        typer.echo(line)
 
 
 STUDIES = {
@@ -30,11 +150,14 @@ STUDIES = {
     "quality": "every mechanism trained on one budget: what compression costs (the plan: --list)",
 }
 RECORDED = ("convert", "routing", "window_quality", "sinks", "recall")
+PRESETS = ("minutes", "cpu", "gpu")  # of the study quality
 
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in STUDIES.items()))],
+    name: Annotated[
+        str, typer.Argument(help="a study; without one, they are listed", autocompletion=_studies)
+    ] = "",
     record: Annotated[bool, typer.Option("--record", help=f"keep the rows of {', '.join(RECORDED)}")] = False,
     preset: Annotated[str, typer.Option(help="of quality: minutes, cpu or gpu")] = "cpu",
     tier: Annotated[str, typer.Option(help="of quality: one tier of the preset, else all in turn")] = "",
@@ -49,11 +172,22 @@ def study(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="of quality: time each design and record its tokens/s")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="the list, or the study's rows, for programs")
+    ] = False,
 ) -> None:
     """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/).
 
     quality records each run when it is finished, and never repeats one that is recorded.
     """
+    if name and name not in STUDIES:
+        raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
+    if preset not in PRESETS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
+        )
+    if as_json and name == "quality":
+        raise typer.BadParameter("quality keeps its rows in results/, as JSON", param_hint="--json")
     if name == "quality":
         from kvlearn.study.quality import command
 
@@ -63,27 +197,43 @@ def study(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         return
-    if tier or part or threads or seconds or list_them or calibrate or preset != "cpu":
+    if tier or part or threads or seconds or (list_them and name) or calibrate or preset != "cpu":
         raise typer.BadParameter("these options belong to the study quality", param_hint="OPTIONS")
-    if name not in STUDIES:
-        raise typer.BadParameter(f"expected one of {', '.join(STUDIES)}; got {name!r}", param_hint="NAME")
     if record and name not in RECORDED:
         raise typer.BadParameter(f"only {', '.join(RECORDED)} have rows to keep", param_hint="--record")
+    if not name:
+        _list_studies(as_json)
+        return
     if name in RECORDED:
-        _compare(name, record)
+        _compare(name, record, as_json)
         return
     from kvlearn.study import SPEED_BAR, train_base, training_speed
 
     if name == "speed":
         rate = training_speed()
         verdict = "pass" if rate >= SPEED_BAR else "miss"
+        if as_json:
+            _print_json({"tokens_per_second": rate, "bar": SPEED_BAR, "verdict": verdict})
+            return
         typer.echo(f"{rate:,.0f} tokens/s; the bar is {SPEED_BAR:,} on 2 otherwise idle cores: {verdict}")
     else:
-        for key, value in train_base().items():
+        trained = train_base()
+        if as_json:
+            _print_json(trained)
+            return
+        for key, value in trained.items():
             typer.echo(f"{key:16} {value}")
 
 
-def _compare(name: str, record: bool) -> None:
+def _list_studies(as_json: bool) -> None:
+    if as_json:
+        _print_json([{"name": name, "about": about} for name, about in STUDIES.items()])
+        return
+    for name, about in STUDIES.items():
+        typer.echo(f"{name:14} {about}")
+
+
+def _compare(name: str, record: bool, as_json: bool) -> None:
     """Run a study of several models, show its table, and keep its rows if asked to."""
     from rich.console import Console
 
@@ -113,10 +263,13 @@ def _compare(name: str, record: bool) -> None:
         conversions = study_conversions(runs=runs, folder=Path("runs") / name)
         rows = [row for run in conversions for row in run]
         table = report.conversion_table(rows)
-    report.show(table, Console())
+    if as_json:
+        _print_json(rows)
+    else:
+        report.show(table, Console())
     if record:
         path = results.save(name, f"kvlearn study {name} --record", rows, collect_provenance())
-        typer.echo(f"recorded in {path.parent.name}/{path.name}")
+        typer.echo(f"recorded in {path.parent.name}/{path.name}", err=as_json)
 
 
 @app.command()
@@ -179,9 +332,13 @@ def doctor(
 @app.command()
 def grade(
     paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="PATH…", help="a notebook, or a folder: every notebook below it is graded"),
-    ],
+        list[Path] | None,
+        typer.Argument(
+            metavar="PATH",
+            help="a notebook, a folder (every notebook below it is graded), or a unit's name or number in "
+            "work/; all of work/ unless told, or exercises/ where there is none",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a list of reports, for programs")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="one row per exercise, for a spreadsheet")] = False,
     as_html: Annotated[bool, typer.Option("--html", help="a page that needs nothing else")] = False,
@@ -191,16 +348,27 @@ def grade(
     timeout: Annotated[float, typer.Option(min=1, help="seconds for one exercise")] = 60,
 ) -> None:
     """Run the answers in a notebook afresh and print their score. The notebook itself stays as it is."""
-    _need_jupyter()
-    from kvlearn.grading import commands
-
     styles = [style for style, asked in (("json", as_json), ("csv", as_csv), ("html", as_html)) if asked]
     if len(styles) > 1:
         raise typer.BadParameter("expected at most one of --json, --csv and --html")
-    request = commands.Request(paths, styles[0] if styles else "table", output, jobs, timeout)
+    _need_jupyter()
+    from kvlearn.grading.course import chosen
+    from kvlearn.grading.folders import solutions_root
+    from kvlearn.grading.submission import find_all
+
+    asked = chosen(paths or [])
+    found, faults = find_all(asked, solutions_root())
+    if not found:  # said before torch is imported
+        for fault in faults:
+            typer.echo(f"kvlearn: {fault}", err=True)
+        if as_json:
+            typer.echo("[]")
+        raise typer.Exit(1)
+    from kvlearn.grading import commands
+
+    request = commands.Request(asked, styles[0] if styles else "table", output, jobs, timeout)
     if request.refusal:
-        typer.echo(f"kvlearn: {request.refusal}", err=True)
-        raise typer.Exit(2)
+        _fail(request.refusal, 2)
     if watch:
         commands.watch(request)
     elif commands.grade_and_show(request):
@@ -209,14 +377,20 @@ def grade(
 
 @app.command()
 def progress(
-    path: Annotated[Path | None, typer.Argument(help="the folder of the exercises")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="a folder of exercises; work/ unless told, or exercises/")
+    ] = None,
     jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="every exercise, for programs")] = False,
 ) -> None:
-    """Show the whole course: what is solved, attempted and untouched, and the points."""
-    _need_jupyter()
-    from kvlearn.grading import commands
+    """Show the whole course: what is solved, attempted and untouched, points, hints used and what is next.
 
-    if commands.progress(path, jobs):
+    Only answers that changed since their last check are run.
+    """
+    _need_jupyter()
+    from kvlearn.grading import course
+
+    if course.survey(path, jobs, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -227,3 +401,7 @@ def _need_jupyter() -> None:
     if missing:
         typer.echo(f"grading needs {', '.join(missing)}: pip install 'kvlearn[lab]'", err=True)
         raise typer.Exit(1)
+
+
+for _command in app.registered_commands:
+    _command.epilog = _command.epilog or EXIT_CODES

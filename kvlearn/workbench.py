@@ -30,7 +30,9 @@ from torch import Tensor
 
 import kvlearn.model
 from kvlearn import html
-from kvlearn.grading import Exercise, find_exercise, judge, one_thread, solved
+from kvlearn.grading.catalogue import find_exercise
+from kvlearn.grading.exercise import Exercise
+from kvlearn.grading.run_checks import judge, one_thread, solved
 from kvlearn.model import Decoder, load
 
 # Python, as the base model has seen it in training; bytes are its tokens.

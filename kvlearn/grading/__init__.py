@@ -1,56 +1,36 @@
 """Grading: ``check``, ``hint`` and ``solution`` in the notebook, and what a unit's checks are made of.
 
-A unit is a folder of solutions/ (``catalogue`` finds it): its notebook, ``checks.py`` (each ``Exercise`` with
-its requirements) and ``mistakes.py`` (known wrong answers). ``run_checks`` grades one answer, ``grader`` a
-notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exercises/ from solutions/.
+A unit is a folder of solutions/ (``folders`` and ``catalogue`` find it): its notebook, ``checks.py`` (each
+``Exercise`` with its requirements) and ``mistakes.py`` (known wrong answers). ``run_checks`` grades one
+answer, ``grader`` a notebook, ``commands`` what ``kvlearn grade`` is given; ``release`` makes exercises/ from
+solutions/; ``work`` makes and updates a learner's copies, ``records`` remembers their results, ``overview``
+shows them.
+
+The names below are imported at their first use, so that the command line answers before torch is there.
 """
 
-from kvlearn.grading.calls import (
-    CallWrapper,
-    Made,
-    NotWritten,
-    Raised,
-    largest_new_tensor,
-    new_tensors,
-    shorten,
-    undefined_writes,
-)
-from kvlearn.grading.catalogue import exercises, find_exercise, hint, solution, units
-from kvlearn.grading.context import CheckContext, Difference, Stop, compare, describe, plain_number, same
-from kvlearn.grading.exercise import Answer, Exercise, Misconception, Requirement, Unit
-from kvlearn.grading.run_checks import check, judge, one_thread, solved
-from kvlearn.grading.score import Row, Score
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Answer",
-    "CallWrapper",
-    "CheckContext",
-    "Difference",
-    "Exercise",
-    "Made",
-    "Misconception",
-    "NotWritten",
-    "Raised",
-    "Requirement",
-    "Row",
-    "Score",
-    "Stop",
-    "Unit",
-    "check",
-    "compare",
-    "describe",
-    "exercises",
-    "find_exercise",
-    "hint",
-    "judge",
-    "largest_new_tensor",
-    "new_tensors",
-    "one_thread",
-    "plain_number",
-    "same",
-    "shorten",
-    "solution",
-    "solved",
-    "undefined_writes",
-    "units",
-]
+_FRONT = {
+    "calls": "CallWrapper Made NotWritten Raised largest_new_tensor new_tensors shorten undefined_writes",
+    "catalogue": "exercises find_exercise hint solution units",
+    "context": "CheckContext Difference Stop compare describe plain_number same",
+    "exercise": "Answer Exercise Misconception Requirement Unit",
+    "overview": "progress",
+    "run_checks": "check judge one_thread solved",
+    "score": "Row Score",
+}
+_MODULES = {name: module for module, names in _FRONT.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'kvlearn.grading' has no attribute {name!r}")
+    for each, module in _MODULES.items():
+        globals()[each] = getattr(import_module(f"kvlearn.grading.{module}"), each)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -4,7 +4,6 @@ Nothing in ``kvlearn`` knows a unit: who adds a folder has added a unit. Exercis
 solutions are looked up by id.
 """
 
-import json
 import os
 import re
 import sys
@@ -15,47 +14,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import kvlearn
+from kvlearn.grading import records
 from kvlearn.grading.calls import UNIT_FOLDERS, shorten
 from kvlearn.grading.exercise import Exercise, Unit
+from kvlearn.grading.folders import nbgrader_of, read_source, shows_only, solutions_root, unit_names
 
 PACKAGE = "kvlearn_units"  # units are imported as kvlearn_units.u01_full_attention.checks
 
 _shown: dict[str, int] = {}  # hints of each exercise
-
-
-def solutions_root() -> Path:
-    """The folder of units: $KVLEARN_SOLUTIONS, else in an installed wheel, else beside the package."""
-    chosen = os.environ.get("KVLEARN_SOLUTIONS")
-    package = Path(kvlearn.__file__).resolve().parent
-    inside = package / "_solutions"
-    return Path(chosen) if chosen else inside if inside.is_dir() else package.parent / "solutions"
-
-
-def unit_names(solutions: Path) -> list[str]:
-    """The names of all units that have a source notebook, in order."""
-    return sorted(p.stem for p in solutions.glob("*/*.ipynb") if p.stem == p.parent.name)
-
-
-def read_source(unit: str, solutions: Path) -> dict[str, Any]:
-    """The source notebook of a unit, with every cell's source as one string."""
-    notebook = json.loads((solutions / unit / f"{unit}.ipynb").read_text("utf-8"))
-    for cell in notebook["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return notebook
-
-
-def nbgrader_of(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell's nbgrader metadata; empty where there is none or it is not a mapping."""
-    metadata = cell.get("metadata")
-    mine = metadata.get("nbgrader") if isinstance(metadata, dict) else None
-    return mine if isinstance(mine, dict) else {}
-
-
-def shows_only(cell: dict[str, Any]) -> bool:
-    """Is a cell there to be looked at, so that nothing after it needs it (``kvlearn.shows_only``)?"""
-    ours = cell["metadata"].get("kvlearn")
-    return isinstance(ours, dict) and ours.get("shows_only") is True
 
 
 def read_solutions(exercises: tuple[Exercise, ...], folder: Path) -> None:
@@ -112,6 +78,12 @@ def units() -> tuple[Unit, ...]:
     return tuple(map(load_named, unit_names(solutions_root())))
 
 
+def unit_of(exercise_id: str) -> Unit:
+    """The unit of an exercise that exists."""
+    number = exercise_id.split(".")[0]
+    return next(load_named(u) for u in unit_names(solutions_root()) if u.split("_")[0] == number)
+
+
 def exercises() -> dict[str, Exercise]:
     """All exercises of the course by id, in order."""
     return {exercise.id: exercise for unit in units() for exercise in unit.exercises}
@@ -162,9 +134,11 @@ class Hint:
     @property
     def remaining(self) -> str:
         left = self.total - self.number
+        earlier = f' kvlearn.hint("{self.exercise}", 1) shows the first one again.' if self.number > 1 else ""
         if left == 0:
-            return f'This was the last hint. kvlearn.solution("{self.exercise}", confirm=True) shows ours.'
-        return f"{left} more: run kvlearn.hint again."
+            ours = f'kvlearn.solution("{self.exercise}", confirm=True) shows ours.'
+            return f"This was the last hint. {ours}{earlier}"
+        return f"{left} more: run kvlearn.hint again.{earlier}"
 
     def __repr__(self) -> str:
         return f"Hint {self.number} of {self.total} for {self.exercise}: {self.text}\n{self.remaining}"
@@ -174,15 +148,22 @@ class Hint:
         return {"text/plain": repr(self), "text/markdown": f"{head}\n\n{self.text}\n\n*{self.remaining}*"}
 
 
-def hint(exercise: str) -> Hint:
-    """The next hint for an exercise: ``hint("01.3")``. After the last one, the last again.
+def hint(exercise: str, number: int | None = None) -> Hint:
+    """The next hint for an exercise: ``hint("01.3")``; after the last one, the last again.
 
-    TypeError or ValueError if there is no such exercise.
+    In a learner's copy it goes on where an earlier kernel stopped. ``hint("01.3", 1)`` shows the first one
+    again. TypeError or ValueError if there is no such exercise or hint.
     """
     found = find_exercise(exercise)
-    number = min(_shown.get(found.id, 0) + 1, len(found.hints))
-    _shown[found.id] = number
-    return Hint(found.id, number, len(found.hints), found.hints[number - 1])
+    total = len(found.hints)
+    if number is None:
+        before = max(_shown.get(found.id, 0), records.hints_shown(found.id, total))
+        number = min(before + 1, total)
+    elif isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= total:
+        raise ValueError(f"number: expected 1 to {total}, got {shorten(repr(number), 40)}")
+    _shown[found.id] = max(number, _shown.get(found.id, 0))
+    records.hint_shown(found.id, number)
+    return Hint(found.id, number, total, found.hints[number - 1])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What ``kvlearn grade`` and ``kvlearn progress`` do once their arguments are known."""
+"""What ``kvlearn grade`` does once its arguments are known."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvlearn.grading import report as reports
-from kvlearn.grading.catalogue import solutions_root, unit_names
+from kvlearn.grading.folders import solutions_root
 from kvlearn.grading.grader import Grader, one_line
 from kvlearn.grading.report import Report, Result
 from kvlearn.grading.sandbox import Limits, NoKernel
-from kvlearn.grading.submission import Submission, Unusable, find, notebooks, tasks_of
+from kvlearn.grading.submission import Submission, Unusable, find_all, notebooks, tasks_of
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,6 @@ def _same(output: Path, paths: list[Path]) -> bool:
     with contextlib.suppress(OSError):
         return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
     return False
-
-
-def find_all(paths: list[Path], solutions: Path) -> tuple[list[Submission], list[str]]:
-    """Every notebook that the paths mean, once, and a line for each that cannot be graded."""
-    found: dict[str, Submission] = {}
-    faults: list[str] = []
-    for path in paths:
-        try:
-            here, unknown = find(path, solutions)
-        except Unusable as error:
-            faults.append(f"{path}: {error}")
-            continue
-        faults += unknown
-        for submission in here:
-            found.setdefault(os.path.abspath(submission.file), submission)
-    return list(found.values()), faults
 
 
 def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
@@ -197,27 +181,3 @@ def _stamps(paths: list[Path]) -> dict[Path, tuple[int, int]]:
                 stat = file.stat()
                 stamps[file] = (stat.st_mtime_ns, stat.st_size)
     return stamps
-
-
-def exercises_root() -> Path:
-    """``exercises`` in the working directory, else the one of the repository that kvlearn runs from."""
-    here = Path("exercises")
-    return here if here.is_dir() else solutions_root().parent / "exercises"
-
-
-def progress(folder: Path | None, jobs: int) -> bool:
-    """Print how far a learner has come, one line per unit, on stderr a line for each notebook that cannot be
-    graded. True if any. Units in which nothing was touched cost no kernel."""
-    folder = folder or exercises_root()
-    if not folder.is_dir():
-        print(f"kvlearn: {folder}: no such folder; say where the exercises are", file=sys.stderr)
-        return True
-    known = unit_names(solutions_root())
-    files = [folder / unit / f"{unit}.ipynb" for unit in known]
-    with progress_bar(0) as done:
-        graded, faults = grade([file for file in files if file.exists()], Grader(jobs=jobs, done=done))
-    for fault in faults:
-        print(f"kvlearn: {fault}", file=sys.stderr)
-    by_unit = {report.unit: report for report in graded}
-    Console().print(reports.to_progress({unit: by_unit.get(unit) for unit in known}))
-    return bool(faults)

@@ -34,7 +34,10 @@ DISPLAY = ("__repr__", "__str__", "__format__", "__dir__")
 OURS = ("kvlearn.", f"{PACKAGE}.")
 LIBRARIES = (builtins, math, random, torch, torch.nn.functional, torch.testing)
 WRAPPED = ("torch.manual_seed",)  # torch itself does, at the first use of torch.compile
-NOT_IN_KERNELS = ("commands", "grader", "launcher", "release", "report", "sandbox", "submission")
+NOT_IN_KERNELS = (
+    *("commands", "course", "grader", "launcher", "merging", "overview"),
+    *("records", "release", "report", "sandbox", "submission", "work"),
+)
 
 
 class State:

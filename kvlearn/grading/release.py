@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvlearn.grading.catalogue import nbgrader_of, solutions_root, unit_names
+from kvlearn.grading.folders import nbgrader_of, solutions_root, unit_names
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 METADATA = {

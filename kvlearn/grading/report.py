@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kvlearn import html
 
-BAR = 10  # characters of a unit's bar: the table fits 80 columns
+BAR = 8  # characters of a unit's bar: the table fits 80 columns
 COLOURS = {"passed": "green", "partial": "yellow", "not attempted": "dim", "wrong": "red", "error": "red"}
 
 
@@ -139,25 +139,28 @@ def to_html(reports: Iterable[Report]) -> str:
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def to_progress(reports: Mapping[str, Report | None]) -> Table:
-    """One line per unit: exercises solved, attempted and untouched, and the points, also as a bar."""
+def to_progress(reports: Mapping[str, Report | None], hints: Mapping[str, int] | None = None) -> Table:
+    """One line per unit: exercises solved, attempted and untouched, points (also as a bar), hints shown."""
+    hints = hints or {}
     known = [report for report in reports.values() if report is not None]
     points = f"{sum(r.score for r in known):g} / {sum(r.max_score for r in known):g}"
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False, show_footer=True)
     table.add_column("unit", footer="sum", no_wrap=True)
-    for name in ("solved", "attempted", "untouched"):
+    for name, head in (("solved", "solved"), ("attempted", "attempted"), ("untouched", "open")):
         total = sum(_counts(report)[name] for report in known)
-        table.add_column(name, footer=str(total), justify="right", no_wrap=True)
+        table.add_column(head, footer=str(total), justify="right", no_wrap=True)
     table.add_column("points", footer=points, justify="right", no_wrap=True)
+    table.add_column("hints", footer=str(sum(hints.values()) or ""), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for unit, report in reports.items():
         if report is None:
-            table.add_row(unit, "", "", "", "", Text("no notebook here", style="dim"))
+            table.add_row(unit, "", "", "", "", "", Text("no notebook here", style="dim"))
             continue
         filled = round(BAR * report.score / report.max_score) if report.max_score else 0
         bar = Text("━" * filled, style="green") + Text("━" * (BAR - filled), style="bright_black")
         numbers = map(str, _counts(report).values())
-        table.add_row(unit, *numbers, f"{report.score:g} / {report.max_score:g}", bar)
+        shown = str(hints.get(unit) or "")
+        table.add_row(unit, *numbers, f"{report.score:g} / {report.max_score:g}", shown, bar)
     return table
 
 

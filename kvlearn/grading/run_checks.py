@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlearn.grading import records
 from kvlearn.grading.calls import CallRecord, CallWrapper, Interrupted, NotWritten, Raised, quiet, shorten
-from kvlearn.grading.catalogue import find_exercise
+from kvlearn.grading.catalogue import find_exercise, unit_of
 from kvlearn.grading.context import (
     CheckContext,
     Contradicts,
@@ -64,12 +65,14 @@ def check(exercise: str, *answers: Any, notebook: Mapping[str, Any] | None = Non
 
     Draws fresh inputs each time. Returns the points as a number that shows a table in a notebook. It never
     raises on account of an answer and prints nothing; what the answer prints meanwhile is swallowed.
+    In a learner's copy, in work/, the result is remembered (``records``).
     TypeError or ValueError only if there is no such exercise.
     """
     found = find_exercise(exercise)
     _checked[found.id] = (answers, False)  # stays so if the answer never ends
     score = judge(found, answers, notebook=notebook or {})
     _checked[found.id] = (answers, score.status == "passed")
+    records.note(found, score, answers, lambda: unit_of(found.id))
     return score
 
 

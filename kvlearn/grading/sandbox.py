@@ -26,9 +26,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
 from kvlearn.grading import launcher
+from kvlearn.grading.folders import MARK
 from kvlearn.grading.score import MIME
-
-MARK = "KVLEARN_SANDBOX"  # a variable in a kernel's environment, which its children inherit
 
 
 @dataclass(frozen=True)

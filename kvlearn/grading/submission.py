@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvlearn.grading.catalogue import nbgrader_of, read_source, shows_only, unit_names
+from kvlearn.grading.folders import KEPT, STATE, nbgrader_of, read_source, shows_only, unit_names
 from kvlearn.grading.release import stub
 
 CHECK = re.compile(r"""kvlearn\.check\(\s*["'](\d\d\.\d+)["']""")
@@ -66,7 +66,8 @@ def notebooks(path: Path) -> tuple[list[Path], list[str]]:
     errors: list[OSError] = []
     for at, folders, names in os.walk(path, onerror=errors.append, followlinks=True):
         here = os.path.realpath(at)
-        below = [name for name in folders if not name.startswith(".")]
+        ours = {KEPT} if STATE in folders else set()  # in work/: copies that kvlearn kept of the learner's
+        below = [name for name in folders if not name.startswith(".") and name not in ours]
         folders[:] = [n for n in below if not _is_within(here, os.path.realpath(os.path.join(at, n)))]
         found += [Path(at, name) for name in names if name.lower().endswith(".ipynb") and name[0] != "."]
     return sorted(found), [f"{readable(error.filename)}: {error.strerror}" for error in errors]
@@ -93,6 +94,22 @@ def find(path: Path, solutions: Path) -> tuple[list[Submission], list[str]]:
     return [Submission(file, unit, student_of(file, unit, path, found)) for file, unit in found], faults
 
 
+def find_all(paths: list[Path], solutions: Path) -> tuple[list[Submission], list[str]]:
+    """Every notebook that the paths mean, once, and a line for each that cannot be graded."""
+    found: dict[str, Submission] = {}
+    faults: list[str] = []
+    for path in paths:
+        try:
+            here, unknown = find(path, solutions)
+        except Unusable as error:
+            faults.append(f"{path}: {error}")
+            continue
+        faults += unknown
+        for submission in here:
+            found.setdefault(os.path.abspath(submission.file), submission)
+    return list(found.values()), faults
+
+
 def unit_of(file: Path, solutions: Path) -> str:
     """The unit a notebook belongs to: as its metadata, its cells or its name say; or, of one that cannot be
     read, its folder. ``Unusable`` if none of them says so."""
@@ -109,7 +126,7 @@ def unit_of(file: Path, solutions: Path) -> str:
     ours = metadata.get("kvlearn") if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and ours.get("unit") in known:
         return str(ours["unit"])
-    cells = [name for cell in notebook["cells"] if isinstance(cell, dict) for name in _names(cell)]
+    cells = [name for cell in notebook["cells"] if isinstance(cell, dict) for name in names_of(cell)]
     votes = Counter(unit for unit in known for name in cells if name in _known_cells(unit, solutions))
     if votes or named:
         return max(votes, key=votes.__getitem__) if votes else named
@@ -196,7 +213,7 @@ def tasks_of(unit: str, solutions: Path) -> tuple[list[Task], dict[str, tuple[st
     for cell in read_source(unit, solutions)["cells"]:
         marks = nbgrader_of(cell)
         role = "check" if marks.get("grade") else "answer" if marks.get("solution") else "given"
-        for name in _names(cell):
+        for name in names_of(cell):
             places[name] = (role, len(tasks))
         if cell["cell_type"] != "code":
             continue
@@ -212,7 +229,7 @@ def tasks_of(unit: str, solutions: Path) -> tuple[list[Task], dict[str, tuple[st
     return tasks, places
 
 
-def _names(cell: dict[str, Any]) -> list[str]:
+def names_of(cell: dict[str, Any]) -> list[str]:
     """What a cell is known by: its grade id, then its id."""
     marks = {"grade_id": nbgrader_of(cell).get("grade_id"), "id": cell.get("id")}
     return [f"{kind} {name}" for kind, name in marks.items() if name]
@@ -247,10 +264,10 @@ def fill_in(tasks: list[Task], places: dict[str, tuple[str, int]], notebook: dic
     for cell in notebook["cells"]:
         if not isinstance(cell, dict):
             continue
-        role, place = next((places[name] for name in _names(cell) if name in places), ("added", here))
+        role, place = next((places[name] for name in names_of(cell) if name in places), ("added", here))
         recognised = recognised or role != "added"
         here = place + 1 if role == "check" else place
-        source = _text(cell.get("source"))
+        source = text_of(cell.get("source"))
         if role in ("answer", "added") and cell.get("cell_type") == "code" and place < len(tasks):
             tasks[place].pieces.append(source)
             tasks[place].missing = tasks[place].missing and role != "answer"
@@ -258,7 +275,7 @@ def fill_in(tasks: list[Task], places: dict[str, tuple[str, int]], notebook: dic
         raise Unusable("none of its cells are the unit's")
 
 
-def _text(source: Any) -> str:
+def text_of(source: Any) -> str:
     lines = source if isinstance(source, list) else [source]
     text = "".join(line for line in lines if isinstance(line, str))
     # JSON can hold half a character, what is sent to a kernel cannot.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import kvlearn
 from kvlearn.grading import commands, exercises, grader
 from kvlearn.grading import units as declared_units
 from kvlearn.grading.catalogue import nbgrader_of, unit_names
@@ -107,6 +108,32 @@ def test_the_committed_exercises_are_what_generation_gives(unit: str) -> None:
         folder = ROOT / "exercises" / unit
         files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert files == released(unit), "run make exercises and commit what it writes"
+
+
+@every_unit
+def test_a_unit_ends_in_its_progress_which_shows_nobodys_in_git(
+    unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, cell, closing = source(unit)["cells"]
+    assert closing["cell_type"] == "markdown"
+    assert "".join(cell["source"]) == f'import kvlearn\n\nkvlearn.progress("{unit[:2]}")'
+    assert cell["metadata"]["kvlearn"] == {"shows_only": True}
+    assert (cell["id"], nbgrader_of(cell)["grade_id"]) == 2 * (f"u{unit[:2]}-progress",)
+    monkeypatch.chdir(SOLUTIONS / unit)
+    (output,) = cell["outputs"]
+    data = {kind: "".join(content) for kind, content in output["data"].items()}
+    assert data == kvlearn.progress(unit)._repr_mimebundle_()
+    assert " 0 / " in data["text/plain"]
+    assert not re.search(r"[1-9]\d* / ", data["text/plain"]), "somebody's points are in git"
+
+
+def test_the_first_notebook_shows_the_progress_of_the_course_and_nobodys_in_git() -> None:
+    cells = json.loads((ROOT / "notebooks/00_start_here.ipynb").read_text("utf-8"))["cells"]
+    (cell,) = [c for c in cells if "kvlearn.progress()" in "".join(c["source"])]
+    assert cell["metadata"]["tags"] == ["nbval-ignore-output"], "it changes with every unit and every answer"
+    text = "".join(cell["outputs"][0]["data"]["text/plain"])
+    assert "\n0 of " in text
+    assert not re.search(r"[1-9]\d* / ", text), "somebody's points are in git"
 
 
 @pytest.mark.slow

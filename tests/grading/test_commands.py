@@ -17,6 +17,7 @@ from kvlearn.cli import app
 from kvlearn.grading import commands
 from kvlearn.grading.grader import Grader
 from kvlearn.grading.report import Report
+from kvlearn.grading.report import Result as Graded
 from kvlearn.grading.submission import Submission, find
 
 
@@ -335,3 +336,59 @@ def test_watching_grades_again_when_the_notebook_is_saved(
     monkeypatch.setattr(time, "sleep", save_twice_then_stop)
     assert kvlearn("grade", "exercises", "--watch").exit_code == 0
     assert len(set(graded)) == 3
+
+
+@pytest.fixture
+def started(solutions: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("KVLEARN_WORK")
+    assert kvlearn("start").exit_code == 0
+    return Path(f"work/{U}/{U}.ipynb")
+
+
+def files_in(report: Result) -> list[str]:
+    return [each["file"] for each in json.loads(report.stdout)]
+
+
+@pytest.mark.parametrize("asked", [[], [U], ["90"], ["small"], ["work"]])
+def test_a_units_name_or_nothing_means_the_learners_copy(started: Path, asked: list[str]) -> None:
+    put("exercises")
+    result = kvlearn("grade", *asked, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert files_in(result) == [str(started)]
+
+
+def test_without_copies_the_exercises_are_meant_and_that_is_said(solutions: Path) -> None:
+    file = put("exercises")
+    for command in (["grade", "--json"], ["grade", "90", "--json"], ["progress", "--json"]):
+        result = kvlearn(*command)
+        assert result.exit_code == 0
+        assert (
+            result.stderr == "kvlearn: exercises: there is no work/ yet (kvlearn start makes your copies)\n"
+        )
+        if command[0] == "grade":
+            assert files_in(result) == [str(file)]
+
+
+def test_a_path_that_exists_is_never_taken_for_a_units_name(started: Path) -> None:
+    file = small.write(small.answered(), Path("90/mine.ipynb"))
+    assert files_in(kvlearn("grade", "90", "--json")) == [str(file)]
+
+
+def test_progress_for_programs_has_every_exercise(started: Path) -> None:
+    told = json.loads(kvlearn("progress", "--json").stdout)
+    (unit,) = told["units"]
+    assert told["next"] == "90.1"
+    assert (unit["unit"], unit["score"], unit["max_score"], unit["untouched"]) == (U, 0, 15, 5)
+    assert [each["id"] for each in unit["exercises"]] == [f"90.{n}" for n in range(1, 6)]
+
+
+@pytest.mark.slow
+def test_results_that_are_known_are_not_run_and_the_others_are(solutions: Path) -> None:
+    """A kernel that ends, and an answer beside a known one, change nothing in what is known."""
+    file = put("exercises", small.answered(**small.ALL_RIGHT | {"negate": "import os; os._exit(1)"}))
+    known = {"90.1": Graded("90.1", 1, 3, "partial", "from before")}
+    grader = Grader(solutions=solutions, known=lambda unit, tasks: known)
+    (report,), faults = commands.grade([file], grader)
+    assert not faults
+    assert report.exercises[0] == known["90.1"]
+    assert [e.status for e in report.exercises[1:]] == ["passed", "error", "passed", "passed"]

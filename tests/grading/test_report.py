@@ -67,5 +67,6 @@ def test_progress_is_solved_attempted_and_untouched() -> None:
     statuses = ["passed", "passed", "partial", "wrong", "error", "not attempted"]
     results = [report.Result(f"01.{i}", 1.0, 2.0, status, "") for i, status in enumerate(statuses, 1)]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.to_progress({"03_multi_head_compression": Report("", "", results)}))
-    assert re.search(r"03_multi_head_compression\W+2\W+3\W+1\W+6 / 12\W+━{10}", console.export_text())
+    reports = {"03_multi_head_compression": Report("", "", results)}
+    console.print(report.to_progress(reports, {"03_multi_head_compression": 17}))
+    assert re.search(r"03_multi_head_compression\W+2\W+3\W+1\W+6 / 12\W+17\W+━{8}", console.export_text())

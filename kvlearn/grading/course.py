@@ -1,0 +1,176 @@
+"""The learner's whole course on the command line: which folder is meant, and ``kvlearn progress``.
+
+Nothing here imports torch before an answer has to run.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kvlearn.grading import records, submission
+from kvlearn.grading.folders import (
+    STATE,
+    exercises_root,
+    solutions_root,
+    unit_named,
+    unit_names,
+    work_root,
+)
+from kvlearn.grading.overview import overview
+from kvlearn.grading.records import Record, Records
+from kvlearn.grading.report import Report, Result, to_progress
+from kvlearn.grading.submission import Task, Unusable
+from kvlearn.grading.work import find_copy, shown
+
+
+def say(line: str) -> None:
+    print(f"kvlearn: {line}", file=sys.stderr)
+
+
+def default_folder() -> Path:
+    """work/ if there is one, else exercises/, which is said on stderr."""
+    work = work_root()
+    if work.is_dir():
+        return Path(shown(work))
+    folder = exercises_root()
+    say(f"{shown(folder)}: there is no work/ yet (kvlearn start makes your copies)")
+    return folder
+
+
+def chosen(paths: Sequence[Path]) -> list[Path]:
+    """The paths that ``kvlearn grade`` was given; a unit's name or number means the learner's copy, and no
+    path at all means all of them."""
+    if not paths:
+        return [default_folder()]
+    found = []
+    for path in paths:
+        if not path.exists() and len(path.parts) == 1:
+            with suppress(ValueError):
+                unit = unit_named(str(path), solutions_root())
+                path = default_folder() / unit
+        found.append(path)
+    return found
+
+
+def survey(folder: Path | None, jobs: int, *, as_json: bool = False) -> bool:
+    """Print how far a learner has come, one line per unit, on stderr a line for each notebook that cannot be
+    graded. True if any.
+
+    An answer runs only if it changed since its last result, or its checks did; the new results are recorded
+    where the folder is one that ``kvlearn start`` made.
+    """
+    folder = folder or default_folder()
+    if not folder.is_dir():
+        say(f"{folder}: no such folder; say where the exercises are")
+        return True
+    session = Session(folder)
+    faults = session.run(jobs)
+    session.save()
+    for fault in faults:
+        say(fault)
+    known = records.read(folder) if session.records else session.known
+    progress = overview(known, found=session.results)
+    if as_json:
+        print(json.dumps(progress.to_json(), indent=2, ensure_ascii=False))
+        return bool(faults)
+    console = Console()
+    reports: dict[str, Report | None] = dict.fromkeys(unit_names(session.solutions))
+    for line in progress.units:
+        if line.unit in session.files:
+            results = [Result(e.id, e.score, e.max_score, e.status, e.message) for e in line.exercises]
+            reports[line.unit] = Report("", line.unit, results)
+    console.print(to_progress(reports, {line.unit: line.hints for line in progress.units}))
+    console.print(f"\n{progress.closing}", highlight=False, markup=False)
+    return bool(faults)
+
+
+class Session:
+    """One run of ``kvlearn progress`` over the notebooks of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.solutions = solutions_root().resolve()
+        self.records = (folder / STATE).is_dir()
+        self.known = records.read(folder) if self.records else Records({}, {})
+        found = {unit: find_copy(unit, folder) for unit in unit_names(self.solutions)}
+        self.files = {unit: file for unit, file in found.items() if file is not None}
+        self.results: dict[str, Result] = {}
+        self.answers: dict[str, tuple[str, str]] = {}  # the hashes of the answer and of the checks
+
+    def unchanged(self, unit: str, tasks: list[Task]) -> dict[str, Result]:
+        """Recorded results of the answers as they stand now; notes the hashes of all."""
+        checks = records.checks_of(unit, self.solutions)
+        same = {}
+        for task in tasks:
+            answer = records.answer_of(tasks, task)
+            self.answers[task.id] = (answer, checks)
+            record = self.known.results.get(task.id)
+            if record is not None and (record.answer, record.checks) == (answer, checks):
+                same[task.id] = Result(task.id, record.score, task.points, record.status, record.message)
+        return same
+
+    def run(self, jobs: int) -> list[str]:
+        """Grade what changed; returns a line for each notebook that cannot be graded."""
+        changed = []
+        waiting = 0
+        for unit, file in self.files.items():
+            try:
+                tasks, places = submission.tasks_of(unit, self.solutions)
+                submission.fill_in(tasks, places, submission.load(file))
+            except Unusable:
+                changed.append(file)  # the grader says why
+                continue
+            same = self.unchanged(unit, tasks)
+            for task in tasks:
+                if task.untouched:
+                    self.results[task.id] = Result(task.id, 0.0, task.points, "not attempted", "")
+                elif task.id in same:
+                    self.results[task.id] = same[task.id]
+            new = [task for task in tasks if task.id not in self.results]
+            waiting += len(new)
+            changed += [file] if new else []
+        if not changed:
+            return []
+        from kvlearn.grading import commands
+        from kvlearn.grading.grader import Grader
+
+        with commands.progress_bar(waiting) as done:
+
+            def told(result: Result) -> None:
+                if result.id not in self.results:
+                    done(result)
+                self.results[result.id] = result
+
+            _, faults = commands.grade(changed, Grader(jobs=jobs, done=told, known=self.unchanged))
+        return faults
+
+    def save(self) -> None:
+        """Record the new results. A folder that cannot be written costs only the next run its time."""
+        new = {}
+        for name, result in self.results.items():
+            before = self.known.results.get(name)
+            if name not in self.answers or (before is None and result.status == "not attempted"):
+                continue
+            answer, checks = self.answers[name]
+            if result.status == "error":  # on a busy machine it may be a time limit: it runs again next time
+                answer = ""
+            points = (result.score, result.max_score)
+            record = Record(answer, checks, *points, result.status, result.message)
+            if record != before:
+                new[name] = record
+        if not (self.records and new):
+            return
+
+        def change(content: dict[str, Any]) -> None:
+            for name, record in new.items():
+                records.put(content, name, record, latest=False)
+
+        try:
+            records.update(self.folder, change)
+        except OSError as error:
+            say(f"{records.file_of(self.folder)}: cannot record the results ({error.strerror or error})")
