@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ def about(t: CheckContext, got: Any, want: float, what: str, relative: float = 1
     plain = plain_number(got)
     if plain is None:
         return t.note(got, Difference(what, f"{want:.6g}", describe(got)))
-    good = plain == want or abs(plain - want) <= relative * abs(want)
+    good = plain == want or (math.isfinite(want) and abs(plain - want) <= relative * abs(want))
     return t.note(f"{plain:.5g}", None if good else Difference(what, f"{want:.6g}", f"{plain:.6g}"))
 
 
@@ -418,7 +419,7 @@ def drawn_job(t: CheckContext) -> dict[str, float]:
         "stored": t.integer(200, 300) * 10**6,
         "read": t.integer(60, 150) * 10**6,
         "flops": float(weights),
-        "kernels": t.integer(200, 400),
+        "kernels": t.integer(80, 120),
     }
 
 
@@ -492,26 +493,28 @@ def card_room(t: CheckContext, fastest: Answer, flip: Answer) -> None:
     same_fastest(t, fastest, job, batch, 1, cards)
 
 
-@card.requirement(2, "flip", rounds=4)
+@card.requirement(2, "flip", rounds=5)
 def card_flip(t: CheckContext, fastest: Answer, flip: Answer) -> None:
     """the first batch at which the other card is faster: more arithmetic, or more room; None if there is
-    none up to `most`, or neither has room before"""
-    job = drawn_job(t)
-    job |= {"read": 2e6, "stored": 2e6} if t.round in (0, 2) else {}
-    a = drawn_card(t, 80e9, 3e12, 1.5e14, 6e-6)
-    b = drawn_card(t, 80e9, 1e12, 9e14, 6e-6)
+    none up to and including `most`, or neither has room before"""
+    job, tokens, most = drawn_job(t), 1, 900
+    a = drawn_card(t, 80e9, 3e12, 1.5e14, 2e-6)
+    b = drawn_card(t, 80e9, 1e12, 9e14, 9e-6)
     if t.round == 1:  # the faster one is too small from some batch on
         a["memory"] = job["weights"] + t.integer(9, 40) * job["stored"] + 1e6
-    if t.round == 3:  # neither has room, long before the order changes
+    elif t.round == 3:  # neither has room, long before the order changes
         a["memory"] = b["memory"] = job["weights"] + t.integer(9, 20) * job["stored"]
-        b["bandwidth"], b["flops"] = 5e11, 9e14
-    want = flip_reference(job, 1, a, b, 900)
-    most = 900
+        b["bandwidth"] = 5e11
+    else:  # more arithmetic
+        tokens = t.integer(2, 4)
+        job |= {"read": 4e6, "stored": 12e6, "kernels": t.integer(250, 350)}
+    want = flip_reference(job, tokens, a, b, most)
     if t.round == 2 and want is not None:
-        most = want - 1
-        want = None
+        most, want = want - 1, None
+    if t.round == 4 and want is not None:
+        most = want
     pair = (a, b) if t.round % 2 else (b, a)
-    got = flip(dict(job), 1, *pair, most)
+    got = flip(dict(job), tokens, *pair, most)
     if want is None:
         same_text(t, got, None, "the batch:")
     else:
@@ -681,16 +684,16 @@ fit = Exercise(
 Times = tuple[list[int], list[float]]
 
 
-def spread(t: CheckContext, first: int, last: int, points: int) -> list[int]:
+def spread(first: int, last: int, points: int) -> list[int]:
     """Lengths from the first to the last, about evenly spaced in their logarithm."""
     step = (last / first) ** (1 / (points - 1))
     return [round(first * step**i) for i in range(points)]
 
 
-def timed(t: CheckContext, n: Sequence[int], c: float, a: float, p: float, noise: float) -> list[float]:
+def timed(r: random.Random, n: Sequence[int], c: float, a: float, p: float, noise: float) -> list[float]:
     """Times of c + a · nᵖ with relative errors of both signs, at most ``noise``."""
-    signs = [(-1) ** i * noise * (0.6 + 0.4 * t.random.random()) for i in range(len(n))]
-    t.random.shuffle(signs)
+    signs = [(-1) ** i * noise * (0.6 + 0.4 * r.random()) for i in range(len(n))]
+    r.shuffle(signs)
     return [(c + a * each**p) * (1 + error) for each, error in zip(n, signs, strict=True)]
 
 
@@ -729,8 +732,8 @@ def explains(n: Sequence[int], times: Sequence[float], p: float, noise: float) -
 @fit.requirement(1, "fit_power: the slope")
 def fit_slope(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: Answer) -> None:
     """of the least-squares line through log t over log n"""
-    n = spread(t, t.integer(50, 200), t.integer(3000, 9000), t.integer(5, 9))
-    times = timed(t, n, 0.0, 1e-5, t.pick(0.6, 1.0, 1.8), 0.15)
+    n = spread(t.integer(50, 200), t.integer(3000, 9000), t.integer(5, 9))
+    times = timed(t.random, n, 0.0, 1e-5, t.pick(0.6, 1.0, 1.8), 0.15)
     got = taken_apart(t, fit_power(n, times), 2, "a pair (p, error)")
     about(t, got[0], least_squares(n, times)[0], "p:", 1e-4)
 
@@ -738,8 +741,8 @@ def fit_slope(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: 
 @fit.requirement(1, "fit_power: its standard error")
 def fit_error(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: Answer) -> None:
     """the root of the residuals' mean square, over N − 2, divided by Σ (x − x̄)²"""
-    n = spread(t, t.integer(50, 200), t.integer(3000, 9000), t.integer(4, 6))
-    times = timed(t, n, 0.0, 1e-5, t.pick(0.6, 1.0, 1.8), 0.15)
+    n = spread(t.integer(50, 200), t.integer(3000, 9000), t.integer(4, 6))
+    times = timed(t.random, n, 0.0, 1e-5, t.pick(0.6, 1.0, 1.8), 0.15)
     got = taken_apart(t, fit_power(n, times), 2, "a pair (p, error)")
     about(t, got[1], least_squares(n, times)[1], "error:", 1e-3)
 
@@ -747,10 +750,10 @@ def fit_error(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: 
 @fit.requirement(2, "fit_offset")
 def fit_with_offset(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: Answer) -> None:
     """times of c + a · nᵖ with errors of 0.2%: p within 0.03, c within 5%"""
-    p, n = (1.0, 1.6, 2.0)[t.round], spread(t, t.integer(90, 130), t.integer(12_000, 16_000), 14)
+    p, n = (1.0, 1.6, 2.0)[t.round], spread(t.integer(90, 130), t.integer(12_000, 16_000), 14)
     c = 10.0 ** -t.integer(2, 5)
     # The offset is as large as the rest at a length within the range.
-    times = timed(t, n, c, c / (n[5] * 1.1) ** p, p, 0.002)
+    times = timed(t.random, n, c, c / (n[5] * 1.1) ** p, p, 0.002)
     got = taken_apart(t, fit_offset(n, times), 3, "three numbers (c, a, p)")
     for value, want, wide, name in ((got[2], p, 0.03 / p, "p:"), (got[0], c, 0.05, "c:")):
         plain = plain_number(value)
@@ -762,9 +765,9 @@ def fit_with_offset(t: CheckContext, fit_power: Answer, fit_offset: Answer, conc
 @fit.requirement(1, "fit_offset: nothing to add")
 def fit_no_offset(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: Answer) -> None:
     """times of a power alone, or of one minus a constant: c is never negative, p is still about right"""
-    p, n = (1.0, 1.5, 2.0)[t.round], spread(t, t.integer(90, 130), t.integer(12_000, 16_000), 14)
+    p, n = (1.0, 1.5, 2.0)[t.round], spread(t.integer(90, 130), t.integer(12_000, 16_000), 14)
     a = 10.0 ** -t.integer(4, 7)
-    times = timed(t, n, -0.3 * a * n[0] ** p if t.round else 0.0, a, p, 0.002)
+    times = timed(t.random, n, -0.3 * a * n[0] ** p if t.round else 0.0, a, p, 0.002)
     got = taken_apart(t, fit_offset(n, times), 3, "three numbers (c, a, p)")
     c, power = plain_number(got[0]), plain_number(got[2])
     if c is None or power is None:
@@ -777,44 +780,49 @@ def fit_no_offset(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclu
     t.note(f"{power:.2f}", None if good else Difference("p:", f"about {p}", f"{power:.3f}"))
 
 
-def drawn_case(t: CheckContext, kind: str) -> tuple[list[int], list[float], float, tuple[float, ...]]:
-    """Times, the noise, and candidates that it clearly allows or rules out."""
-    powers: tuple[float, ...] = (1.0, 2.0)
-    noise = 0.02
+@lru_cache(maxsize=64)
+def drawn_case(seed: int, round: int, kind: str) -> tuple[list[int], list[float], float, tuple[float, ...]]:
+    """Times, the noise, and candidates that it clearly allows or rules out.
+
+    Every candidate in a diagnosis is given the same case, and drawing it takes longer than answering it.
+    """
+    r = random.Random(f"{seed}/{round}/{kind}")
+    noise, powers = 0.02, (1.0, 2.0)
+    p = powers[round // 2 % 2]
+
+    def lengths(first: int, last: int, points: int) -> list[int]:
+        return spread(first + r.randint(-first // 10, first // 10), last, points)
+
     while True:
-        if kind == "wide":  # the exponent shows behind an offset
-            p, n = t.pick(*powers), spread(t, t.integer(90, 130), t.integer(20_000, 30_000), t.integer(7, 10))
-            times = timed(t, n, (n[5] * 1.0) ** p, 1.0, p, 0.4 * noise)
+        offset = 0.0
+        if kind == "plain":  # no constant at all
+            n = lengths(100, r.randint(20_000, 30_000), r.randint(7, 10))
+        elif kind == "wide":  # the exponent shows behind a constant
+            n = lengths(100, r.randint(20_000, 30_000), r.randint(7, 10))
+            offset = float(n[5]) ** p
         elif kind == "misleading":  # a plain slope comes nearest to the wrong one
-            p, n = 2.0, spread(t, t.integer(90, 130), t.integer(3000, 4000), t.integer(7, 9))
-            times = timed(t, n, float(t.integer(2000, 2600)) ** 2, 1.0, p, 0.4 * noise)
-        elif kind == "short":  # one octave at an offset: both laws are straight enough
-            p, n = t.pick(*powers), spread(t, t.integer(900, 1100), t.integer(1900, 2100), t.integer(5, 8))
-            times = timed(t, n, t.integer(3, 4) * 1500.0**p, 1.0, p, 0.4 * noise)
-        elif kind == "between":  # neither: a power between them
-            p, n = 1.5, spread(t, t.integer(90, 130), t.integer(20_000, 30_000), t.integer(7, 10))
-            times = timed(t, n, 0.0, 1.0, p, 0.4 * noise)
+            p, n = 2.0, lengths(110, r.randint(3000, 4000), r.randint(7, 9))
+            offset = float(r.randint(2000, 2600)) ** 2
+        elif kind == "short":  # one octave behind a constant: both laws are straight enough
+            n = lengths(1000, r.randint(1900, 2100), r.randint(5, 8))
+            offset = r.randint(3, 4) * 1500.0**p
+        elif kind == "between":  # a power between the candidates
+            p, n = 1.5, lengths(100, r.randint(20_000, 30_000), r.randint(7, 10))
         else:  # "below": linear only with a negative constant
-            p, n = 1.0, spread(t, t.integer(90, 130), t.integer(900, 1100), t.integer(7, 10))
-            times = timed(t, n, -0.5 * n[0], 1.0, p, 0.4 * noise)
-        unit = 10.0 ** -t.integer(5, 8)
-        times = [unit * each for each in times]
+            p, n = 1.0, lengths(100, r.randint(900, 1100), r.randint(7, 10))
+            offset = -0.5 * n[0]
+        unit = 10.0 ** -r.randint(5, 8)
+        times = [unit * each for each in timed(r, n, offset, 1.0, p, 0.4 * noise)]
         # No candidate is close to the border between possible and not.
-        if all(
-            explains(n, times, power, 0.55 * noise) == explains(n, times, power, 1.6 * noise)
-            for power in powers
-        ):
-            break
-    drawn = list(powers)
-    t.random.shuffle(drawn)
-    return n, times, noise, tuple(drawn)
+        if all(explains(n, times, q, 0.55 * noise) == explains(n, times, q, 1.6 * noise) for q in powers):
+            return n, times, noise, powers[:: (1, -1)[round % 2]]
 
 
 def same_conclusion(t: CheckContext, conclude: Answer, kind: str) -> None:
-    n, times, noise, powers = drawn_case(t, kind)
+    n, times, noise, powers = drawn_case(t.seed, t.round, kind)
     possible = [power for power in powers if explains(n, times, power, noise)]
     want = possible[0] if len(possible) == 1 else None
-    got = conclude(n, times, noise, powers)
+    got = conclude(list(n), list(times), noise, powers)
     plain = None if got is None else plain_number(got)
     come = f"{plain:g}" if plain is not None else "None" if got is None else describe(got)
     good = want is None if got is None else plain == want
@@ -824,7 +832,7 @@ def same_conclusion(t: CheckContext, conclude: Answer, kind: str) -> None:
 @fit.requirement(1, "conclude: one candidate", rounds=4)
 def fit_conclude(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: Answer) -> None:
     """the only one for which some c ≥ 0 and a > 0 explain every time within the noise"""
-    same_conclusion(t, conclude, ("wide", "misleading")[t.round % 2])
+    same_conclusion(t, conclude, ("wide", "misleading", "plain", "wide")[t.round])
 
 
 @fit.requirement(1, "conclude: several", rounds=4)
@@ -1006,38 +1014,37 @@ BASE: Config = {
 }
 
 
-def build(config: Config, device: str = "cpu") -> Decoder:
+def build(config: Config) -> Decoder:
     """The decoder of a config: four layers of width 128, each full or with a window."""
     kinds = config.get("layer_types") or ["full_attention"] * 4
-    return built(config["num_key_value_heads"], tuple(kinds), config.get("sliding_window"), device)
+    return built(config["num_key_value_heads"], tuple(kinds), config.get("sliding_window"))
 
 
 @lru_cache(maxsize=32)
-def built(n_kv_heads: int, kinds: tuple[str, ...], window: int | None, device: str) -> Decoder:
+def built(n_kv_heads: int, kinds: tuple[str, ...], window: int | None) -> Decoder:
     specs = {
         "full_attention": Spec("gqa", n_kv_heads=n_kv_heads),
         "sliding_attention": Spec("window", window=window or 1, n_kv_heads=n_kv_heads),
     }
     layers = [specs[kind] for kind in kinds]
-    with torch.device(device):
-        return Decoder(ModelConfig(vocab_size=256, d_model=128, n_layers=4, n_heads=8, layers=layers))
+    return Decoder(ModelConfig(vocab_size=256, d_model=128, n_layers=4, n_heads=8, layers=layers))
 
 
 def complete(choice: Config) -> Config:
     """The whole config of the learner's choice, its parameters counted."""
     config = {**BASE, **choice}
     table = config["vocab_size"] * config["hidden_size"]
-    return {**config, "parameters": {"other": build(config, "meta").n_parameters - table}}
+    return {**config, "parameters": {"other": build(config).n_parameters - table}}
 
 
 class Gpu:
     """A memory of so many bytes. The decoder's weights lie in it, and every cache that is alive.
 
-    Both are allocated on torch's meta device: they have sizes, and take no memory of this machine.
+    The caches are on torch's meta device: they have a size, and take no memory of this machine.
     """
 
     def __init__(self, config: Config, memory: int, context: int) -> None:
-        self.decoder, self.memory, self.context = build(config, "meta"), memory, context
+        self.decoder, self.memory, self.context = build(config), memory, context
         self.dtype = getattr(torch, config.get("cache_dtype", config["torch_dtype"]))
         self.used = sum(weight.nbytes for weight in self.decoder.parameters())
 
@@ -1226,14 +1233,17 @@ def served(choice: Config, answers: Mapping[str, Answer], parts: Any) -> tuple[d
     with contextlib.suppress(MemoryError):
         board.new_cache(16)
         fits = "yes"
+    dtype = getattr(torch, config.get("cache_dtype", config["torch_dtype"]))
+    allocated = build(config).new_cache(max(1, measured), CONTEXT, dtype).nbytes  # in real memory
     seconds = parts.measure(Machine(config), "step", 1024)
     numbers = {
         "bytes of the weights": f"{weights:,}",
         f"bytes per sequence of {CONTEXT:,} tokens": f"{one:,}",
         f"largest batch at {CONTEXT:,} tokens, predicted": f"{predicted:,}",
         f"largest batch at {CONTEXT:,} tokens, measured": f"{measured:,}",
+        "bytes of that cache, allocated here": f"{allocated:,}",
         "longest context for 16 sequences, predicted": f"{longest:,}",
-        "is it allocated?": fits,
+        "does that fit?": fits,
         "exponent of a step's bytes": f"{growth(config, parts):.2f}",
         "ms per step, 4 sequences of 1,024 tokens, on this machine": f"{1e3 * seconds:.1f}",
     }
@@ -1297,7 +1307,7 @@ def drawn_decoder(t: CheckContext) -> Config:
 
 def really_stored(config: Config, batch: int, context: int) -> int:
     """Bytes of the decoder's weights and of its caches, by the layers themselves."""
-    decoder = build(config, "meta")
+    decoder = build(config)
     dtype = getattr(torch, config.get("cache_dtype", config["torch_dtype"]))
     caches = sum(mixer.cache_bytes(context, batch=batch, dtype=dtype) for mixer in decoder.mixers)
     return sum(weight.nbytes for weight in decoder.parameters()) + caches
