@@ -303,7 +303,7 @@ card.mistakes(
 
     `most` left out
         range(2, most + 1) → range(2, most)
-    The search ended before `most`. It is included.
+    The search ended before `most`. The task asks for batches up to and including it.
 
     a flip where neither has room
         if winner is None:
@@ -532,11 +532,10 @@ fit.mistakes(
             → a = torch.linspace(0, 2, 5001).double()[1:] * (most / x**p).max()
     A negative constant was allowed. It makes laws possible that no machine can follow: c is at least 0.
 
-    one point within the noise is enough
-        if ((most - a * x**p).amin(0) >= (least - a * x**p).amax(0).clamp(min=0)).any():
-            → if (((most - a * x**p).clamp(min=0) >= (least - a * x**p)).sum(0) >= 1).any():
-    A candidate counted as possible if it explains some of the times. It has to explain all of them, with one
-    c and one a.
+    never an answer
+        return possible[0] if len(possible) == 1 else None → return None
+    None was returned although exactly one candidate explains the times. It may be that too many counted as
+    possible: a candidate has to explain *all* points, with one c and one a.
     """
 )
 
@@ -696,7 +695,7 @@ model.mistakes(
 
     one sequence too many
         model)[0] → model)[0] + 1
-    One sequence more was promised than fits.
+    One sequence more was promised than fits: the division already gives the number of whole sequences.
 
     the context without the weights
         key=lambda n: sum(parts.stored_bytes(config, batch, n))
