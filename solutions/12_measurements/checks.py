@@ -1033,6 +1033,11 @@ def built(n_kv_heads: int, kinds: tuple[str, ...], window: int | None) -> Decode
     return Decoder(ModelConfig(vocab_size=256, d_model=128, n_layers=4, n_heads=8, layers=layers))
 
 
+def cached_as(config: Config) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config["cache_dtype" if "cache_dtype" in config else "torch_dtype"])
+    return dtype
+
+
 def complete(choice: Config) -> Config:
     """The whole config of the learner's choice, its parameters counted."""
     config = {**BASE, **choice}
@@ -1048,7 +1053,7 @@ class Gpu:
 
     def __init__(self, config: Config, memory: int, context: int) -> None:
         self.decoder, self.memory, self.context = build(config), memory, context
-        self.dtype = getattr(torch, config.get("cache_dtype", config["torch_dtype"]))
+        self.dtype = cached_as(config)
         self.used = sum(weight.nbytes for weight in self.decoder.parameters())
 
     def new_cache(self, batch: int) -> Any:
@@ -1190,7 +1195,7 @@ class Serving:
 
     @property
     def shown(self) -> list[Any]:
-        return [build, built, complete, Gpu]
+        return [build, built, cached_as, complete, Gpu]
 
     def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> workbench.Comparison:
         """kvlearn's decoder with full attention and the learner's, each predicted and measured in 1 GiB."""
@@ -1236,7 +1241,7 @@ def served(choice: Config, answers: Mapping[str, Answer], parts: Any) -> tuple[d
     with contextlib.suppress(MemoryError):
         board.new_cache(16)
         fits = "yes"
-    dtype = getattr(torch, config.get("cache_dtype", config["torch_dtype"]))
+    dtype = cached_as(config)
     allocated = build(config).new_cache(max(1, measured), CONTEXT, dtype).nbytes  # in real memory
     try:
         step = f"{1e3 * parts.measure(Machine(config), 'step', 1024):.1f}"
@@ -1314,7 +1319,7 @@ def drawn_decoder(t: CheckContext) -> Config:
 def really_stored(config: Config, batch: int, context: int) -> int:
     """Bytes of the decoder's weights and of its caches, by the layers themselves."""
     decoder = build(config)
-    dtype = getattr(torch, config.get("cache_dtype", config["torch_dtype"]))
+    dtype = cached_as(config)
     caches = sum(mixer.cache_bytes(context, batch=batch, dtype=dtype) for mixer in decoder.mixers)
     return sum(weight.nbytes for weight in decoder.parameters()) + caches
 
