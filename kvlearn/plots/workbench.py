@@ -1,6 +1,6 @@
 """The pictures of "Your model": what each token costs in time, or how the models learned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,3 +51,29 @@ def learning_curves(curves: Mapping[str, Mapping[int, float]], label: str) -> Pi
     ends = "; ".join(f"{name} {shares[-1]:.0%}" for name, (_, shares) in lines.items())
     title = f"{label[:1].upper()}{label[1:]} over the steps of training."
     return Picture(figure, f"{title} At the end: {ends or 'nothing was trained'}.", {"curves": lines})
+
+
+def largest_batches(curves: Mapping[str, Sequence[tuple[int, int, int]]]) -> Picture:
+    """The largest batch over the context: a line of what was predicted, a marker for each measured one.
+
+    ``curves`` by name: (context in tokens, predicted, measured); a batch of 0 is left out of the line.
+    """
+    lines = {name: np.array(points).T for name, points in curves.items()}
+    styles = line_styles(lines, fixed=dict(zip(curves, [MECHANISMS["full"], OTHERS[2]], strict=False)))
+    with drawing(size=(7.5, 3.2)) as (figure, axes):
+        for name, (contexts, predicted, measured) in lines.items():
+            style = styles[name]
+            axes.plot(contexts, predicted, label=f"{name}: predicted", **{**style, "marker": ""})
+            axes.plot(contexts, measured, label=f"{name}: measured", **{**style, "ls": ""})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel("largest batch")
+        axes.legend()
+    ends = "; ".join(
+        f"{name}: {measured[0]:,} at {contexts[0]:,} tokens, {measured[-1]:,} at {contexts[-1]:,}"
+        for name, (contexts, _, measured) in lines.items()
+    )
+    return Picture(
+        figure, f"The largest batch that fits, over the context. Measured: {ends}.", {"curves": lines}
+    )
