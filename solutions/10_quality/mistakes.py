@@ -722,28 +722,33 @@ model.mistakes(
     Each step sees a single row. For most numbers of tokens that are more than 512 steps.
 
     no warm-up
-        peak, warmup = 0.01, max(steps // 10, 3) → peak, warmup = 0.01, 0
+        peak, warmup = 0.01, steps // 10 → peak, warmup = 0.01, 0
     The rate begins at its peak. In the first steps Adam's second moment is a mean of very few gradients, and
     large steps go in bad directions: begin with a third of the peak or less.
 
     a constant rate behind the warm-up
-        return peak * (0.55 + 0.45 * math.cos(math.pi * progress)) → return peak
-    The rate stays at its peak. The last steps at a large rate leave the weights shaking: end at a quarter of
-    the peak or less.
+        return peak * min(1.0, max(0.05, 2 * (steps - step) / steps)) → return peak
+    The rate stays at its peak. In a long training the last steps at a large rate leave the weights shaking:
+    end at a quarter of the peak or less.
 
     a cosine that comes back
-        math.cos(math.pi * progress) → math.cos(2 * math.pi * progress)
+        return peak * min(1.0, max(0.05, 2 * (steps - step) / steps))
+            → return peak * (0.55 + 0.45 * math.cos(2 * math.pi * (step - warmup) / (steps - warmup)))
     The cosine goes through a whole period and ends at the peak again. Half a period, an argument from 0 to π,
     leads from the peak down.
 
     a warm-up of all steps
-        max(steps // 10, 3) → steps - 1
+        peak, warmup = 0.01, steps // 10 → peak, warmup = 0.01, steps
     The rate rises until the end. The peak must be in the first half, so that there is time to come down.
 
-    progress counted from step 0
-        progress = (step - warmup) / (steps - warmup) → progress = step / (steps - warmup)
-    The cosine is counted from the first step on, and not from the end of the warm-up: it is past half its
-    period before the last step and the rate rises again.
+    half of the peak at the end
+        max(0.05, 2 * (steps - step) / steps) → max(0.5, 2 * (steps - step) / steps)
+    The rate ends at half of its peak. A quarter of the peak is the most that is allowed in the last step.
+
+    a line that goes below 0
+        max(0.05, 2 * (steps - step) / steps) → 1.5 - 2 * step / steps
+    The line crosses 0 before the end, and a step with a negative rate climbs up the loss. The rate must be
+    0 or more in every step.
 
     everything decays
         return 0.1 if weight.ndim > 1 else 0.0 → return 0.1
