@@ -120,7 +120,7 @@ class Training:
     shown       functions and classes that are the model and its training; ``code`` shows them
     train       (answers by name, parts) -> a trained model
     baselines   {name: answers that take the place of ours}, trained with the library's parts to compare
-    label       of the curves
+    label       of the curves, with their unit ("%" for shares), and over what they go
     """
 
     parts: Mapping[str, tuple[str, Any]]
@@ -128,6 +128,8 @@ class Training:
     train: Callable[[Mapping[str, Any], Any], Trained]
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     label: str = "right answers"
+    unit: str = "%"
+    over: str = "steps of training"
 
     def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> "Comparison":
         return _trained(exercise, notebook)
@@ -369,14 +371,16 @@ class Comparison:
 class TrainedComparison(Comparison):
     """The same for models that were trained: the picture shows their curves."""
 
-    label: str = ""
     curves: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    label: str = ""
+    unit: str = "%"
+    over: str = ""
 
     @cached_property
     def picture(self) -> Any:
         from kvlearn.plots.workbench import learning_curves  # matplotlib takes a second to import
 
-        return learning_curves(self.curves, self.label)
+        return learning_curves(self.curves, self.label, over=self.over, unit=self.unit)
 
 
 def _whose(part: Part) -> str:
@@ -424,7 +428,8 @@ def _trained(exercise: Exercise, notebook: Mapping[str, Any]) -> Comparison:
     used = [(part, _works(part)) for part in (*own, *parts)]
     curves = {name: run.curve for name, run in runs.items()}
     columns, caption = tuple(runs), "The models after their training"
-    return TrainedComparison(exercise.id, used, rows, {}, columns, caption, training.label, curves)
+    axes = (training.label, training.unit, training.over)
+    return TrainedComparison(exercise.id, used, rows, {}, columns, caption, curves, *axes)
 
 
 def _compared(exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> Comparison:

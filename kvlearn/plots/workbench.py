@@ -32,24 +32,38 @@ def time_per_token(times: Mapping[str, Mapping[int, float]]) -> Picture:
     return Picture(figure, alt, {"curves": curves})
 
 
-def learning_curves(curves: Mapping[str, Mapping[int, float]], label: str) -> Picture:
-    """A share over the steps of training; ``curves`` by name and step, ``label`` says of what."""
+def learning_curves(
+    curves: Mapping[str, Mapping[int, float]],
+    label: str,
+    *,
+    over: str = "steps of training",
+    unit: str = "%",
+) -> Picture:
+    """A value over the progress of training, by name and point; ``label`` says of what, ``over`` of which.
+
+    With ``unit`` "%" the values are shares, and the axis goes from 0 to 100%.
+    """
     lines = {
         name: (np.array(list(points)), np.array(list(points.values())))
         for name, points in curves.items()
         if points
     }
     styles = line_styles(lines, fixed=dict(zip(curves, [OTHERS[1], OTHERS[2]], strict=False)))
+    share = unit == "%"
     with drawing(size=(7.5, 3.2)) as (figure, axes):
-        for name, (steps, shares) in lines.items():
-            axes.plot(steps, 100 * shares, label=name, **{**styles[name], "markevery": 4})
-        axes.set_ylim(0, 103)
-        axes.set_xlabel("steps of training")
-        axes.set_ylabel(f"{label}, %")
+        for name, (at, values) in lines.items():
+            axes.plot(at, 100 * values if share else values, label=name, **{**styles[name], "markevery": 4})
+        if share:
+            axes.set_ylim(0, 103)
+        axes.set_xlabel(over)
+        axes.set_ylabel(f"{label}, {unit}")
         if lines:
             axes.legend()
-    ends = "; ".join(f"{name} {shares[-1]:.0%}" for name, (_, shares) in lines.items())
-    title = f"{label[:1].upper()}{label[1:]} over the steps of training."
+    ends = "; ".join(
+        f"{name} {values[-1]:.0%}" if share else f"{name} {values[-1]:.2f} {unit}"
+        for name, (_, values) in lines.items()
+    )
+    title = f"{label[:1].upper()}{label[1:]} over the {over}."
     return Picture(figure, f"{title} At the end: {ends or 'nothing was trained'}.", {"curves": lines})
 
 
