@@ -14,6 +14,7 @@ import pytest
 import small_unit as small
 from copies import (
     FILE,
+    Notebook,
     U,
     kvlearn,
     new_stub,
