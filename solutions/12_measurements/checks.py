@@ -485,6 +485,7 @@ def card_room(t: CheckContext, fastest: Answer, flip: Answer) -> None:
     cards, job = four_cards(t), drawn_job(t)
     batch = t.integer(150, 200)
     job["stored"] = job["read"] + 1.5e8
+    job["flops"] *= 0.1  # bandwidth decides on every card
     if t.round in (0, 3):  # the wide card has no room
         cards["wide"]["memory"] = job["weights"] + (batch - 1) * job["stored"]
         cards["strong"]["memory"] = job["weights"] + batch * job["stored"]  # exactly enough
@@ -585,7 +586,7 @@ def drawn_service(t: CheckContext) -> tuple[Config, Config]:
         stored = t.integer(300, 900)
         model = {
             "weights": f"{t.integer(140, 170) / 10} GB",
-            "workspace": f"{t.integer(5, 30) / 10} GiB",
+            "workspace": f"{t.integer(10, 30) / 10} GiB",  # more than one user stores
             "stored": f"{stored} MiB",
             "read": f"{t.integer(stored // 3, stored // 2)} MiB",
         }
