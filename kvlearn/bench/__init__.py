@@ -6,4 +6,5 @@ A benchmark is a module of this package with a function ``parts(device, small)``
 
 BENCHMARKS = {
     "models": "models rebuilt from kvlearn's parts beside transformers': decode, mixtures, loading",
+    "hardware": "one layer of every mechanism at real shapes: bytes, decode, prefill, the batch that fits",
 }

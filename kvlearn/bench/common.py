@@ -48,6 +48,13 @@ class Recorder:
     rows: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
 
+    def earlier(self) -> list[dict[str, Any]]:
+        """Rows of the file that this run replaces, each with the provenance of its own run."""
+        for recorded in results.load(self.name, self.folder):
+            if recorded.provenance["machine"] == self.provenance["machine"]:
+                return [{"provenance": recorded.provenance, **row} for row in recorded.rows]
+        return []
+
     def add(self, row: Row) -> None:
         """Keep one more row."""
         self.rows.append(row.as_dict())
@@ -70,7 +77,13 @@ def run(
     or part.
     """
     validate.one_of("name", name, BENCHMARKS)
-    parts = import_module(f"kvlearn.bench.{name}").parts(torch.device(device), small)
+    module, device = import_module(f"kvlearn.bench.{name}"), torch.device(device)
+    if recorder is not None and hasattr(module, "others"):  # it can go on where an earlier run ended
+        known = recorder.earlier()
+        recorder.rows += module.others(known, device, small)
+        parts = module.parts(device, small, known)
+    else:
+        parts = module.parts(device, small)
     chosen = [part for part in parts if only in part.name]
     if not chosen:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
