@@ -29,6 +29,7 @@ from kvlearn.attention import REGISTRY, Cache, Mechanism, SlotCache
 from kvlearn.bench.common import Part, Row
 from kvlearn.measure.growth import fit_exponent
 from kvlearn.measure.memory import peak_memory
+from kvlearn.measure.results import Recorded
 from kvlearn.measure.roofline import (
     Machine,
     Roofline,
@@ -216,7 +217,7 @@ def again(row: Mapping[str, Any]) -> Row:
     spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "n" in row else None
     details = {key: value for key, value in row.items() if key not in fixed}
     measured = float("nan") if row["measured"] is None else row["measured"]
-    relation = row["relation"] or ">="
+    relation: Any = row["relation"] or ">="
     return Row(
         row["case"], measured, row["unit"], row["bar"], relation, spread, details, row.get("missing", "")
     )
@@ -269,6 +270,49 @@ def machine_of(rows: Iterable[Mapping[str, Any]]) -> Machine:
     return Machine(Roofline(found["peak"], found["read_bandwidth"]), found["call"], rates)
 
 
+def conditions(
+    found: Iterable[Recorded], preset: str = "real"
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Recorded rows by machine and number of threads, and what was left out, with its reason.
+
+    Rows of decode have their prediction, as "predicted". Left out are rows of another preset (silently), and,
+    each with a line in the second result: files of an older form, rows from a tree with uncommitted changes,
+    rows of several machines under one name, and conditions without the machine's own numbers.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    left_out: list[str] = []
+    for recorded in found:
+        named: dict[str, list[dict[str, Any]]] = {}
+        for row in recorded.rows:
+            if not {"part", "preset", "threads", "dtype", "what"} <= set(row):
+                left_out.append(f"{recorded.path.name}: rows of an older form")
+            elif row["preset"] == preset:
+                threads = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
+                named.setdefault(f"{recorded.provenance['machine']}, {threads}", []).append(row)
+        for name, rows in named.items():
+            sources = [row.get("provenance", recorded.provenance) for row in rows]
+            if any(source["dirty"] for source in sources):
+                left_out.append(f"{name}: measured with uncommitted changes")
+            elif len({source["machine"] for source in sources}) > 1:
+                left_out.append(f"{name}: rows of several machines")
+            else:
+                try:
+                    groups[name] = with_predictions(rows)
+                except ValueError as error:
+                    left_out.append(f"{name}: {error}")
+    return groups, list(dict.fromkeys(left_out))
+
+
+def with_predictions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one condition, those of decode with their prediction. Raises as ``machine_of`` does."""
+    machine = machine_of(rows)
+    timed = [row["what"] == "decode_time" and row["measured"] is not None for row in rows]
+    return [
+        {**row, "predicted": predicted(row, machine)} if decode else dict(row)
+        for row, decode in zip(rows, timed, strict=True)
+    ]
+
+
 def predicted(
     row: Mapping[str, Any], machine: Machine, cases: Iterable[Case] = (*CASES, *SMALL_CASES)
 ) -> float:
@@ -291,7 +335,7 @@ def predicted(
 def bytes_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Stored, and touched by one step, at each length, in 16 bit; beside them the formulas on paper.
 
-    The caches are of random numbers; a step at each length really runs.
+    A step at each length really runs.
     """
     layer = case.build(torch.bfloat16, device)
     weights = [*layer.parameters()]
@@ -304,10 +348,11 @@ def bytes_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
         cache = layer.new_cache(batch=1, max_len=n)
         formula = layer.cache_bytes(n)
         yield _row(case, "stored", cache.nbytes, "B", n, formula=formula)
-        fill(cache)
+        if layer.chooses_by_content:  # else zeros are read as random numbers are
+            fill(cache)
         place(cache, n - 1)
         x = torch.randn(1, 1, layer.d_model, dtype=torch.bfloat16, device=device)
-        found = touched(lambda layer=layer, x=x, cache=cache: layer(x, cache), cache.tensors(), weights)
+        found = touched(partial(layer, x, cache), cache.tensors(), weights)
         yield _row(
             case,
             "read",

@@ -94,7 +94,7 @@ class _Counter(TorchDispatchMode):
         self.flops += _flops(func, name, args, kwargs, out)
         given = [*zip(func._schema.arguments, args, strict=False)]
         given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
-        counted: dict[tuple[int, int, bool], int] = {}  # a tensor that is given twice is read once
+        counted: dict[tuple[int, Any, bool], int] = {}  # a tensor that is given twice is read once
         for i, (argument, value) in enumerate(given):
             changed = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in _tensors(value):

@@ -13,6 +13,14 @@ from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
 from kvlearn.plots.layers import across_layers
 from kvlearn.plots.linear import state_memory
 from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
+from kvlearn.plots.measurements import (
+    decode_times,
+    dollars,
+    predicted_and_measured,
+    rooflines,
+    touched_bytes,
+    what_pays,
+)
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
@@ -35,6 +43,8 @@ __all__ = [
     "cache_saves",
     "cone",
     "conversion_curves",
+    "decode_times",
+    "dollars",
     "gallery",
     "influence",
     "layer_stripes",
@@ -45,9 +55,11 @@ __all__ = [
     "on_the_roofline",
     "path_flops",
     "pools",
+    "predicted_and_measured",
     "recall_curves",
     "recall_over_state",
     "ring",
+    "rooflines",
     "rope_on_latent",
     "scaling",
     "selections",
@@ -58,5 +70,7 @@ __all__ = [
     "step_times",
     "stored_and_read",
     "time_per_token",
+    "touched_bytes",
     "uptraining",
+    "what_pays",
 ]

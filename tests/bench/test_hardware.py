@@ -238,3 +238,27 @@ def test_a_placed_cache_gives_the_step_of_a_filled_one_its_shape_and_reads_as_mu
     if not layer.chooses_by_content:
         assert counts[0] == counts[1]
     assert counts[0].cache_read == pytest.approx(counts[1].cache_read, rel=0.3)
+
+
+def test_conditions_lie_side_by_side_and_what_cannot_be_used_is_named(quick: None, tmp_path: Path) -> None:
+    rows = [row for only in ("machine", "decode") for row in measured(only)]
+    case = {"mechanism": "gqa", "model": "Llama 3.1 8B"}  # the prediction looks for a case of the benchmark
+    rows = [row | case if "mechanism" in row else row for row in rows]
+    one = [{**row, "threads": 1, "preset": "real"} for row in rows]
+    two = [{**row, "threads": 2} for row in one]
+    dirty = [{**row, "threads": 3, "provenance": {**PROVENANCE, "dirty": True}} for row in one]
+    mixed = [{**row, "threads": 4} for row in one]
+    mixed[0]["provenance"] = {**PROVENANCE, "machine": "another"}
+    alone = [{**row, "threads": 5} for row in one if row["part"] != "machine"]
+    old = [{"what": "decode_time", "measured": 1.0}]
+    results.save("hardware", "a command", one + two + dirty + mixed + alone + old, PROVENANCE, tmp_path)
+    found, left_out = hardware.conditions(results.load("hardware", tmp_path))
+    assert list(found) == ["a-machine, 1 thread", "a-machine, 2 threads"]
+    assert all("predicted" in row for row in found["a-machine, 1 thread"] if row["what"] == "decode_time")
+    assert [line.split(": ", 1)[1] for line in left_out] == [
+        "rows of an older form",
+        "measured with uncommitted changes",
+        "rows of several machines",
+        "rows: expected a measured row 'read_bandwidth' of part 'machine', got none",
+    ]
+    assert hardware.conditions(results.load("hardware", tmp_path), "small") == ({}, left_out[:1])
