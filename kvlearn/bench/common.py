@@ -78,15 +78,14 @@ def run(
     """
     validate.one_of("name", name, BENCHMARKS)
     module, device = import_module(f"kvlearn.bench.{name}"), torch.device(device)
-    if recorder is not None and hasattr(module, "others"):  # it can go on where an earlier run ended
-        known = recorder.earlier()
-        recorder.rows += module.others(known, device, small)
-        parts = module.parts(device, small, known)
-    else:
-        parts = module.parts(device, small)
+    resumes = recorder is not None and hasattr(module, "kept")  # it goes on where an earlier run ended
+    known = recorder.earlier() if recorder is not None and resumes else []
+    parts = module.parts(device, small, known) if resumes else module.parts(device, small)
     chosen = [part for part in parts if only in part.name]
     if not chosen:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
+    if recorder is not None and resumes:
+        recorder.rows += module.kept(known, [part.name for part in chosen], device, small)
     for row in run_parts(chosen, seconds):
         if recorder is not None:
             recorder.add(row)

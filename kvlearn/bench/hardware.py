@@ -223,12 +223,19 @@ def again(row: Mapping[str, Any]) -> Row:
     )
 
 
-def others(
-    known: Iterable[Mapping[str, Any]], device: torch.device, small: bool = False
+def kept(
+    known: Iterable[Mapping[str, Any]], chosen: Iterable[str], device: torch.device, small: bool = False
 ) -> list[Mapping[str, Any]]:
-    """Rows of ``known`` that were measured in another condition: a new record keeps them."""
-    condition = condition_of(SMALL if small else REAL, device)
-    return [row for row in known if any(row.get(key) != value for key, value in condition.items())]
+    """Rows of ``known`` that a run of the parts ``chosen`` does not give again: a new record keeps them.
+
+    They are of another condition, or of another part.
+    """
+    condition, chosen = condition_of(SMALL if small else REAL, device), set(chosen)
+    return [
+        row
+        for row in known
+        if any(row.get(key) != value for key, value in condition.items()) or row.get("part") not in chosen
+    ]
 
 
 # The machine

@@ -144,7 +144,8 @@ def test_rows_of_other_threads_are_kept_and_not_taken_for_ours(quick: None) -> N
     first = measured("bytes")
     other = [{**row, "threads": 99} for row in first]
     small = [{**row, "preset": "small"} for row in first]
-    assert hardware.others(small + other, CPU, small=True) == other
+    assert hardware.kept(small + other, ["bytes: gqa, a model"], CPU, small=True) == other
+    assert hardware.kept(small, ["another part"], CPU, small=True) == small
     built = []
     for row in hardware.once("bytes: x", lambda: _rows(built), hardware.condition_of(TINY, CPU), other):
         assert row.details["threads"] == torch.get_num_threads()
@@ -154,6 +155,11 @@ def test_rows_of_other_threads_are_kept_and_not_taken_for_ours(quick: None) -> N
 def _rows(built: list[int]) -> Iterator[Row]:
     built.append(1)
     yield Row("a row", 1.0, "s", details={"what": "x"})
+
+
+def second_with_provenance(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as a later run keeps them: each with the provenance of the run that measured it."""
+    return [{"provenance": {**PROVENANCE, "date": "2026-01-02"}, **row} for row in rows]
 
 
 def test_a_recorded_run_goes_on_where_it_was_cut(
@@ -180,6 +186,7 @@ def test_a_recorded_run_goes_on_where_it_was_cut(
     third = record("machine", "2026-01-03")
     assert [row["threads"] for row in third][-1] == 99
     assert len(third) > len(second)  # one thread's rows beside the other's
+    assert [row for row in third if row["threads"] != 99] == second_with_provenance(second)
 
 
 def test_a_row_comes_back_from_a_file_as_it_was() -> None:
