@@ -74,7 +74,7 @@ def touched_bytes(rows: Sequence[Row], *, length: int = 32_768) -> Picture:
 
 
 def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = True) -> Picture:
-    """Seconds of one step over the context, a panel per condition; thin grey lines are the predictions.
+    """Seconds of one step over the context, a panel per condition; thin lines are the predictions.
 
     ``conditions``: rows of decode by the name of machine and condition; a row may have a key "predicted".
     Error bars are quartiles, the legend has the exponents that were fitted on the first condition that has
@@ -85,7 +85,7 @@ def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = Tr
     mechanisms = list(dict.fromkeys(m for lines in series.values() for m in lines))
     styles = line_styles(mechanisms, fixed=LINES)
     exponents = _exponents(conditions)
-    width = min(3.1 * len(series) + 1.6, 11.0)
+    width = min(max(3.1 * len(series) + 1.6, 7.5), 11.0)
     with drawing(1, len(series), size=(width, 4.3), sharey=True, squeeze=False) as (figure, axes):
         for panel, (name, lines) in zip(axes.flat, series.items(), strict=True):
             for mechanism, points in lines.items():
@@ -96,7 +96,7 @@ def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = Tr
                     n, t, (below, above), lw=1.6, ms=5, elinewidth=1, capsize=2, **styles[mechanism]
                 )
                 if predictions and None not in foreseen:
-                    panel.plot(n, foreseen, color=COLOURS["memory"], lw=0.9, ls="-")
+                    panel.plot(n, foreseen, color=styles[mechanism]["color"], lw=0.8, ls="-", alpha=0.8)
             _lengths(panel, sorted({point[0] for points in lines.values() for point in points}))
             _seconds(panel)
             panel.set_title(name, fontsize=9)
@@ -232,6 +232,10 @@ def what_pays(speedups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Pict
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
             panel.xaxis.set_minor_locator(NullLocator())
+            finite = [x for one in found.values() for x in one.values() if math.isfinite(x)]
+            panel.set_xlim(min([1.0, *finite]) / 1.06, max([1.5, *finite]) * 1.12)
+            steps = (1, 1.25, 1.5, 2) if max([1.0, *finite]) < 3 else (1, 2, 4, 8, 16, 32)
+            panel.set_xticks([x for x in steps if x <= panel.get_xlim()[1]])
             panel.set_xlabel("tokens per second, times as many")
         axes[0, 0].set_yticks(range(len(devices)), devices)
         axes[0, 0].invert_yaxis()
