@@ -73,19 +73,24 @@ def run(
     """The rows of benchmark ``name`` as they are measured, each recorded before it is yielded.
 
     ``small`` takes sizes that need seconds in all, for tests. ``only`` selects the parts whose names contain
-    it, ``seconds`` is the time after which no part is begun (0: none). Raises ValueError for an unknown name
-    or part.
+    it, ``seconds`` is the time after which no part is begun (0: the module's ``SECONDS``, or no end). Raises
+    ValueError for an unknown name or part.
+
+    A module with a function ``others(known, device, small, chosen)`` goes on where an earlier run ended:
+    ``known`` are the recorded rows; ``others`` gives those to be kept as they are, ``parts`` takes ``known``
+    and repeats what is finished.
     """
     validate.one_of("name", name, BENCHMARKS)
     module, device = import_module(f"kvlearn.bench.{name}"), torch.device(device)
-    resumes = recorder is not None and hasattr(module, "kept")  # it goes on where an earlier run ended
+    resumes = recorder is not None and hasattr(module, "others")  # it goes on where an earlier run ended
     known = recorder.earlier() if recorder is not None and resumes else []
     parts = module.parts(device, small, known) if resumes else module.parts(device, small)
+    seconds = seconds or getattr(module, "SECONDS", 0)
     chosen = [part for part in parts if only in part.name]
     if not chosen:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
     if recorder is not None and resumes:
-        recorder.rows += module.kept(known, [part.name for part in chosen], device, small)
+        recorder.rows += module.others(known, device, small, [part.name for part in chosen])
     for row in run_parts(chosen, seconds):
         if recorder is not None:
             recorder.add(row)

@@ -13,6 +13,7 @@ model would be, so that nothing of the layer lies in an on-chip cache. Caches ar
 
 Each part ends with a row "part" that says how long it took. A later run of the same command keeps the rows of
 finished parts of this machine, preset and number of threads, and measures the rest; other threads' rows stay.
+Where ``SECONDS`` are not enough, the next run measures what was not reached.
 """
 
 import time
@@ -110,6 +111,9 @@ CASES = (
     Case("short_conv", "widths of Llama 3.1 8B", 4096, 32),
     Case("parallel", "widths of Llama 3.1 8B", 4096, 32, _LLAMA),
 )
+SECONDS = 600.0  # no part is begun later; the next run goes on from there
+FIRST = 8  # cases that come first: those that chapter 12 compares
+
 LATENT = ("mla", "dsa", "csa", "hca", "mhc", "mhc_transformer")
 RECURRENT = (*(name for name, kind in REGISTRY.items() if kind.forms), "rwkv4_channel", "parallel")
 SMALL_CASES = tuple(
@@ -129,7 +133,7 @@ class Sizes:
     context: int = 32_768  # of the batch that fits
     memory: int = GIB  # that the batch must fit in
     rounds: int = 5
-    slowest: float = 4.0  # seconds of a prompt, and of four steps: longer ones are left out
+    slowest: float = 2.0  # seconds of a prompt, and of two steps: longer ones are left out
     flushed: int = 128 * MIB  # bytes read before each timed call
     largest: float = 0.3  # of the memory that is free: no larger cache is allocated
 
@@ -154,11 +158,12 @@ def parts(device: torch.device, small: bool = False, known: Iterable[Mapping[str
 
 
 def parts_of(sizes: Sizes, device: torch.device, known: Iterable[Mapping[str, Any]] = ()) -> list[Part]:
-    """The parts of a preset: machine, then bytes, decode, prefill and batch of every case."""
+    """The parts of a preset: machine, then every kind of the first cases, then of the others."""
     measured: dict[str, Callable[[], Iterator[Row]]] = {"machine": partial(machine_rows, sizes, device)}
-    for kind, rows in KINDS.items():
-        for case in sizes.cases:
-            measured[f"{kind}: {case.name}"] = partial(rows, case, sizes, device)
+    for cases in (sizes.cases[:FIRST], sizes.cases[FIRST:]):
+        for kind, rows in KINDS.items():
+            for case in cases:
+                measured[f"{kind}: {case.name}"] = partial(rows, case, sizes, device)
     known = list(known)
     condition = condition_of(sizes, device)
     return [Part(name, partial(once, name, rows, condition, known)) for name, rows in measured.items()]
@@ -223,19 +228,24 @@ def again(row: Mapping[str, Any]) -> Row:
     )
 
 
-def kept(
-    known: Iterable[Mapping[str, Any]], chosen: Iterable[str], device: torch.device, small: bool = False
+def others(
+    known: Iterable[Mapping[str, Any]],
+    device: torch.device,
+    small: bool = False,
+    chosen: Iterable[str] | None = None,
 ) -> list[Mapping[str, Any]]:
-    """Rows of ``known`` that a run of the parts ``chosen`` does not give again: a new record keeps them.
+    """Rows of ``known`` that a run of the parts ``chosen`` (all, unless given) does not give again.
 
-    They are of another condition, or of another part.
+    They are of another condition, or of another part; a new record keeps them. What was missing is dropped.
     """
-    condition, chosen = condition_of(SMALL if small else REAL, device), set(chosen)
-    return [
-        row
-        for row in known
-        if any(row.get(key) != value for key, value in condition.items()) or row.get("part") not in chosen
-    ]
+    condition = condition_of(SMALL if small else REAL, device)
+    names = None if chosen is None else set(chosen)
+
+    def ours(row: Mapping[str, Any]) -> bool:
+        same = all(row.get(key) == value for key, value in condition.items())
+        return same and (names is None or row.get("part") in names)
+
+    return [row for row in known if row.get("what") != "missing" and not ours(row)]
 
 
 # The machine
@@ -291,6 +301,8 @@ def conditions(
     for recorded in found:
         named: dict[str, list[dict[str, Any]]] = {}
         for row in recorded.rows:
+            if row.get("what") == "missing":
+                continue
             if not {"part", "preset", "threads", "dtype", "what"} <= set(row):
                 left_out.append(f"{recorded.path.name}: rows of an older form")
             elif row["preset"] == preset:
@@ -396,7 +408,7 @@ def decode_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]
     for n in lengths:
         place(cache, n - 1)
         works[n] = touched(lambda: layer(x, cache), cache.tensors(), weights)  # it warms up, too
-        if step(n) > sizes.slowest / 4:
+        if step(n) > sizes.slowest / 2:
             lengths = lengths[: lengths.index(n) + 1]
             break
     times: dict[int, list[float]] = {n: [] for n in lengths}
@@ -406,7 +418,7 @@ def decode_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]
     stream = sizes.flushed / Quartiles.of(streams).median
     for n in sizes.lengths:
         if n not in times:
-            reason = too_large(layer, n, sizes, device) or f"a shorter one took over {sizes.slowest / 4:g} s"
+            reason = too_large(layer, n, sizes, device) or f"a shorter one took over {sizes.slowest / 2:g} s"
             yield _row(case, "decode_time", reason, "s", n)
             continue
         work = work_of(works[n], dtype)
@@ -528,10 +540,10 @@ def largest(needs: Callable[[int], int], memory: int) -> int:
 
 
 KINDS: dict[str, Callable[[Case, Sizes, torch.device], Iterator[Row]]] = {
-    "bytes": bytes_rows,
     "decode": decode_rows,
-    "prefill": prefill_rows,
+    "bytes": bytes_rows,
     "batch": batch_rows,
+    "prefill": prefill_rows,
 }
 
 

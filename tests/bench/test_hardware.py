@@ -144,8 +144,10 @@ def test_rows_of_other_threads_are_kept_and_not_taken_for_ours(quick: None) -> N
     first = measured("bytes")
     other = [{**row, "threads": 99} for row in first]
     small = [{**row, "preset": "small"} for row in first]
-    assert hardware.kept(small + other, ["bytes: gqa, a model"], CPU, small=True) == other
-    assert hardware.kept(small, ["another part"], CPU, small=True) == small
+    missing = {"what": "missing", "measured": None}
+    assert hardware.others([*small, *other, missing], CPU, small=True) == other
+    assert hardware.others(small, CPU, True, ["bytes: gqa, a model"]) == []
+    assert hardware.others(small, CPU, True, ["another part"]) == small
     built = []
     for row in hardware.once("bytes: x", lambda: _rows(built), hardware.condition_of(TINY, CPU), other):
         assert row.details["threads"] == torch.get_num_threads()
@@ -179,7 +181,7 @@ def test_a_recorded_run_goes_on_where_it_was_cut(
     kept = [row for row in second if row["part"] == "bytes: gqa, a model"]
     assert [row["measured"] for row in kept] == [row["measured"] for row in first]
     assert {row["provenance"]["date"] for row in kept} == {"2026-01-01"}
-    assert {row["part"].split(":")[0] for row in second} == {"machine", "bytes", "decode", "prefill", "batch"}
+    assert {row["part"].split(":")[0] for row in second} == {"machine", "decode", "bytes", "batch", "prefill"}
     assert all("provenance" not in row for row in second if row["part"] == "machine")
 
     monkeypatch.setattr(hardware, "condition_of", lambda *_: {"preset": "tiny", "threads": 99})
@@ -258,6 +260,7 @@ def test_conditions_lie_side_by_side_and_what_cannot_be_used_is_named(quick: Non
     mixed[0]["provenance"] = {**PROVENANCE, "machine": "another"}
     alone = [{**row, "threads": 5} for row in one if row["part"] != "machine"]
     old = [{"what": "decode_time", "measured": 1.0}]
+    old.append({"what": "missing", "measured": None})
     results.save("hardware", "a command", one + two + dirty + mixed + alone + old, PROVENANCE, tmp_path)
     found, left_out = hardware.conditions(results.load("hardware", tmp_path))
     assert list(found) == ["a-machine, 1 thread", "a-machine, 2 threads"]
