@@ -257,23 +257,27 @@ def machine_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     yield Row("read bandwidth", read_bandwidth(device), "B/s", details={"what": "read_bandwidth"})
     yield Row("matrix products", matmul_peak(device, dtype), "FLOP/s", details={"what": "peak"})
     yield Row("call of an operator", call_seconds(device), "s", details={"what": "call"})
-    for rows, heads in dict.fromkeys(filter(None, map(heads_of, sizes.cases))):
-        rate = attention_rate(rows, heads, device, dtype)
-        title = f"attention, {rows} queries for each of {heads} KV heads"
-        yield Row(title, rate, "FLOP/s", details={"what": "attention_rate", "rows": rows, "kv_heads": heads})
+    for rows, heads, width in dict.fromkeys(filter(None, map(heads_of, sizes.cases))):
+        rate = attention_rate(rows, heads, width, device, dtype, nbytes=sizes.flushed // 2)
+        title = f"attention, {rows} queries for each of {heads} KV heads of {width}"
+        shape = {"rows": rows, "kv_heads": heads, "width": width}
+        yield Row(title, rate, "FLOP/s", details={"what": "attention_rate", **shape})
 
 
-def heads_of(case: Case) -> tuple[int, int] | None:
-    """Query rows per KV head and KV heads of attention over a cache; None for a recurrence.
+def heads_of(case: Case) -> tuple[int, int, int] | None:
+    """Query rows per KV head, KV heads, and their width, of attention over a cache; None for a recurrence.
 
     A latent is one KV head for all query heads.
     """
     options = case.options
     if case.mechanism in RECURRENT:
         return None
-    heads = 1 if case.mechanism in LATENT else options.get("n_kv_heads", 1 if case.mechanism == "gqa" else 0)
-    heads = heads or case.n_heads
-    return case.n_heads // heads, heads
+    if case.mechanism in LATENT:
+        layer = case.build(torch.bfloat16, "meta")
+        rank, rope_dim = (int(getattr(layer, name, 0)) for name in ("rank", "rope_dim"))
+        return case.n_heads, 1, rank + rope_dim if rank else layer.head_dim
+    heads = options.get("n_kv_heads", 1 if case.mechanism == "gqa" else case.n_heads)
+    return case.n_heads // heads, heads, options.get("head_dim", case.d_model // case.n_heads)
 
 
 def machine_of(rows: Iterable[Mapping[str, Any]]) -> Machine:
@@ -283,7 +287,9 @@ def machine_of(rows: Iterable[Mapping[str, Any]]) -> Machine:
     for what in ("read_bandwidth", "peak", "call"):
         if what not in found:
             raise ValueError(f"rows: expected a measured row {what!r} of part 'machine', got none")
-    rates = {(r["rows"], r["kv_heads"]): r["measured"] for r in rows if r["what"] == "attention_rate"}
+    rates = {
+        (r["rows"], r["kv_heads"], r["width"]): r["measured"] for r in rows if r["what"] == "attention_rate"
+    }
     return Machine(Roofline(found["peak"], found["read_bandwidth"]), found["call"], rates)
 
 

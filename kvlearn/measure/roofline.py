@@ -45,12 +45,12 @@ class Roofline:
 class Machine:
     """What a step is predicted from: a roofline, and what ``call_seconds`` and ``attention_rate`` measured.
 
-    ``rates`` is keyed by (query rows per KV head, KV heads).
+    ``rates`` is keyed by (query rows per KV head, KV heads, width of a head).
     """
 
     roofline: Roofline
     call: float = 0.0
-    rates: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    rates: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
 
     def step_seconds(
         self,
@@ -58,7 +58,7 @@ class Machine:
         cache: float,
         flops: float,
         calls: int = 0,
-        heads: tuple[int, int] | None = None,
+        heads: tuple[int, int, int] | None = None,
         bandwidth: float | None = None,
     ) -> float:
         """Seconds of a decode step of one layer: its matrices, then its cache, then the calls.
@@ -71,7 +71,7 @@ class Machine:
         the step, on a machine that others use too; else the roofline's.
         """
         bandwidth = self.roofline.bandwidth if bandwidth is None else bandwidth
-        rate = self.rates.get(heads or (0, 0), self.roofline.peak)
+        rate = self.rates.get(heads or (0, 0, 0), self.roofline.peak)
         return weights / bandwidth + max(cache / bandwidth, flops / rate) + calls * self.call
 
 
@@ -111,16 +111,17 @@ def call_seconds(device: torch.device | str = "cpu") -> float:
 def attention_rate(
     rows: int,
     n_kv_heads: int,
+    head_dim: int = 128,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     nbytes: int = 64 * MIB,
 ) -> float:
     """FLOP/s of ``scaled_dot_product_attention`` with ``rows`` queries for each of ``n_kv_heads`` KV heads.
 
-    Its keys and values, of ``nbytes`` together, are heads of 128. Few rows wait for the keys and values, or
-    for products that are too narrow for the machine; many reach the peak of its matrix products.
+    Keys and values have heads of ``head_dim`` and ``nbytes`` together. Few rows wait for the keys and values,
+    or for products that are too narrow for the machine; many reach the peak of its matrix products.
     """
-    device, head_dim = torch.device(device), 128
+    device = torch.device(device)
     tokens = max(1, nbytes // (2 * n_kv_heads * head_dim * dtype.itemsize))
     q = torch.randn(1, n_kv_heads, rows, head_dim, device=device).to(dtype)
     k, v = torch.randn(2, 1, n_kv_heads, tokens, head_dim, device=device).to(dtype)

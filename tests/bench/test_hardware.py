@@ -46,7 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "read_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(hardware, "matmul_peak", lambda device, dtype: 1e10)
     monkeypatch.setattr(hardware, "call_seconds", lambda device: 1e-6)
-    monkeypatch.setattr(hardware, "attention_rate", lambda *_: 1e8)
+    monkeypatch.setattr(hardware, "attention_rate", lambda *_, **__: 1e8)
 
 
 def measured(only: str, known: list[dict[str, Any]] = [], sizes: Sizes = TINY) -> list[dict[str, Any]]:  # noqa: B006
@@ -217,7 +217,7 @@ def test_lengths_stop_where_a_step_takes_too_long(quick: None) -> None:
 def test_a_prediction_adds_matrices_attention_and_calls(quick: None) -> None:
     rows = measured("machine")
     machine = hardware.machine_of(rows)
-    assert machine.rates == {(2, 2): 1e8}
+    assert machine.rates == {(2, 2, 8): 1e8}
     row = {"mechanism": "gqa", "model": "a model", "weights": 1e9, "cache": 2e9, "attention": 1e8}
     row |= {"calls": 1000, "stream": 5e8}
     assert hardware.predicted(row, machine, [CASE]) == pytest.approx(2 + 4 + 1e-3)
