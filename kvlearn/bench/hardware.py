@@ -37,6 +37,7 @@ from kvlearn.measure.roofline import (
     attention_rate,
     call_seconds,
     matmul_peak,
+    matrix_bandwidth,
     read_bandwidth,
 )
 from kvlearn.measure.timing import Quartiles
@@ -255,6 +256,8 @@ def machine_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Bandwidth, peak and the cost of a call, with the threads of this run."""
     dtype = dtype_of(device)
     yield Row("read bandwidth", read_bandwidth(device), "B/s", details={"what": "read_bandwidth"})
+    matrices = matrix_bandwidth(device, dtype, sizes.flushed)
+    yield Row("a matrix times one row", matrices, "B/s", details={"what": "matrix_bandwidth"})
     yield Row("matrix products", matmul_peak(device, dtype), "FLOP/s", details={"what": "peak"})
     yield Row("call of an operator", call_seconds(device), "s", details={"what": "call"})
     for rows, heads, width in dict.fromkeys(filter(None, map(heads_of, sizes.cases))):
@@ -284,13 +287,14 @@ def machine_of(rows: Iterable[Mapping[str, Any]]) -> Machine:
     """The machine that recorded ``rows`` of one condition. Raises ValueError that names what is missing."""
     rows = [row for row in rows if row.get("part") == "machine" and row["measured"] is not None]
     found = {row["what"]: row["measured"] for row in rows}
-    for what in ("read_bandwidth", "peak", "call"):
+    for what in ("read_bandwidth", "matrix_bandwidth", "peak", "call"):
         if what not in found:
             raise ValueError(f"rows: expected a measured row {what!r} of part 'machine', got none")
     rates = {
         (r["rows"], r["kv_heads"], r["width"]): r["measured"] for r in rows if r["what"] == "attention_rate"
     }
-    return Machine(Roofline(found["peak"], found["read_bandwidth"]), found["call"], rates)
+    reached = found["matrix_bandwidth"] / found["read_bandwidth"]
+    return Machine(Roofline(found["peak"], found["read_bandwidth"]), found["call"], reached, rates)
 
 
 def conditions(

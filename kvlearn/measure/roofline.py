@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from kvlearn.measure.units import GIB, MIB
 from kvlearn.measure.work import Work
@@ -45,11 +45,13 @@ class Roofline:
 class Machine:
     """What a step is predicted from: a roofline, and what ``call_seconds`` and ``attention_rate`` measured.
 
-    ``rates`` is keyed by (query rows per KV head, KV heads, width of a head).
+    ``matrices`` is the part of the bandwidth that a product of a matrix and one row reaches. ``rates`` is
+    keyed by (query rows per KV head, KV heads, width of a head).
     """
 
     roofline: Roofline
     call: float = 0.0
+    matrices: float = 1.0
     rates: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
 
     def step_seconds(
@@ -63,7 +65,7 @@ class Machine:
     ) -> float:
         """Seconds of a decode step of one layer: its matrices, then its cache, then the calls.
 
-            weights / bandwidth + max(cache / bandwidth, flops / rate) + calls · call
+            weights / (matrices · bandwidth) + max(cache / bandwidth, flops / rate) + calls · call
 
         ``weights`` and ``cache``: bytes moved. ``flops``: those of the attention, without its projections,
         which for one sequence wait for their weights. ``heads``: the key of ``rates``; without it, or where
@@ -72,7 +74,8 @@ class Machine:
         """
         bandwidth = self.roofline.bandwidth if bandwidth is None else bandwidth
         rate = self.rates.get(heads or (0, 0, 0), self.roofline.peak)
-        return weights / bandwidth + max(cache / bandwidth, flops / rate) + calls * self.call
+        rows = weights / (self.matrices * bandwidth)
+        return rows + max(cache / bandwidth, flops / rate) + calls * self.call
 
 
 def measure_roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Roofline:
@@ -106,6 +109,18 @@ def call_seconds(device: torch.device | str = "cpu") -> float:
 
     with torch.inference_mode():
         return sorted(_best(thousand, device, runs=1) for _ in range(5))[2] / 1000
+
+
+def matrix_bandwidth(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, nbytes: int = 128 * MIB
+) -> float:
+    """Bytes/s of a product of a matrix of ``nbytes`` and one row: the median of five."""
+    device, width = torch.device(device), 4096
+    matrix = torch.randn(max(1, nbytes // (width * dtype.itemsize)), width, device=device).to(dtype)
+    x = torch.randn(1, width, device=device).to(dtype)
+    with torch.inference_mode():
+        runs = [_best(lambda: linear(x, matrix), device, runs=1) for _ in range(5)]
+    return matrix.nbytes / sorted(runs)[2]
 
 
 def attention_rate(

@@ -44,6 +44,7 @@ TINY = Sizes(
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose speed is known and takes no time to measure."""
     monkeypatch.setattr(hardware, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(hardware, "matrix_bandwidth", lambda *_: 5e8)
     monkeypatch.setattr(hardware, "matmul_peak", lambda device, dtype: 1e10)
     monkeypatch.setattr(hardware, "call_seconds", lambda device: 1e-6)
     monkeypatch.setattr(hardware, "attention_rate", lambda *_, **__: 1e8)
@@ -220,8 +221,8 @@ def test_a_prediction_adds_matrices_attention_and_calls(quick: None) -> None:
     assert machine.rates == {(2, 2, 8): 1e8}
     row = {"mechanism": "gqa", "model": "a model", "weights": 1e9, "cache": 2e9, "attention": 1e8}
     row |= {"calls": 1000, "stream": 5e8}
-    assert hardware.predicted(row, machine, [CASE]) == pytest.approx(2 + 4 + 1e-3)
-    assert hardware.predicted({**row, "attention": 1e9}, machine, [CASE]) == pytest.approx(2 + 10 + 1e-3)
+    assert hardware.predicted(row, machine, [CASE]) == pytest.approx(4 + 4 + 1e-3)
+    assert hardware.predicted({**row, "attention": 1e9}, machine, [CASE]) == pytest.approx(4 + 10 + 1e-3)
     with pytest.raises(ValueError, match="'peak' of part 'machine'"):
         hardware.machine_of([row for row in rows if row["what"] != "peak"])
 
