@@ -10,6 +10,7 @@ BENCHMARKS = {
     "shared": "shared and compressed heads: bytes stored and read, both paths of a latent, conversion",
     "window": "windows, patterns, sparse attention: growth of time and memory, steps of decode, bytes",
     "linear": "states in place of caches: exponents, steps, bytes, 100K tokens of decode, others' Mamba",
+    "hardware": "one layer of every mechanism at real shapes: bytes, decode, prefill, the batch that fits",
     "models": "models rebuilt from kvlearn's parts beside transformers': decode, mixtures, loading",
     "decode": "the decode kernel against the floor, torch and its own stages; its PyTorch form on a CPU",
     "decode_tune": "tilings and splits of the decode kernel: the best beside the present (needs a GPU)",

@@ -4,6 +4,10 @@ cache_size   what a real model stores and reads: ``cache_bytes``, ``read_bytes``
 models       ``MODELS``: real shapes by name
 calculator   ``calculator``: the same with sliders, in a notebook
 budget       ``design``, ``budget_table``, ``budget``: a hybrid for a GPU, with the least time of a step
+touched      ``touched``: bytes of a cache and of weights, and FLOPs, that a call really touches
+growth       ``fit_exponent``: the exponent of a power law, with its error
+cost         ``Load``, ``users_per_device``, ``dollars_per_million``, ``costs``: what serving costs
+devices      ``DEVICES``: memory, bandwidth and peak of real devices, with their sources
 table        ``Table`` for notebooks, and the course's ``running_table``
 units        ``format_bytes`` (KiB, MiB, GiB), ``format_bytes_decimal`` (kB, MB, GB), rates and times
 timing       ``measure_time``, ``compare`` interleaved; medians with ``Quartiles``
@@ -17,7 +21,7 @@ doctor       ``kvlearn doctor``: what runs how on this machine
 """
 
 from kvlearn.measure import results
-from kvlearn.measure.budget import DEVICES, KINDS, budget, budget_table, design, step_seconds, step_work
+from kvlearn.measure.budget import KINDS, budget, budget_table, design, step_seconds, step_work
 from kvlearn.measure.cache_size import (
     LayerShape,
     ModelShape,
@@ -30,12 +34,16 @@ from kvlearn.measure.cache_size import (
     weights_bytes,
 )
 from kvlearn.measure.calculator import calculator, memory_table
+from kvlearn.measure.cost import Load, cost_table, costs, dollars_per_million, users_per_device
+from kvlearn.measure.devices import DEVICES, Device, device_table
+from kvlearn.measure.growth import Exponent, fit_exponent
 from kvlearn.measure.memory import peak_memory
 from kvlearn.measure.models import MODELS
 from kvlearn.measure.provenance import collect_provenance
-from kvlearn.measure.roofline import Roofline, matmul_peak, measure_roofline, read_bandwidth
+from kvlearn.measure.roofline import Machine, Roofline, matmul_peak, measure_roofline, read_bandwidth
 from kvlearn.measure.table import Table, running_table
 from kvlearn.measure.timing import Comparison, Quartiles, compare, measure_time
+from kvlearn.measure.touched import Touched, touched
 from kvlearn.measure.units import (
     GB,
     GIB,
@@ -65,11 +73,16 @@ __all__ = [
     "TB",
     "TIB",
     "Comparison",
+    "Device",
+    "Exponent",
     "LayerShape",
+    "Load",
+    "Machine",
     "ModelShape",
     "Quartiles",
     "Roofline",
     "Table",
+    "Touched",
     "Work",
     "attention_layer_work",
     "attention_work",
@@ -79,9 +92,14 @@ __all__ = [
     "calculator",
     "collect_provenance",
     "compare",
+    "cost_table",
+    "costs",
     "decoder_work",
     "design",
+    "device_table",
+    "dollars_per_million",
     "elements_per_token",
+    "fit_exponent",
     "format_bytes",
     "format_bytes_decimal",
     "format_rate",
@@ -100,6 +118,8 @@ __all__ = [
     "state_bytes",
     "step_seconds",
     "step_work",
+    "touched",
     "users",
+    "users_per_device",
     "weights_bytes",
 ]

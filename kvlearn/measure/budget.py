@@ -7,7 +7,7 @@ allocator's rounding and other programs need memory too, and are not counted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -23,44 +23,14 @@ from kvlearn.measure.cache_size import (
     weights_bytes,
 )
 from kvlearn.measure.controls import table_with_controls
+from kvlearn.measure.devices import DEVICES, Device
 from kvlearn.measure.models import MODELS
-from kvlearn.measure.roofline import Roofline
 from kvlearn.measure.table import Table
-from kvlearn.measure.units import GB, TB
+from kvlearn.measure.units import GB
 from kvlearn.measure.work import Work
 
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU's memory in bytes, bandwidth in bytes/s and dense bf16 peak in FLOP/s, from ``source``."""
-
-    name: str
-    memory: int
-    bandwidth: float
-    peak: float
-    source: str
-
-    @property
-    def roofline(self) -> Roofline:
-        return Roofline(self.peak, self.bandwidth, self.name)
-
-
-DEVICES = {
-    device.name: device
-    for device in (
-        Device(
-            "RTX 4090",
-            24 * GB,
-            1.008 * TB,
-            165.2e12,
-            "NVIDIA, Ada GPU architecture whitepaper (2023), appendix A",
-        ),
-        Device("A100 80 GB", 80 * GB, 2.039 * TB, 312e12, "NVIDIA, A100 data sheet (SXM)"),
-        # The data sheet's 1979 TFLOP/s are those with structured sparsity, twice the dense ones.
-        Device("H200", 141 * GB, 4.8 * TB, 1979e12 / 2, "NVIDIA, H200 data sheet (SXM)"),
-    )
-}
-"""By name: the GPUs of the course's estimates."""
+GPUS = ("RTX 4090", "A100 80 GB", "H200")
+"""The devices of ``budget_table``: three sizes of memory."""
 
 KINDS = {
     "full": LayerShape(),
@@ -131,7 +101,7 @@ def budget_table(model: ModelShape, length: int = 2**20, *, batch: int = 1) -> T
     """Bytes stored and read, and for each GPU whether the model fits and how long a token takes at least."""
     stored, read = (of(model, length, batch=batch) for of in (cache_bytes, read_bytes))
     rows = []
-    for device in DEVICES.values():
+    for device in map(DEVICES.__getitem__, GPUS):
         left = device.memory - weights_bytes(model)
         seconds = step_seconds(model, length, device, batch=batch)
         rows.append(

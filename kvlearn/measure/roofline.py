@@ -8,11 +8,12 @@ Source: Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performan
 
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import psutil
 import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from kvlearn.measure.units import GIB, MIB
 from kvlearn.measure.work import Work
@@ -40,6 +41,43 @@ class Roofline:
         return max(work.flops / self.peak, work.nbytes / self.bandwidth)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a step is predicted from: a roofline, and what ``call_seconds`` and ``attention_rate`` measured.
+
+    ``matrices`` is the part of the bandwidth that a product of a matrix and one row reaches. ``rates`` is
+    keyed by (query rows per KV head, KV heads, width of a head).
+    """
+
+    roofline: Roofline
+    call: float = 0.0
+    matrices: float = 1.0
+    rates: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
+
+    def step_seconds(
+        self,
+        weights: float,
+        cache: float,
+        flops: float,
+        calls: int = 0,
+        heads: tuple[int, int, int] | None = None,
+        bandwidth: float | None = None,
+    ) -> float:
+        """Seconds of a decode step of one layer: its matrices, then its cache, then the calls.
+
+            weights / (matrices · bandwidth) + max(cache / bandwidth, flops / rate) + calls · call
+
+        ``weights`` and ``cache``: bytes moved. ``flops``: those of the attention, without its projections,
+        which for one sequence wait for their weights. ``heads``: the key of ``rates``; without it, or where
+        it was not measured, the rate is the peak. ``bandwidth``: bytes/s of a stream that was measured beside
+        the step, on a machine that others use too; else the roofline's.
+        """
+        bandwidth = self.roofline.bandwidth if bandwidth is None else bandwidth
+        rate = self.rates.get(heads or (0, 0, 0), self.roofline.peak)
+        rows = weights / (self.matrices * bandwidth)
+        return rows + max(cache / bandwidth, flops / rate) + calls * self.call
+
+
 def measure_roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Roofline:
     """This machine's roofline, measured now (once a process, about a second) with all of torch's threads."""
     device = torch.device(device)
@@ -58,6 +96,53 @@ def matmul_peak(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     A dtype that the machine only emulates is measured as it is (fp16 on most CPUs: a thousandth).
     """
     return _matmul_peak(torch.device(device), dtype, torch.get_num_threads())
+
+
+def call_seconds(device: torch.device | str = "cpu") -> float:
+    """Seconds of a call that computes next to nothing: the median of runs of a thousand small additions."""
+    device = torch.device(device)
+    x = torch.zeros(64, device=device)
+
+    def thousand() -> None:
+        for _ in range(1000):
+            torch.add(x, x)
+
+    with torch.inference_mode():
+        return sorted(_best(thousand, device, runs=1) for _ in range(5))[2] / 1000
+
+
+def matrix_bandwidth(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, nbytes: int = 128 * MIB
+) -> float:
+    """Bytes/s of a product of a matrix of ``nbytes`` and one row: the median of five."""
+    device, width = torch.device(device), 4096
+    matrix = torch.randn(max(1, nbytes // (width * dtype.itemsize)), width, device=device).to(dtype)
+    x = torch.randn(1, width, device=device).to(dtype)
+    with torch.inference_mode():
+        runs = [_best(lambda: linear(x, matrix), device, runs=1) for _ in range(5)]
+    return matrix.nbytes / sorted(runs)[2]
+
+
+def attention_rate(
+    rows: int,
+    n_kv_heads: int,
+    head_dim: int = 128,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    nbytes: int = 64 * MIB,
+) -> float:
+    """FLOP/s of ``scaled_dot_product_attention`` with ``rows`` queries for each of ``n_kv_heads`` KV heads.
+
+    Keys and values have heads of ``head_dim`` and ``nbytes`` together. Few rows wait for the keys and values,
+    or for products that are too narrow for the machine; many reach the peak of its matrix products.
+    """
+    device = torch.device(device)
+    tokens = max(1, nbytes // (2 * n_kv_heads * head_dim * dtype.itemsize))
+    q = torch.randn(1, n_kv_heads, rows, head_dim, device=device).to(dtype)
+    k, v = torch.randn(2, 1, n_kv_heads, tokens, head_dim, device=device).to(dtype)
+    with torch.inference_mode():
+        runs = [_best(lambda: scaled_dot_product_attention(q, k, v), device, runs=1) for _ in range(5)]
+    return 4 * n_kv_heads * rows * tokens * head_dim / sorted(runs)[2]
 
 
 def read_stream(device: torch.device | str = "cpu") -> tuple[Callable[[], object], int]:

@@ -13,6 +13,14 @@ from kvlearn.plots.kernels import access_pattern, achieved_bandwidth, splits
 from kvlearn.plots.layers import across_layers
 from kvlearn.plots.linear import state_memory
 from kvlearn.plots.losses import conversion_curves, loss_over_rank, uptraining
+from kvlearn.plots.measurements import (
+    decode_times,
+    dollars,
+    predicted_and_measured,
+    rooflines,
+    touched_bytes,
+    what_pays,
+)
 from kvlearn.plots.memory import bytes_per_token, cache_growth
 from kvlearn.plots.patterns import gallery, lifetimes, selections
 from kvlearn.plots.picture import COLOURS, Picture
@@ -45,6 +53,8 @@ __all__ = [
     "cone",
     "conversion_curves",
     "converted",
+    "decode_times",
+    "dollars",
     "gallery",
     "influence",
     "layer_stripes",
@@ -57,11 +67,13 @@ __all__ = [
     "pareto",
     "path_flops",
     "pools",
+    "predicted_and_measured",
     "recall_curves",
     "recall_over_bytes",
     "recall_over_length",
     "recall_over_state",
     "ring",
+    "rooflines",
     "rope_on_latent",
     "scaling",
     "selections",
@@ -72,5 +84,7 @@ __all__ = [
     "step_times",
     "stored_and_read",
     "time_per_token",
+    "touched_bytes",
     "uptraining",
+    "what_pays",
 ]

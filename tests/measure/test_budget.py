@@ -19,7 +19,7 @@ from kvlearn.measure import (
     step_work,
     weights_bytes,
 )
-from kvlearn.measure.budget import fits, stack
+from kvlearn.measure.budget import GPUS, fits, stack
 
 LLAMA = MODELS["Llama 3.1 8B"]
 M = 2**20
@@ -79,7 +79,7 @@ def test_many_users_of_latents_wait_for_arithmetic() -> None:
 
 def test_the_table_says_what_fits_where() -> None:
     rows = budget_table(design(5 * ["state"] + ["latent"]), M).rows
-    assert [row["GPU"] for row in rows] == list(DEVICES)
+    assert [row["GPU"] for row in rows] == list(GPUS)
     assert [row["fits"] for row in rows] == ["yes"] * 3
     full = budget_table(LLAMA, M).rows
     assert [row["fits"] for row in full] == ["no"] * 3  # 137 GB beside 16 GB of weights
@@ -92,7 +92,7 @@ def test_the_table_says_what_fits_where() -> None:
 def test_every_device_names_its_source() -> None:
     for name, device in DEVICES.items():
         assert device.name == name
-        assert "NVIDIA" in device.source
+        assert device.source.startswith(("NVIDIA, ", "AMD, ", "Apple, "))
         assert device.roofline.knee == device.peak / device.bandwidth
 
 
