@@ -226,7 +226,7 @@ class BlockPool:
         del table.blocks[keep:], table.tokens[length:], table.entries[length // self.page :]
 
     def drop(self, table: BlockTable, position: int) -> None:
-        """Release the blocks of tokens before ``position``, as a window does. Their places stay in the table."""
+        """Release the blocks of tokens before ``position``, as a window does; their places stay in it."""
         for i in range(min(position // self.page, table.length // self.page)):
             if table.blocks[i] != DROPPED:
                 self._release(table.blocks[i])

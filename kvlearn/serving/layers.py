@@ -7,7 +7,6 @@ each sequence's own blocks. Letters: N new tokens in all, P blocks of a table.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from kvlearn.attention import (
 )
 from kvlearn.attention.base import KV
 from kvlearn.attention.core import merge_heads, split_heads
+from kvlearn.attention.mla import absorbed_attention, fold_up, unfold_up
 from kvlearn.attention.recurrent import StateCache
-from kvlearn.attention.mla import absorbed_attention, absorbed_step
 from kvlearn.kernels import decode_attention, decode_latent
 from kvlearn.serving.blocks import DROPPED, BlockTable, blocks_for
 
@@ -58,9 +57,7 @@ class Batch:
     last: Int[Tensor, "n"]  # columns of the last new token of every sequence
 
     @classmethod
-    def of(
-        cls, work: Sequence[tuple[BlockTable, Sequence[int]]], page: int, device: torch.device
-    ) -> "Batch":
+    def of(cls, work: Sequence[tuple[BlockTable, Sequence[int]]], page: int, device: torch.device) -> "Batch":
         """From tables and the tokens that follow them, the single tokens first."""
         tokens, positions, blocks, ends, chunks = [], [], [], [], list[Chunk]()
         for table, new in work:
@@ -84,10 +81,8 @@ class Batch:
             positions=at[None],
             block=torch.tensor(blocks, device=device),
             offset=at % page,
-            lengths=torch.tensor(
-                [table.length + 1 for table in steps], dtype=torch.int32, device=device
-            ),
-            block_table=torch.tensor(rows, dtype=torch.int32, device=device),
+            lengths=torch.tensor([table.length + 1 for table in steps], dtype=torch.int32, device=device),
+            block_table=torch.tensor(rows, dtype=torch.int32, device=device).reshape(len(steps), width),
             chunks=chunks,
             last=torch.tensor(ends, device=device),
         )
@@ -164,9 +159,18 @@ class PagedLatent:
 
         heads = q.new_empty(1, mixer.n_heads, x.shape[1], mixer.v_head_dim)
         if n_steps:
-            step = partial(decode_latent, block_table=batch.block_table, validate=False)
-            queries, at = q[0, :, :n_steps].transpose(0, 1)[:, :, None], batch.lengths[:, None] - 1
-            out = absorbed_step(step, queries, pages, mixer.up, at, mixer.scale)  # (R, H, 1, Dv)
+            folded = fold_up(q[0, :, :n_steps].transpose(0, 1)[:, :, None], mixer.up, mixer.rope_dim)
+            q_latent, q_rope = folded[:, :, 0].split((mixer.rank, mixer.rope_dim), dim=-1)  # (R, H, ·)
+            latents = decode_latent(
+                q_latent,
+                q_rope,
+                pages,
+                batch.lengths,
+                scale=mixer.scale,
+                block_table=batch.block_table,
+                validate=False,
+            )
+            out = unfold_up(latents[:, :, None], mixer.up, D)  # (R, H, 1, Dv)
             heads[0, :, :n_steps] = out[:, :, 0].transpose(0, 1)
         for chunk in batch.chunks:
             new = slice(chunk.start, chunk.stop)

@@ -17,7 +17,7 @@ from kvlearn.serving.blocks import BlockPool, BlockTable, OutOfBlocks, Tenant, b
 
 @dataclass(frozen=True)
 class Mix:
-    """A recipe for requests. Lengths are means of exponential distributions, in tokens, unless said otherwise.
+    """A recipe for requests. Lengths are in tokens, means of exponential distributions unless said otherwise.
 
     Tenant i sends a share of 1/i of the requests. A share ``public`` of the conversations starts with one of
     ``n_public`` system prompts that all tenants use, the others with the tenant's own. After an answer the
@@ -84,9 +84,7 @@ class Report:
     seconds: float
 
 
-def simulate(
-    mix: Mix, n_requests: int, n_blocks: int, page: int = 16, sharing: Sharing = "all"
-) -> Report:
+def simulate(mix: Mix, n_requests: int, n_blocks: int, page: int = 16, sharing: Sharing = "all") -> Report:
     """Block accounting of ``n_requests`` of ``mix``.
 
     ``sharing``: "none", between "all" tenants, with "salts" within each tenant only, or with "quotas" too, an

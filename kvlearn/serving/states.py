@@ -1,4 +1,4 @@
-"""Prefixes of a recurrent model: snapshots of its state, each usable by prompts that start with all its tokens.
+"""Prefixes of a recurrent model: snapshots of its state, each for prompts that start with all its tokens.
 
 Keys and values belong to one token each, so that a prefix of any length can be shared, block by block. A
 state is a sum over all tokens so far. None can be taken out of it: a prompt that differs in one token of a

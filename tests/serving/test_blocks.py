@@ -124,7 +124,9 @@ class Pool(RuleBasedStateMachine):
         if self.pool.has_quotas:
             assert self.state(other) == before
 
-    @rule(target=tables, name=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    @rule(
+        target=tables, name=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9)
+    )
     def submit(self, name: str, tokens: list[int]) -> BlockTable:
         table = self.pool.open(name)
         self.open.append(table)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -168,7 +168,7 @@ def test_a_window_releases_the_blocks_behind_it() -> None:
     while not request.done:
         engine.step()
         most = max(most, engine.pool.in_use)
-    assert most == 4  # six tokens in blocks of two, at any offset
+    assert most == 3  # five tokens that the next one still sees, in blocks of two at any offset
     assert request.tokens == alone(model, request, [1, 2, 3])
 
 
@@ -184,9 +184,7 @@ def serve(engine: Engine, *submissions: tuple[str, list[int], int]) -> list[torc
     requests = [engine.submit(prompt, n_new, tenant=name) for name, prompt, n_new in submissions]
     tables = [r.table for r in requests if r.tenant == "a"]
     engine.run()
-    return [
-        logits[[at.index(table) for table in tables if table in at]] for at, logits in seen
-    ]
+    return [logits[[at.index(table) for table in tables if table in at]] for at, logits in seen]
 
 
 @given(
@@ -205,16 +203,9 @@ def test_logits_are_the_same_bit_for_bit_whatever_another_tenant_writes(
         for old in before:
             engine.submit(old, 5, tenant="b")
             engine.run()
-        engine.pool.counts.hits = 0
-        if before:
-            for table in [engine.pool.open("b")]:  # its own cached prefixes would change the batch's shape
-                assert engine.pool.match(table, [0]) == 0
-        work = [("a", [1, 2, 3, 4, 5], 8), ("b", prompt, 8)]
         cached = engine.pool.open("b")
-        if engine.pool.match(cached, prompt):
-            return
-        engine.pool.close(cached)
-        results.append(serve(engine, *work))
+        assume(not engine.pool.match(cached, prompt))  # it would change the shape of a batch
+        results.append(serve(engine, ("a", [1, 2, 3, 4, 5], 8), ("b", prompt, 8)))
     assert len(results[0]) == len(results[1])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -279,7 +270,7 @@ def test_an_interrupted_step_can_be_repeated() -> None:
 
 
 class Users(RuleBasedStateMachine):
-    """Two tenants submit, fork and cancel while the engine steps; a small pool, so that they are preempted."""
+    """Two tenants submit, fork and cancel while the engine steps, in a pool so small that it preempts."""
 
     @initialize(
         tenants=st.sampled_from([PAYING, (Tenant("a", b"1"), Tenant("b", b"2")), (Tenant("a"), Tenant("b"))]),
@@ -353,7 +344,7 @@ TestUsers.settings = settings(
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (["full", "mamba2"], r"layer 1 \(mamba2\): a state holds all tokens at once .* StatePrefixes"),
+        (["full", "mamba2"], r"layer 1 \(mamba2\): a state holds all tokens at once .*StatePrefixes"),
         (["gated_delta"], r"layer 0 \(gated_delta\): a state holds all tokens"),
         (["sparse"], r"layer 0 \(sparse\): expected layers of full, gqa, window, mla"),
         ([Spec("full"), Spec("full", reads="last")], r"layer 1 \(full\): expected layers of"),
@@ -367,9 +358,7 @@ def test_a_layer_that_cannot_be_paged_is_refused(layers: Any, message: str) -> N
 
 
 def test_angles_that_depend_on_the_length_are_refused() -> None:
-    scaling = LongRopeScaling(
-        original_max_len=8, max_len=16, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4
-    )
+    scaling = LongRopeScaling((1.0,) * 4, (2.0,) * 4, original_max_len=8)
     with pytest.raises(ValueError, match="angles that do not depend on the length"):
         Engine(tiny("full", rope=RopeConfig(scaling=scaling)), 10)
 
