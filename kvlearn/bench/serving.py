@@ -156,9 +156,8 @@ def work_of(sizes: Sizes) -> list[tuple[list[int], int]]:
 def new_engine(model: Decoder, sizes: Sizes, **options: Any) -> Engine:
     """An engine with room for all users at once."""
     room = sizes.users * (sizes.system_prompt + sizes.prompt + sizes.n_new) // 16
-    return Engine(
-        model, room + sizes.users, **{"max_batch": sizes.users, "budget": 4 * sizes.users} | options
-    )
+    options = {"max_batch": sizes.users, "budget": 4 * sizes.users} | options
+    return Engine(model, room + sizes.users, **options)
 
 
 def served(engine: Engine, work: Sequence[tuple[list[int], int]]) -> list[list[int]]:
@@ -255,13 +254,14 @@ def first_token_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     start = time.perf_counter()
     served(new_engine(model, sizes, share=False), work)
     capacity = len(work) / (time.perf_counter() - start)  # requests per second
-    for load in (0.5, 0.9):
-        waits = sorted(poisson(new_engine(model, sizes, share=False), work, load * capacity, sizes.arrivals))
-        for share in (50, 99):
-            wait = waits[min(len(waits) * share // 100, len(waits) - 1)]
-            found = {"what": "first_token", "percentile": share, "load": load, "n": len(waits)}
-            title = f"first token at {load:.0%} of the load that fits: {share} of 100 within"
-            yield Row(title, wait, "s", details={**found, "rate": load * capacity})
+    for share in (0.5, 0.9):
+        rate = share * capacity
+        waits = sorted(poisson(new_engine(model, sizes, share=False), work, rate, sizes.arrivals))
+        for percentile in (50, 99):
+            wait = waits[min(len(waits) * percentile // 100, len(waits) - 1)]
+            found = {"what": "first_token", "percentile": percentile, "load": share, "n": len(waits)}
+            title = f"first token at {share:.0%} of the load that fits: {percentile} of 100 within"
+            yield Row(title, wait, "s", details={**found, "rate": rate})
 
 
 def poisson(

@@ -50,6 +50,8 @@ FORM = Template(
     candidates=tuple(b"%02d" % n for n in range(10, 20)),
 )
 
+N_BLOCKS = 512  # of an engine under attack: enough that nothing is evicted
+
 # What the attacker sees of a request of its own; the more of it was cached, the larger.
 Observe = Callable[[bytes], float]
 
@@ -116,7 +118,7 @@ def attack(
     tenants = (Tenant("victim", b"v" if salted else b""), Tenant("attacker", b"a" if salted else b""))
     for _ in range(validate.positive("trials", trials)):
         secret = [rng.choice(template.candidates) for _ in range(template.n_fields)]
-        engine = Engine(model, 1024, page, tenants, budget=512)
+        engine = Engine(model, N_BLOCKS, page, tenants, budget=512)
         engine.submit(list(template.prompt(secret)), 1, tenant="victim")
         engine.run()
         observe = (observe_hits if channel == "hits" else observe_time)(engine, "attacker")
@@ -135,7 +137,7 @@ def response_times(
     rng, hits, misses = random.Random(seed), list[float](), list[float]()
     for _ in range(validate.positive("n", n)):
         right, wrong = rng.sample(list(template.candidates), 2)
-        engine = Engine(model, 1024, page, (Tenant("victim"), Tenant("attacker")), budget=512)
+        engine = Engine(model, N_BLOCKS, page, (Tenant("victim"), Tenant("attacker")), budget=512)
         engine.submit(list(template.prompt([right])), 1, tenant="victim")
         engine.run()
         observe = observe_time(engine, "attacker")
