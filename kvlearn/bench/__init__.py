@@ -5,6 +5,6 @@ A benchmark is a module of this package with a function ``parts(device, small)``
 """
 
 BENCHMARKS = {
-    "serving": "many users: blocks, hit rates, continuous batching, time to the first token, the leak",
     "models": "models rebuilt from kvlearn's parts beside transformers': decode, mixtures, loading",
+    "serving": "many users: blocks, hit rates, continuous batching, time to the first token, the leak",
 }

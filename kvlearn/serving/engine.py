@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvlearn import validate
 from kvlearn.model import Decoder
+from kvlearn.model.decoder import Block
 from kvlearn.model.generation import sample
 from kvlearn.serving.blocks import (
     BlockPool,
@@ -213,6 +214,7 @@ class Engine:
         x = model.embed(batch.tokens)  # (1, N, M): the new tokens of all sequences
         x = model.embed_norm(x * torch.tensor(model.config.embed_scale, dtype=x.dtype))
         for block, layer, pages in zip(model.blocks, self.layers, self.pages, strict=True):
+            assert isinstance(block, Block)
             x = x + block.mixer_post_norm(layer(block.mixer_norm(x), pages, batch))
             if block.mlp is not None:
                 x = x + block.mlp_post_norm(block.mlp(block.mlp_norm(x)))

@@ -59,11 +59,12 @@ class Batch:
     @classmethod
     def of(cls, work: Sequence[tuple[BlockTable, Sequence[int]]], page: int, device: torch.device) -> "Batch":
         """From tables and the tokens that follow them, the single tokens first."""
-        tokens, positions, blocks, ends, chunks = [], [], [], [], list[Chunk]()
+        tokens, positions, blocks, ends = list[int](), list[int](), list[int](), list[int]()
+        chunks: list[Chunk] = []
         for table, new in work:
             start, stop = len(tokens), len(tokens) + len(new)
-            tokens += new
             at = range(table.length, table.length + len(new))
+            tokens += new
             positions += at
             blocks += [table.blocks[position // page] for position in at]
             ends.append(stop - 1)
@@ -75,12 +76,12 @@ class Batch:
         steps = [table for table, new in work if len(new) == 1]
         width = max((len(table.blocks) for table in steps), default=0)
         rows = [table.blocks + [DROPPED] * (width - len(table.blocks)) for table in steps]
-        at = torch.tensor(positions, device=device)
+        where = torch.tensor(positions, device=device)
         return cls(
             tokens=torch.tensor([tokens], device=device),
-            positions=at[None],
+            positions=where[None],
             block=torch.tensor(blocks, device=device),
-            offset=at % page,
+            offset=where % page,
             lengths=torch.tensor([table.length + 1 for table in steps], dtype=torch.int32, device=device),
             block_table=torch.tensor(rows, dtype=torch.int32, device=device).reshape(len(steps), width),
             chunks=chunks,
