@@ -21,7 +21,7 @@ from kvlearn.serving import BlockPool, BlockTable, OutOfBlocks, Tenant, blocks_f
 from kvlearn.serving.blocks import DROPPED
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-N_BLOCKS, PAGE = 9, 2
+N_BLOCKS, PAGE = 9, 3
 SALTED = (Tenant("a", b"1"), Tenant("b", b"2"))
 PAYING = (Tenant("a", b"1", 5), Tenant("b", b"2", 4))
 TOGETHER = (Tenant("a"), Tenant("b"))
@@ -153,10 +153,13 @@ class Pool(RuleBasedStateMachine):
             return
         assert table.tokens == before
 
-    @rule(target=tables, table=tables)
-    def fork(self, table: BlockTable) -> BlockTable:
-        self.open.append(self.pool.fork(table))
-        return self.open[-1]
+    @rule(target=tables, table=tables, tokens=st.lists(st.integers(0, 1), max_size=3))
+    def fork(self, table: BlockTable, tokens: list[int]) -> BlockTable:
+        other = self.pool.fork(table)
+        self.open.append(other)
+        if tokens:
+            self.others_are_untouched(table, lambda: self.write(other, tokens))
+        return other
 
     @rule(table=tables, share=st.floats(0, 1))
     def trim(self, table: BlockTable, share: float) -> None:
