@@ -161,8 +161,8 @@ class Pool(RuleBasedStateMachine):
             self.others_are_untouched(table, lambda: self.write(other, tokens))
         return other
 
-    @rule(table=tables, share=st.floats(0, 1))
-    def trim(self, table: BlockTable, share: float) -> None:
+    @rule(table=tables, share=st.floats(0, 1), tokens=st.lists(st.integers(0, 1), max_size=3))
+    def trim(self, table: BlockTable, share: float, tokens: list[int]) -> None:
         length = int(table.length * share)
         if DROPPED in table.blocks[: blocks_for(length, PAGE)][-1:]:
             with pytest.raises(ValueError, match="length: expected tokens that are still in the cache"):
@@ -170,6 +170,8 @@ class Pool(RuleBasedStateMachine):
         else:
             self.others_are_untouched(table, lambda: self.pool.trim(table, length))
             assert table.length == length
+            if tokens:
+                self.others_are_untouched(table, lambda: self.write(table, tokens))
 
     @rule(table=tables, share=st.floats(0, 1))
     def drop(self, table: BlockTable, share: float) -> None:
