@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
 # No test reads or records the progress of whoever runs it.
 os.environ["KVLEARN_WORK"] = os.devnull
 
-jaxtyping.install_import_hook(["kvlearn.attention", "kvlearn.model", "kvlearn.study"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["kvlearn.attention", "kvlearn.model", "kvlearn.serving.layers", "kvlearn.study"], "beartype.beartype"
+)
 
 
 @pytest.fixture
