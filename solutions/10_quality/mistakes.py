@@ -158,13 +158,11 @@ positions.mistakes(
     Buckets begin behind their lower edge here. The position edges[i] belongs to bucket i.
 
     the last bucket without an end
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
-            → for low, high in zip(edges[:-1], [*edges[1:-1], 10**9], strict=True):
+        for low, high in pairwise(edges): → for low, high in pairwise([*edges[:-1], 10**9]):
     Tokens from the last edge on were counted in the last bucket. They are in none.
 
     the first bucket from the beginning
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
-            → for low, high in zip([0, *edges[1:-1]], edges[1:], strict=True):
+        for low, high in pairwise(edges): → for low, high in pairwise([0, *edges[1:]]):
     Tokens before the first edge were counted in the first bucket. They are in none, and the first token of a
     row, which nothing predicts, has the loss NaN.
 
