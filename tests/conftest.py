@@ -11,7 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-jaxtyping.install_import_hook(["kvlearn.attention", "kvlearn.model", "kvlearn.parallel", "kvlearn.study"], "beartype.beartype")
+CHECKED = ["kvlearn.attention", "kvlearn.model", "kvlearn.parallel", "kvlearn.study"]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture

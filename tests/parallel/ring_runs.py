@@ -13,12 +13,14 @@ from torch import Tensor
 from kvlearn.attention import REGISTRY
 from kvlearn.attention.core import Partial
 from kvlearn.model import Decoder, ModelConfig
-from kvlearn.parallel import Layout, Log, ParallelDecoder, Rule, ring_attention, tree_merge
+from kvlearn.parallel import Layout, Log, ParallelDecoder, Rule, pass_state, ring_attention, tree_merge
 from kvlearn.parallel.blockwise import Attended
 
 
-def inputs(batch: int, heads: int, kv_heads: int, tokens: int, dim: int) -> list[Tensor]:
+def inputs(shape: tuple[int, int, int], tokens: int, dim: int) -> list[Tensor]:
+    """Queries, keys, values and the gradient of the output; ``shape`` is batch, heads, KV heads."""
     torch.manual_seed(0)
+    batch, heads, kv_heads = shape
     return [torch.randn(batch, n, tokens, dim) for n in (heads, kv_heads, kv_heads, heads)]
 
 
@@ -50,7 +52,7 @@ def forward_and_backward(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rank, world, results = dist.get_rank(), dist.get_world_size(), []
     for case in cases:
         layout = Layout(case["tokens"], world, case["order"])
-        local = [layout.shard(x, rank, dim=2) for x in inputs(*case["shape"], case["tokens"], case["dim"])]
+        local = [layout.shard(x, rank, dim=2) for x in inputs(case["shape"], case["tokens"], case["dim"])]
         q, k, v = (x.requires_grad_() for x in local[:3])
         there, back = Log(), Log()
         out = ring_attention(
@@ -96,7 +98,7 @@ def state_passed(name: str, n: int) -> dict[str, Any]:
 def die(rank: int) -> None:
     """The process of ``rank`` ends without a word in the middle of a pass."""
     layout = Layout(16, dist.get_world_size())
-    q, k, v, _ = (layout.shard(x, dist.get_rank(), dim=2) for x in inputs(1, 2, 2, 16, 4))
+    q, k, v, _ = (layout.shard(x, dist.get_rank(), dim=2) for x in inputs((1, 2, 2), 16, 4))
     if dist.get_rank() == rank:
         os.kill(os.getpid(), signal.SIGKILL)
     ring_attention(q, k, v, layout)
@@ -134,7 +136,7 @@ def settings_of(rank: int, name: str) -> None:
         layout = Layout(15, layout.world) if name == "n_tokens" else layout
         rule = Rule(window=3) if name == "window" else rule
         heads = 4 if name == "heads" else heads
-    q, k, v, _ = (Layout(16, layout.world).shard(x, 0, dim=2) for x in inputs(1, heads, 2, 16, 4))
+    q, k, v, _ = (Layout(16, layout.world).shard(x, 0, dim=2) for x in inputs((1, heads, 2), 16, 4))
     ring_attention(q, k, v, layout, rule)
 
 
@@ -145,7 +147,7 @@ def wait_forever() -> None:
 def merged() -> list[Any]:
     """Partial attention of each rank over its third of the keys, merged by the tree; one rank has none."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    q, k, v, _ = inputs(2, 6, 3, 12, 8)
+    q, k, v, _ = inputs((2, 6, 3), 12, 8)
     keys = torch.arange(12)
     part = Attended(q, 0.3, block=5)
     if rank != 1:

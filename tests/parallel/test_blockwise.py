@@ -1,5 +1,7 @@
 """Blockwise attention and the blockwise layer against PyTorch, and what memory they need."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from kvlearn.parallel import Rule, blockwise_attention, blockwise_layer
 )
 def test_outputs_and_gradients_are_those_of_sdpa(tokens: int, block: int, rule: Rule, ragged: bool) -> None:
     lengths = torch.tensor([tokens, max(1, tokens // 3)]) if ragged else None
-    q, k, v, d_out = inputs(2, 6, 3, tokens, 8)
+    q, k, v, d_out = inputs((2, 6, 3), tokens, 8)
     given = [x.requires_grad_() for x in (q, k, v)]
     out = blockwise_attention(q, k, v, rule, lengths=lengths, block=block)
     got = [out.detach(), *torch.autograd.grad(out, given, d_out)]
@@ -29,7 +31,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(tokens: int, block: int, rule: 
 
 
 def test_queries_may_be_the_last_of_more_keys() -> None:
-    q, k, v, _ = inputs(1, 4, 2, 30, 8)
+    q, k, v, _ = inputs((1, 4, 2), 30, 8)
     whole = blockwise_attention(q, k, v)
     torch.testing.assert_close(blockwise_attention(q[:, :, 25:], k, v, block=4), whole[:, :, 25:])
 
@@ -56,7 +58,7 @@ def test_other_mechanisms_are_refused_by_name() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    q, k, v, _ = inputs(1, 6, 3, 5, 8)
+    q, k, v, _ = inputs((1, 6, 3), 5, 8)
     cases = [
         (
             "KV heads",
@@ -82,6 +84,6 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
         blockwise_layer(layer, x, block=64).sum().backward()  # type: ignore[arg-type]
 
     train(64)  # gradients exist from here on
-    short, long = (peak_memory(lambda n=n: train(n)) for n in (512, 1024))
+    short, long = (peak_memory(partial(train, n)) for n in (512, 1024))
     assert long < 2.2 * short
     assert long < 4 * 1024 * 1024 * 4 // 4  # a quarter of the scores of four heads

@@ -39,10 +39,9 @@ def test_ring_is_attention_on_one_device_and_sends_what_the_formula_says(world: 
     for i, case in enumerate(CASES):
         layout, rule = Layout(case["tokens"], world, case["order"]), case["rule"]
         plan = Plan(layout, rule)
-        batch, heads, kv_heads = case["shape"]
-        wanted = ring_runs.one_device(
-            *ring_runs.inputs(batch, heads, kv_heads, case["tokens"], 8), rule, case["lengths"]
-        )
+        batch, _, kv_heads = case["shape"]
+        q, k, v, d_out = ring_runs.inputs(case["shape"], case["tokens"], 8)
+        wanted = ring_runs.one_device(q, k, v, d_out, rule, case["lengths"])
         for j, expected in enumerate(wanted):
             got = layout.unshard([ranks[i]["parts"][j] for ranks in results], dim=2)
             torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-5)
@@ -95,7 +94,7 @@ def test_a_state_is_passed_on_and_its_bytes_do_not_depend_on_the_text() -> None:
 
 def test_partial_results_merge_up_a_tree() -> None:
     results = launch(ring_runs.merged, 3, seconds=60)
-    q, k, v, _ = ring_runs.inputs(2, 6, 3, 12, 8)
+    q, k, v, _ = ring_runs.inputs((2, 6, 3), 12, 8)
     mine = torch.cat([torch.arange(12)[rank::3] for rank in (0, 2)])
     k, v = (x[:, :, mine].repeat_interleave(2, 1) for x in (k, v))
     out, lse = attend_partial(q, k, v, scale=0.3)
