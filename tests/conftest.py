@@ -11,8 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-CHECKED = ["kvlearn.attention", "kvlearn.model", "kvlearn.parallel", "kvlearn.study"]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+jaxtyping.install_import_hook(["kvlearn.attention", "kvlearn.model", "kvlearn.study"], "beartype.beartype")
 
 
 @pytest.fixture
