@@ -11,17 +11,15 @@ Sources: Liu & Abbeel, "Blockwise Parallel Transformer for Large Context Models"
 Dao et al., "FlashAttention" (2022), algorithm 4.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kvlearn import validate
-from kvlearn.attention.base import token_positions
 from kvlearn.attention.core import Partial, finite, grouped_partial, merge, merge_heads, split_heads, upcast
 from kvlearn.attention.full import GroupedQueryAttention
 from kvlearn.model.decoder import Block
@@ -259,26 +257,83 @@ def blockwise_layer(layer: Block, x: Float[Tensor, "B T M"], block: int = 512) -
     mixer = layer.mixer
     if not isinstance(mixer, GroupedQueryAttention) or mixer.reader:
         raise TypeError(f"layer: expected full or gqa with keys of its own, got {mixer.label}")
-    positions = token_positions(x, None)[0]
-
-    def keys_and_values(part: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = layer.mixer_norm(part)
-        k = mixer.rope(split_heads(mixer.k_proj(mixed), mixer.n_kv_heads), at[None])
-        return k, split_heads(mixer.v_proj(mixed), mixer.n_kv_heads)
-
-    def finish(part: Tensor, at: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = mixer.rope(split_heads(mixer.q_proj(layer.mixer_norm(part)), mixer.n_heads), at[None])
-        heads = blockwise_attention(q, k, v, queries=at, block=block)
-        part = part + layer.mixer_post_norm(mixer.o_proj(merge_heads(heads)))
-        return part if layer.mlp is None else part + layer.mlp_post_norm(layer.mlp(layer.mlp_norm(part)))
-
-    parts = list(zip(x.split(block, dim=1), positions.split(block), strict=True))
-    k, v = (
-        torch.cat(pieces, dim=2) for pieces in zip(*(again(keys_and_values, *p) for p in parts), strict=True)
-    )
-    return torch.cat([again(finish, *part, k, v) for part in parts], dim=1)
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    out: Tensor = _BlockwiseLayer.apply(layer, validate.positive("block", block), x, *weights)
+    return out
 
 
-def again(function: Any, *inputs: Tensor) -> Any:
-    """``function(*inputs)``, which for the gradient is computed again instead of kept."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+class _BlockwiseLayer(torch.autograd.Function):
+    """``blockwise_layer`` with one buffer per gradient, to which every block adds its part."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Block, block: int, x: Tensor, *weights: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device)
+        pieces = [project(layer, x[:, b], at[b]) for b in slices(x.shape[1], block)]
+        k, v = (torch.cat(each, dim=2) for each in zip(*pieces, strict=True))
+        y = torch.empty_like(x)
+        for b in slices(x.shape[1], block):
+            y[:, b] = finish(layer, x[:, b], at[b], k[:, :, : b.stop], v[:, :, : b.stop], block)
+        ctx.layer, ctx.block = layer, block
+        ctx.save_for_backward(x, k, v, *weights)
+        return y
+
+    @staticmethod
+    @torch.enable_grad()
+    def backward(ctx: Any, *d_ys: Tensor) -> tuple[Any, ...]:
+        layer, block, (d_y,) = ctx.layer, ctx.block, d_ys
+        x, k, v, *weights = ctx.saved_tensors
+        at = torch.arange(x.shape[1], device=x.device)
+        d_x, d_k, d_v = torch.zeros_like(x), torch.zeros_like(k), torch.zeros_like(v)
+        d_weights = [torch.zeros_like(weight) for weight in weights]
+
+        def add(
+            outputs: Sequence[Tensor], d_outputs: Sequence[Tensor], to: Sequence[tuple[Tensor, Tensor]]
+        ) -> None:
+            grads = torch.autograd.grad(outputs, [of for of, _ in to] + weights, d_outputs, allow_unused=True)
+            for buffer, grad in zip([into for _, into in to] + d_weights, grads, strict=True):
+                if grad is not None:
+                    buffer += grad
+
+        for b in slices(x.shape[1], block):
+            seen = slice(b.stop)  # the keys that these queries may see
+            part, keys, values = (
+                z.detach().requires_grad_() for z in (x[:, b], k[:, :, seen], v[:, :, seen])
+            )
+            y = finish(layer, part, at[b], keys, values, block)
+            to = [(part, d_x[:, b]), (keys, d_k[:, :, seen]), (values, d_v[:, :, seen])]
+            add([y], [d_y[:, b]], to)
+        for b in slices(x.shape[1], block):
+            part = x[:, b].detach().requires_grad_()
+            add(project(layer, part, at[b]), [d_k[:, :, b], d_v[:, :, b]], [(part, d_x[:, b])])
+        return None, None, d_x, *d_weights
+
+
+def project(
+    layer: Block, x: Float[Tensor, "B T M"], at: Int[Tensor, "T"]
+) -> tuple[Float[Tensor, "B G T D"], Float[Tensor, "B G T D"]]:
+    """Keys and values of the tokens ``x`` at positions ``at``."""
+    mixer: Any = layer.mixer
+    mixed = layer.mixer_norm(x)
+    k = mixer.rope(split_heads(mixer.k_proj(mixed), mixer.n_kv_heads), at[None])
+    return k, split_heads(mixer.v_proj(mixed), mixer.n_kv_heads)
+
+
+def finish(
+    layer: Block,
+    x: Float[Tensor, "B T M"],
+    at: Int[Tensor, "T"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S D"],
+    block: int,
+) -> Float[Tensor, "B T M"]:
+    """All of a layer but keys and values, for the tokens ``x`` at positions ``at``."""
+    mixer: Any = layer.mixer
+    q = mixer.rope(split_heads(mixer.q_proj(layer.mixer_norm(x)), mixer.n_heads), at[None])
+    heads = blockwise_attention(q, k, v, queries=at, block=block)
+    x = x + layer.mixer_post_norm(mixer.o_proj(merge_heads(heads)))
+    return x if layer.mlp is None else x + layer.mlp_post_norm(layer.mlp(layer.mlp_norm(x)))
+
+
+def slices(length: int, block: int) -> list[slice]:
+    """``length`` cut into pieces of ``block``, the last one shorter."""
+    return [slice(a, min(a + block, length)) for a in range(0, length, block)]
