@@ -1,0 +1,142 @@
+"""Start processes that work together, from a notebook or a test, and end all of them when one fails.
+
+``torchrun`` does this on the command line. Here the processes are children of the notebook's kernel: each
+imports ``function`` by name, meets the others through a file, and gives back what the function returns.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from kvlearn import validate
+from kvlearn.parallel.ring import PeerLost
+
+
+class RankFailed(RuntimeError):
+    """A rank of a run has failed; the message names it and says how."""
+
+
+def launch(function: Callable[..., Any], world: int, *args: Any, seconds: float = 20.0) -> list[Any]:
+    """``function(*args)`` in ``world`` processes that form the default gloo group; the results by rank.
+
+    ``function`` must be importable (not defined in a notebook), ``args`` picklable. A rank that does not
+    answer another for ``seconds`` ends the run, and so does one that dies: RankFailed names the first cause,
+    after all processes have ended. ``seconds`` also bounds the start.
+    """
+    validate.positive("world", world)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            context.Process(
+                target=_work,
+                args=(pipe[1], Path(folder), rank, world, seconds, function, args),
+                daemon=True,
+                name=f"rank {rank}",
+            )
+            for rank, pipe in enumerate(pipes)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for _, theirs in pipes:
+                theirs.close()
+            return _collect([ours for ours, _ in pipes], processes)
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+            for ours, _ in pipes:
+                ours.close()
+
+
+def _collect(pipes: Sequence[Connection], processes: Sequence[Any]) -> list[Any]:
+    """The results of all ranks, or RankFailed after every rank has had a second to say why."""
+    results: dict[int, Any] = {}
+    failures: dict[int, tuple[int, str]] = {}  # rank -> (how near to the cause: less is nearer, message)
+    open_pipes: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
+    end = None
+    while open_pipes and (end is None or time.monotonic() < end):
+        for ready in cast(list[Connection], wait(list(open_pipes), timeout=0.2)):
+            rank = open_pipes.pop(ready)
+            try:
+                kind, value = pickle.loads(ready.recv_bytes())
+            except EOFError:  # no word: it was killed, or ended itself
+                processes[rank].join(5)
+                failures[rank] = 0, f"ended with exit code {processes[rank].exitcode}"
+                continue
+            if kind == "result":
+                results[rank] = value
+            else:
+                failures[rank] = {"error": 1, "lost": 2}[kind], value
+        if failures and end is None:
+            end = time.monotonic() + 1.0
+    if not failures:
+        return [results[rank] for rank in range(len(pipes))]
+    rank, (_, message) = min(failures.items(), key=lambda item: item[1][0])
+    raise RankFailed(f"rank {rank}: {message}")
+
+
+def _work(
+    pipe: Connection,
+    folder: Path,
+    rank: int,
+    world: int,
+    seconds: float,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+) -> None:
+    def say(kind: str, value: Any) -> None:
+        pipe.send_bytes(pickle.dumps((kind, value)))  # a tensor by value: this process ends at once
+
+    die_with_parent()
+    torch.set_num_threads(1)
+    try:
+        start(rank, world, seconds, f"file://{folder / 'meet'}")
+        result = function(*args)
+        dist.barrier()
+        say("result", result)
+    except PeerLost as error:
+        say("lost", str(error))
+    except BaseException as error:
+        say("error", "".join(traceback.format_exception_only(error)).strip())
+    pipe.close()
+    os._exit(0)  # the group's threads may wait for a rank that is gone
+
+
+def start(rank: int, world: int, seconds: float, init_method: str = "env://") -> None:
+    """Form the default gloo group; a rank that does not come within ``seconds`` is named.
+
+    Raises PeerLost.
+    """
+    timeout = timedelta(seconds=seconds)
+    try:
+        dist.init_process_group("gloo", init_method, timeout=timeout, rank=rank, world_size=world)
+        dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise PeerLost(f"not all of {world} ranks came within {seconds:g} s: {error}") from error
+
+
+def die_with_parent() -> None:
+    """Let the system end this process when its parent ends, however that ends (Linux only)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it ended before
+            os._exit(1)

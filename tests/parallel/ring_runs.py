@@ -1,0 +1,158 @@
+"""What the processes of the tests of kvlearn.parallel do; importable, because they are started afresh."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvlearn.attention import REGISTRY
+from kvlearn.attention.core import Partial
+from kvlearn.model import Decoder, ModelConfig
+from kvlearn.parallel import Layout, Log, ParallelDecoder, Rule, pass_state, ring_attention, tree_merge
+from kvlearn.parallel.blockwise import Attended
+
+
+def inputs(shape: tuple[int, int, int], tokens: int, dim: int) -> list[Tensor]:
+    """Queries, keys, values and the gradient of the output; ``shape`` is batch, heads, KV heads."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads = shape
+    return [torch.randn(batch, n, tokens, dim) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+def one_device(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, rule: Rule, lengths: Tensor | None
+) -> list[Tensor]:
+    """Output and gradients of PyTorch's SDPA in fp64, with a mask written from the definition."""
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    T, n = q.shape[2], q.shape[1] // k.shape[1]
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    mask = torch.ones(len(q), 1, T, T, dtype=torch.bool)
+    if rule.causal:
+        mask &= j <= i
+    if rule.window is not None:
+        mask &= i - j < rule.window
+    rows = torch.ones(len(q), 1, T, 1, dtype=torch.bool)
+    if lengths is not None:
+        ends = lengths[:, None, None, None]
+        mask, rows = mask & (j < ends), (i < ends)
+    out = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1), attn_mask=mask
+    )
+    out = torch.where(rows, out, 0.0)
+    return [out.detach(), *(g.detach() for g in torch.autograd.grad(out, (q, k, v), d_out.double()))]
+
+
+def forward_and_backward(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each case the slots of output and gradients on this rank, and its log."""
+    rank, world, results = dist.get_rank(), dist.get_world_size(), []
+    for case in cases:
+        layout = Layout(case["tokens"], world, case["order"])
+        local = [layout.shard(x, rank, dim=2) for x in inputs(case["shape"], case["tokens"], case["dim"])]
+        q, k, v = (x.requires_grad_() for x in local[:3])
+        there, back = Log(), Log()
+        out = ring_attention(
+            q, k, v, layout, case["rule"], lengths=case["lengths"], block=case["block"], log=there
+        )
+        forward = len(there.events)
+        grads = torch.autograd.grad(out, (q, k, v), local[3])
+        back.events, there.events = there.events[forward:], there.events[:forward]
+        results.append({"parts": [out.detach(), *grads], "there": there, "back": back})
+    return results
+
+
+def small_decoder(layers: list[Any], n_tokens: int) -> tuple[Decoder, Tensor]:
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=6, d_ff=32, layers=layers))
+    return model, torch.randint(50, (2, n_tokens))
+
+
+def whole_decoder(layers: list[Any], order: Any, n_tokens: int, n_new: int) -> dict[str, Any]:
+    model, tokens = small_decoder(layers, n_tokens)
+    parallel = ParallelDecoder(model, order, block=7)
+    with torch.no_grad():
+        logits = parallel(tokens)
+    loss = parallel.backward(tokens)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    text = parallel.generate(tokens, n_new)
+    return {"logits": logits, "loss": loss, "grads": grads, "text": text}
+
+
+def states(name: str, lengths: list[int]) -> list[dict[str, Any]]:
+    return [state_passed(name, n) for n in lengths]
+
+
+def state_passed(name: str, n: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    layer = REGISTRY[name].tiny()
+    x = torch.randn(2, n * dist.get_world_size(), layer.d_model)
+    log = Log()
+    y = pass_state(layer, x[:, dist.get_rank() * n : (dist.get_rank() + 1) * n], log=log)
+    return {"y": y, "want": layer(x).detach(), "sent": log.bytes_sent}
+
+
+def die(rank: int) -> None:
+    """The process of ``rank`` ends without a word in the middle of a pass."""
+    layout = Layout(16, dist.get_world_size())
+    q, k, v, _ = (layout.shard(x, dist.get_rank(), dim=2) for x in inputs((1, 2, 2), 16, 4))
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ring_attention(q, k, v, layout)
+
+
+def hang(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(300)
+    dist.barrier()
+    die(-1)
+
+
+def raise_at(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ZeroDivisionError("nothing to divide by")
+    die(-1)
+
+
+def settings() -> list[str]:
+    """What this rank is told when one of two calls with other settings."""
+    told = []
+    for rank, name in ((1, "n_tokens"), (1, "window"), (0, "heads")):
+        try:
+            settings_of(rank, name)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def settings_of(rank: int, name: str) -> None:
+    """``rank`` calls with another ``name`` than the others."""
+    layout, rule = Layout(16, dist.get_world_size()), Rule()
+    heads = 2
+    if dist.get_rank() == rank:
+        layout = Layout(15, layout.world) if name == "n_tokens" else layout
+        rule = Rule(window=3) if name == "window" else rule
+        heads = 4 if name == "heads" else heads
+    q, k, v, _ = (Layout(16, layout.world).shard(x, 0, dim=2) for x in inputs((1, heads, 2), 16, 4))
+    ring_attention(q, k, v, layout, rule)
+
+
+def wait_forever() -> None:
+    time.sleep(300)
+
+
+def merged() -> list[Any]:
+    """Partial attention of each rank over its third of the keys, merged by the tree; one rank has none."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    q, k, v, _ = inputs((2, 6, 3), 12, 8)
+    keys = torch.arange(12)
+    part = Attended(q, 0.3, block=5)
+    if rank != 1:
+        mine = keys[rank::world]
+        part.add(k[:, :, mine], v[:, :, mine], keys, mine, Rule(causal=False))
+    log = Log()
+    out, lse = tree_merge(Partial(part.out, part.lse), log=log)
+    return [out, lse, log.bytes_sent]

@@ -1,0 +1,155 @@
+"""Ring attention, its decoder and its faults, in processes of their own."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import ring_runs
+import torch
+import torch.nn.functional as F
+
+from kvlearn.attention.core import attend_partial
+from kvlearn.model import Spec
+from kvlearn.parallel import Layout, Plan, RankFailed, Rule, launch
+from kvlearn.parallel.layout import ORDERS
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
+
+CASES = [
+    {"tokens": tokens, "order": order, "rule": rule, "lengths": lengths, "block": 5, "shape": shape, "dim": 8}
+    for order in ORDERS
+    for rule in (Rule(), Rule(causal=False), Rule(window=7))
+    for tokens, shape, lengths in (
+        (24, (2, 6, 3), None),
+        (37, (2, 4, 1), None),
+        (37, (2, 3, 3), torch.tensor([37, 9])),
+        (3, (1, 2, 2), None),  # fewer tokens than ranks
+    )
+]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ring_is_attention_on_one_device_and_sends_what_the_formula_says(world: int) -> None:
+    results = launch(ring_runs.forward_and_backward, world, CASES, seconds=60)
+    for i, case in enumerate(CASES):
+        layout, rule = Layout(case["tokens"], world, case["order"]), case["rule"]
+        plan = Plan(layout, rule)
+        batch, _, kv_heads = case["shape"]
+        q, k, v, d_out = ring_runs.inputs(case["shape"], case["tokens"], 8)
+        wanted = ring_runs.one_device(q, k, v, d_out, rule, case["lengths"])
+        for j, expected in enumerate(wanted):
+            got = layout.unshard([ranks[i]["parts"][j] for ranks in results], dim=2)
+            torch.testing.assert_close(got, expected.float(), rtol=0, atol=1e-5)
+        block = 2 * batch * kv_heads * layout.per_rank * 8 * 4
+        for rank in range(world):
+            there, back = results[rank][i]["there"], results[rank][i]["back"]
+            assert there.bytes_sent == plan.n_sent(rank) * block
+            assert back.bytes_sent == (2 * plan.n_sent(rank) + plan.n_returned(rank)) * block
+            assert there.pairs == back.pairs == plan.work[rank]
+
+
+def test_a_block_is_under_way_while_it_is_computed_with() -> None:
+    case = {"tokens": 32, "order": "striped", "rule": Rule(), "lengths": None, "block": 8}
+    case |= {"shape": (1, 2, 2), "dim": 4}
+    for rank in launch(ring_runs.forward_and_backward, 2, [case], seconds=60):
+        kinds = [(what, step) for what, step, _, _ in rank[0]["there"].events]
+        assert kinds == [("send", 0), ("compute", 0), ("receive", 0), ("compute", 1)]
+
+
+@pytest.mark.parametrize(
+    ("world", "layers", "order"),
+    [(2, [Spec("gqa", n_kv_heads=2), Spec("window", window=5)], "striped"), (4, ["full"], "zigzag")],
+)
+def test_a_decoder_over_ranks_is_the_decoder(world: int, layers: list[Spec], order: str) -> None:
+    results = launch(ring_runs.whole_decoder, world, layers, order, 21, 6, seconds=60)
+    model, tokens = ring_runs.small_decoder(layers, 21)
+    logits = model(tokens)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    layout = Layout(21, world, order)  # type: ignore[arg-type]
+    torch.testing.assert_close(layout.unshard([r["logits"] for r in results]), logits, rtol=0, atol=1e-5)
+    text = model.generate(tokens, 6)
+    for result in results:
+        assert result["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(result["grads"][name], weight.grad, rtol=0, atol=1e-6)
+        assert torch.equal(result["text"], text)
+
+
+def test_a_state_is_passed_on_and_its_bytes_do_not_depend_on_the_text() -> None:
+    results = launch(ring_runs.states, 3, "gated_delta", [5, 9], seconds=60)
+    for each in zip(*results, strict=True):
+        y = torch.cat([rank["y"] for rank in each], dim=1)
+        torch.testing.assert_close(y, each[0]["want"], rtol=0, atol=1e-5)
+    sent = [[length["sent"] for length in rank] for rank in results]
+    assert sent[0] == sent[1] == 2 * [sent[0][0]]
+    assert sent[0][0] > 0
+    assert sent[2] == [0, 0]
+
+
+def test_partial_results_merge_up_a_tree() -> None:
+    results = launch(ring_runs.merged, 3, seconds=60)
+    q, k, v, _ = ring_runs.inputs((2, 6, 3), 12, 8)
+    mine = torch.cat([torch.arange(12)[rank::3] for rank in (0, 2)])
+    k, v = (x[:, :, mine].repeat_interleave(2, 1) for x in (k, v))
+    out, lse = attend_partial(q, k, v, scale=0.3)
+    for got_out, got_lse, _ in results:
+        torch.testing.assert_close(got_out, out, rtol=0, atol=1e-5)
+        torch.testing.assert_close(got_lse, lse, rtol=0, atol=1e-5)
+        assert torch.equal(got_out, results[0][0])
+    assert sum(sent for _, _, sent in results) == 2 * 2 * (2 * 6 * 12 * 9 * 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        (ring_runs.die, (1,), "rank 1: ended with exit code -9"),
+        (ring_runs.raise_at, (0,), "rank 0: ZeroDivisionError: nothing to divide by"),
+    ],
+)
+def test_a_rank_that_fails_is_named_and_nothing_is_left(function, args, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(RankFailed, match=message):
+        launch(function, 2, *args, seconds=60)
+    assert not multiprocessing.active_children()
+
+
+def test_a_rank_with_other_settings_is_named_on_every_rank() -> None:
+    for told in launch(ring_runs.settings, 3, seconds=60):
+        assert told == [
+            "n_tokens: expected 16 on every rank; rank 1 has 15",
+            "window: expected 0 on every rank; rank 1 has 3",
+            "heads: expected 2 on every rank; rank 0 has 4",
+        ]
+
+
+def test_a_rank_that_hangs_ends_the_run_in_time() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankFailed, match=r"(?s)rank"):
+        launch(ring_runs.hang, 2, 1, seconds=8)
+    assert time.monotonic() - begin < 60
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_their_parent() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from kvlearn.parallel import launch\nimport ring_runs\n"
+        "if __name__ == '__main__': launch(ring_runs.wait_forever, 2, seconds=60)"
+    )
+    folder = os.path.dirname(ring_runs.__file__)
+    parent = subprocess.Popen([sys.executable, "-c", code, folder])
+    end = time.monotonic() + 90
+    children: list[psutil.Process] = []
+    while len(children) < 2 and time.monotonic() < end:
+        time.sleep(0.2)
+        children = [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    assert len(children) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
