@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_tools import PROVENANCE
 
 from kvlearn.attention import REGISTRY
 from kvlearn.bench import common, hardware
@@ -16,17 +17,6 @@ from kvlearn.bench.hardware import CASES, SMALL_CASES, Case, Sizes
 from kvlearn.measure import Quartiles, results
 
 CPU = torch.device("cpu")
-PROVENANCE = {
-    "date": "2026-01-01",
-    "commit": None,
-    "dirty": None,
-    "machine": "a-machine",
-    "cores": 2,
-    "memory": 1,
-    "read_bandwidth_measured": 1,
-    "gpu": None,
-    "versions": {},
-}
 CASE = Case("gqa", "a model", 32, 4, {"n_kv_heads": 2})
 TINY = Sizes(
     "tiny",
