@@ -162,7 +162,7 @@ def leak(rows: Sequence[Row]) -> Picture:
     channels = list(dict.fromkeys(channel for channel, _ in found))
     chance = next(iter(found.values()))["chance"]
     bars = {key: (row["fields"], *wilson(row["fields"], row["trials"])) for key, row in found.items()}
-    styles = {
+    styles: dict[bool, dict[str, Any]] = {
         False: {"fc": COLOURS["sliding"], "label": "no salt"},
         True: {"fc": COLOURS["compressed"], "hatch": "////", "label": "a salt for each tenant"},
     }

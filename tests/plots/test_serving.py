@@ -48,8 +48,12 @@ def use(pool: BlockPool, tenant: str, tokens: list[int]) -> Any:
     return table
 
 
-def cells(picture: plots.Picture) -> list[Rectangle]:
-    return [patch for patch in picture.figure.axes[0].patches if isinstance(patch, Rectangle)]
+def panel(picture: plots.Picture) -> Any:
+    return picture.figure.axes[0]
+
+
+def cells(picture: plots.Picture) -> list[Any]:
+    return [patch for patch in panel(picture).patches if isinstance(patch, Rectangle)]
 
 
 def legend(picture: plots.Picture) -> list[str]:
@@ -131,7 +135,7 @@ def test_waste_is_that_of_the_simulation_and_grows_with_the_blocks() -> None:
     assert picture.data["contiguous"] == reports[4].waste_contiguous
     shares = list(picture.data["waste"].values())
     assert shares == sorted(shares)
-    dashed, line = picture.figure.axes[0].lines
+    dashed, line = panel(picture).lines
     assert list(line.get_ydata()) == shares
     assert set(dashed.get_ydata()) == {reports[4].waste_contiguous}
     assert f"{reports[16].waste:.1%} with blocks of 16" in picture.alt
@@ -149,7 +153,7 @@ def test_bars_are_the_recovered_fields_and_the_line_is_chance() -> None:
         ("time", True): 0.05,
     }
     assert [bar.get_height() for bar in cells(picture)] == [1.0, 0.1, 0.8, 0.05]
-    (chance,) = [line for line in picture.figure.axes[0].lines if line.get_linestyle() == "--"]
+    (chance,) = [line for line in panel(picture).lines if line.get_linestyle() == "--"]
     assert set(chance.get_ydata()) == {0.1}
     assert "by time, no salt: 80%" in picture.alt
     assert legend(picture) == ["no salt", "a salt for each tenant"]
@@ -189,7 +193,7 @@ def test_curves_are_success_over_the_delay_in_units_of_what_a_hit_saves() -> Non
 
 def test_no_two_lines_of_noise_have_a_colour_or_a_marker_in_common() -> None:
     rows = [noise_row(1.0, probes, 0.5) for probes in (1, 2, 5, 10, 100)]
-    lines = [line for line in plots.noise_and_leak(rows).figure.axes[0].lines if line.get_marker() != "None"]
+    lines = [line for line in panel(plots.noise_and_leak(rows)).lines if line.get_marker() != "None"]
     assert len(lines) == 5
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 5
 
