@@ -34,6 +34,7 @@ from kvlearn.plots.quality import (
 )
 from kvlearn.plots.recall import recall_curves, recall_over_state
 from kvlearn.plots.scaling import scaling
+from kvlearn.plots.serving import memory_map
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
@@ -63,6 +64,7 @@ __all__ = [
     "loss_curve",
     "loss_over_bytes",
     "loss_over_rank",
+    "memory_map",
     "on_the_roofline",
     "pareto",
     "path_flops",

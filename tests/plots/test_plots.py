@@ -12,6 +12,7 @@ from kvlearn.kernels.stages import STAGES
 from kvlearn.kernels.trace import Trace, trace
 from kvlearn.measure import MODELS, Quartiles, Roofline, Work, cache_bytes, read_bytes, weights_bytes
 from kvlearn.model import Decoder, ModelConfig
+from kvlearn.serving import BlockPool, BlockTable
 from kvlearn.study import recall
 
 GIB = 1024**3
@@ -43,6 +44,18 @@ def recorded(*runs: str) -> list[dict[str, Any]]:
         for i, run in enumerate(runs)
         for tokens in (0, 1000)
     ]
+
+
+def served() -> dict[str, BlockTable]:
+    """Tables of two requests with one block in common."""
+    pool = BlockPool(6, 4)
+    tables = {name: pool.open("default") for name in ("ann", "bob")}
+    for name, table in tables.items():
+        tokens = [0, 0, 0, 0, ord(name[0])]
+        pool.match(table, tokens)
+        pool.reserve(table, len(tokens) - table.length)
+        pool.commit(table, tokens[table.length :])
+    return tables
 
 
 def sink_rows() -> list[dict[str, Any]]:
@@ -153,6 +166,7 @@ PICTURES = {
     "layer_stripes": lambda: plots.layer_stripes([MODELS["Jamba v0.1"], MODELS["Gemma 4 E2B"]]),
     "gallery": lambda: plots.gallery({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12, block=4),
     "lifetimes": lambda: plots.lifetimes({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12),
+    "memory_map": lambda: plots.memory_map(served(), page=4, max_len=12),
     "scaling": lambda: plots.scaling(window_rows()),
     "state_memory": plots.state_memory,
     "recall_curves": lambda: plots.recall_curves({"full": recall_run(), "delta": recall_run()}),
