@@ -524,7 +524,7 @@ def batch_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
 def largest(needs: Callable[[int], int], memory: int) -> int:
     """The most for which ``needs`` is at most ``memory``, if it grows with its argument; 0 if 1 is too many.
 
-    The caller's ``needs`` may raise ``torch.OutOfMemoryError``: that does not fit either.
+    Exact below 256; above, it fits, and a 256th more does not: each try really allocates. The caller's ``needs`` may raise ``torch.OutOfMemoryError``: that does not fit either.
     """
 
     def fits(batch: int) -> bool:
@@ -539,11 +539,11 @@ def largest(needs: Callable[[int], int], memory: int) -> int:
     guess = max(1, 1 + (memory - needs(1)) // each)
     low, high = 1, guess + 1
     if fits(guess):
-        low, step = guess, 1
+        low, step = guess, max(1, guess // 64)
         while fits(low + step):
             low, step = low + step, 2 * step
         high = low + step
-    while high - low > 1:
+    while high - low > max(1, low // 256):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -96,6 +96,9 @@ class Pool(RuleBasedStateMachine):
             assert self.state("a", "b") == everything
             assert self.pool.free == free
             return
+        last, filled = divmod(before, PAGE)
+        if filled:  # where it is a copy, all of it is the table's own
+            self.marks[table.blocks[last]] = table.tenant.salt
         for block in set(table.blocks) - kept:  # no number of others in a new block
             salts = {t.salt for t in self.pool.tenants.values() if t.name == table.tenant.name}
             assert self.wrote(block) <= salts
