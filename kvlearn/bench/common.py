@@ -349,7 +349,7 @@ def recorded_table(recorded: Recorded, *whats: str) -> Table:
     for row in recorded.rows:
         if whats and row.get("what") not in (*whats, "missing"):
             continue
-        spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "n" in row else None
+        spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "q1" in row else None
         measured = math.nan if row["measured"] is None else row["measured"]
         case, bar, value, quartiles, verdict = Row(
             row["case"],

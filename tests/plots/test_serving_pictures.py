@@ -4,7 +4,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from kvlearn.plots import COLOURS, memory_map
+from kvlearn import plots
+from kvlearn.plots import COLOURS
 from kvlearn.serving import BlockPool, BlockTable
 
 PAGE, MAX_LEN = 4, 24
@@ -30,7 +31,7 @@ def filled(panel: object, colour: str) -> list[tuple[float, float]]:
 
 
 def test_a_shared_block_is_drawn_once_and_a_partly_filled_one_as_far_as_it_is() -> None:
-    picture = memory_map(tables(ann=3, bob=6), page=PAGE, max_len=MAX_LEN)
+    picture = plots.memory_map(tables(ann=3, bob=6), page=PAGE, max_len=MAX_LEN)
     left, right = picture.figure.axes
     assert filled(right, COLOURS["shared"]) == [(0, 1.0), (1, 1.0)]
     assert filled(right, COLOURS["full"]) == [(2, 0.75)]
@@ -43,12 +44,13 @@ def test_a_shared_block_is_drawn_once_and_a_partly_filled_one_as_far_as_it_is() 
         "blocks": {0: 2, 1: 2, 2: 1, 3: 1, 4: 1},
         "n_blocks": 12,
     }
+    assert picture.png().startswith(b"\x89PNG")
     assert "ann 11, bob 14" in picture.alt
     assert "5 of 12 are in use, 2 of them by several requests" in picture.alt
 
 
 def test_too_many_tables_and_too_long_ones_are_refused() -> None:
     with pytest.raises(ValueError, match="length of 'ann': expected at most 8"):
-        memory_map(tables(ann=3), page=PAGE, max_len=8)
+        plots.memory_map(tables(ann=3), page=PAGE, max_len=8)
     with pytest.raises(ValueError, match=r"len\(tables\): expected at most 5"):
-        memory_map(dict.fromkeys("abcdef", tables(a=1)["a"]), page=PAGE, max_len=MAX_LEN)
+        plots.memory_map(dict.fromkeys("abcdef", tables(a=1)["a"]), page=PAGE, max_len=MAX_LEN)
