@@ -82,4 +82,4 @@ def _draw_block(panel: Axes, x: int, y: int, share: float, colour: str, text: st
     panel.add_patch(Rectangle((x, y + 0.06), 1, 0.88, fc="none", ec="#8a8a8a", lw=0.6))
     if text:
         ink = "black" if colour == COLOURS["shared"] else "white"
-        panel.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+        panel.text(x + share / 2, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
