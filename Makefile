@@ -5,6 +5,8 @@ NAME ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# An address that was given once is used again when the list of packages changes.
+INDEX := $(or $(TORCH_INDEX),$(shell cat $(VENV)/.torch-index 2>/dev/null))
 # On a busy machine torch's threads lose most of their time spinning for each other; asleep they are six times faster.
 SHARE := OMP_WAIT_POLICY=passive
 # Notebooks that git keeps show nothing of the progress of whoever runs them.
@@ -91,14 +93,15 @@ nbval: $(READY)
 # The stamp is written last, so an interrupted or failed set-up is taken up again by the next `make`.
 $(READY): requirements.txt pyproject.toml $(BIN)/python
 	@rm -f $(READY)
+	@echo "$(INDEX)" >$(VENV)/.torch-index
 	@echo "kvlearn: installing requirements.txt into $(VENV), 2 to 5 minutes (log: $(VENV)/install.log)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
-	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") >$(VENV)/install.log 2>&1 || { \
+	  $(if $(INDEX),--extra-index-url "$(INDEX)") >$(VENV)/install.log 2>&1 || { \
 	  echo "kvlearn: pip could not install requirements.txt ($$(grep -E '^ *(ERROR|[A-Za-z]+Error): ' $(VENV)/install.log | tail -1 | sed 's/^ *//')): check network and disk, then run make again; all of it in $(VENV)/install.log" >&2; \
 	  exit 1; }
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 >>$(VENV)/install.log 2>&1
 	@$(BIN)/python -m kvlearn.jupyter.settings
-	@echo "$(TORCH_INDEX)" >$(READY)
+	@echo "$(INDEX)" >$(READY)
 
 # A dangling link (its interpreter was upgraded away) counts as missing, so .venv is then made anew.
 $(BIN)/python:

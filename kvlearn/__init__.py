@@ -16,16 +16,16 @@ _LAZY = {
     "solution": "kvlearn.grading",
     "from_transformers": "kvlearn.model",
 }
-_ROOMS = ("attention", "grading", "measure", "model", "plots", "study", "workbench")
+_MODULES = ("attention", "grading", "measure", "model", "plots", "study", "workbench")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    if name in _ROOMS:
+    if name in _MODULES:
         return import_module(f"kvlearn.{name}")
     raise AttributeError(f"module 'kvlearn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, *_ROOMS])
+    return sorted([*globals(), *_LAZY, *_MODULES])

@@ -6,9 +6,12 @@ and what is asked for wrongly is refused before torch is imported.
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from kvlearn.grading.work import Outcome
 
 EXIT_CODES = (
     "Exit codes: 0, it was done (a low score or a missed bar is a result); 1, something of it could not be "
@@ -86,6 +89,7 @@ def start(
             metavar="UNIT", help="names or numbers; all of them unless told", autocompletion=_units
         ),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="what became of each unit, for programs")] = False,
 ) -> None:
     """Copy the exercises to work/, where you solve them, and bring what is new in the course into the copies.
 
@@ -104,8 +108,7 @@ def start(
         outcomes = work.start(list(dict.fromkeys(chosen)), work_root())
     except OSError as error:
         _fail(work.reason(error))
-    for line in work.tell(outcomes):
-        typer.echo(line)
+    _show_outcomes(outcomes, as_json)
     failed = [outcome for outcome in outcomes if outcome.what == "failed"]
     for outcome in failed:
         typer.echo(f"kvlearn: {outcome.unit}: {'; '.join(outcome.lines)}", err=True)
@@ -116,6 +119,7 @@ def start(
 @app.command()
 def reset(
     exercise: Annotated[str, typer.Argument(help="as 01.3", autocompletion=_exercises)],
+    as_json: Annotated[bool, typer.Option("--json", help="what became of the unit, for programs")] = False,
 ) -> None:
     """Give one exercise in work/ back as it was given. Your notebook as it was goes to work/kept."""
     from kvlearn.grading import work
@@ -135,7 +139,16 @@ def reset(
         outcome = work.reset(exercise, unit, work_root())
     except (OSError, Unusable) as error:
         _fail(work.reason(error))
-    for line in work.tell([outcome]):
+    _show_outcomes([outcome], as_json)
+
+
+def _show_outcomes(outcomes: "list[Outcome]", as_json: bool) -> None:
+    from kvlearn.grading import work
+
+    if as_json:
+        _print_json([outcome.to_json() for outcome in outcomes])
+        return
+    for line in work.tell(outcomes):
         typer.echo(line)
 
 
@@ -378,7 +391,12 @@ def grade(
 @app.command()
 def progress(
     path: Annotated[
-        Path | None, typer.Argument(help="a folder of exercises; work/ unless told, or exercises/")
+        Path | None,
+        typer.Argument(
+            help="a unit's name or number, for its exercises one by one, or a folder of exercises; all of "
+            "work/ unless told, or of exercises/",
+            autocompletion=_units,
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="every exercise, for programs")] = False,

@@ -82,6 +82,8 @@ WRONG = {
     "grade nosuch --watch": 1,
     "progress nosuch": 1,
     "doctor --nosuch": 2,
+    "bench nosuch": 2,
+    "bench full --small --record": 2,
 }
 WITHOUT_TORCH = """
 import sys

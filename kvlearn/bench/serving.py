@@ -194,7 +194,8 @@ def batching_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         ),
     }
     compared = interleaved(clocks, sizes.rounds)
-    same = sum(text == other for text, other in zip(*list(texts.values())[::2], strict=True))
+    pairs = zip(texts["continuous"], texts["one at a time"], strict=True)
+    same = sum(text == alone for text, alone in pairs)
     title = f"{len(work)} requests of {sizes.users} users"
     found = {"what": "batching_time", "users": sizes.users, "requests": len(work), "tokens": n_tokens}
     for name in clocks:

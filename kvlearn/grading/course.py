@@ -57,28 +57,51 @@ def chosen(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def survey(folder: Path | None, jobs: int, *, as_json: bool = False) -> bool:
-    """Print how far a learner has come, one line per unit, on stderr a line for each notebook that cannot be
-    graded. True if any.
+def meant(path: Path | None) -> tuple[Path, str]:
+    """The folder of exercises that ``kvlearn progress`` was given, and the unit, "" for all of them.
+
+    A unit is given by its name or number, which mean the learner's copy, or by its folder.
+    """
+    solutions = solutions_root()
+    if path is None:
+        return default_folder(), ""
+    if path.is_dir() and path.name in unit_names(solutions):
+        return path.parent, path.name
+    if not path.exists() and len(path.parts) == 1:
+        with suppress(ValueError):
+            unit = unit_named(str(path), solutions)
+            return default_folder(), unit
+    return path, ""
+
+
+def survey(path: Path | None, jobs: int, *, as_json: bool = False) -> bool:
+    """Print how far a learner has come, one line per unit or, of a single unit, one per exercise; on stderr a
+    line for each notebook that cannot be graded. True if any. ``path`` as ``meant`` takes it.
 
     An answer runs only if it changed since its last result, or its checks did; the new results are recorded
     where the folder is one that ``kvlearn start`` made.
     """
-    folder = folder or default_folder()
+    folder, unit = meant(path)
     if not folder.is_dir():
-        say(f"{folder}: no such folder; say where the exercises are")
+        say(f"{folder}: no such folder, and no unit of this name")
         return True
-    session = Session(folder)
+    session = Session(folder, unit)
+    if unit and not session.files:
+        say(f"{folder / unit}: no notebook of this unit (kvlearn start makes your copies)")
+        return True
     faults = session.run(jobs)
     session.save()
     for fault in faults:
         say(fault)
     known = records.read(folder) if session.records else session.known
-    progress = overview(known, found=session.results)
+    progress = overview(known, unit, found=session.results)
     if as_json:
         print(json.dumps(progress.to_json(), indent=2, ensure_ascii=False))
         return bool(faults)
     console = Console()
+    if unit:
+        console.print(repr(progress), highlight=False, markup=False, soft_wrap=True)
+        return bool(faults)
     reports: dict[str, Report | None] = dict.fromkeys(unit_names(session.solutions))
     for line in progress.units:
         if line.unit in session.files:
@@ -90,15 +113,16 @@ def survey(folder: Path | None, jobs: int, *, as_json: bool = False) -> bool:
 
 
 class Session:
-    """One run of ``kvlearn progress`` over the notebooks of a folder."""
+    """One run of ``kvlearn progress`` over the notebooks of a folder, all units or one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unit: str = "") -> None:
         self.folder = folder
         self.solutions = solutions_root().resolve()
         self.records = (folder / STATE).is_dir()
         self.known = records.read(folder) if self.records else Records({}, {})
-        found = {unit: find_copy(unit, folder) for unit in unit_names(self.solutions)}
-        self.files = {unit: file for unit, file in found.items() if file is not None}
+        names = [unit] if unit else unit_names(self.solutions)
+        found = {name: find_copy(name, folder) for name in names}
+        self.files = {name: file for name, file in found.items() if file is not None}
         self.results: dict[str, Result] = {}
         self.answers: dict[str, tuple[str, str]] = {}  # the hashes of the answer and of the checks
 

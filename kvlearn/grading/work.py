@@ -35,6 +35,10 @@ class Outcome:
     file: Path | None = None
     kept: Path | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """The same for a program, paths as text."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
 
 def start(units: list[str], work: Path) -> list[Outcome]:
     """Copy each unit into ``work``, or bring in what is new in it since. One unit's failure stops no other.

@@ -51,9 +51,8 @@ def place(root: Path | None, here: Path) -> Place:
     inside = here.resolve().is_relative_to(root)
     # make reads the Makefile of the folder that it is told.
     make = "make" if here.resolve() == root else f"make -C {os.path.relpath(root, here) if inside else root}"
-    if inside:
-        return Place("the checkout", f"{make} lab", f"{make} env")
-    return Place(f"outside the checkout {root}", f"kvlearn start, or: {make} lab", f"{make} env")
+    name = "the checkout" if inside else f"outside the checkout {root}"
+    return Place(name, f"{make} lab", f"{make} env")
 
 
 class Need(NamedTuple):

@@ -59,7 +59,7 @@ def pools(
 
 
 def _routes(name: str, given: Route | Sequence[Route]) -> list[list[int]]:
-    """The door for one design: one route, or two."""
+    """A design as one route or two; ValueError for anything else."""
     each: list[Any] = list(given)
     routes = [list(route) for route in (each if each and np.ndim(each[0]) else [each])]
     if not all(routes):

@@ -61,8 +61,23 @@ class Entry:
     block: int
 
     def holds(self, salt: bytes, parent: "Entry | None", tokens: tuple[int, ...]) -> bool:
-        """Whether it is this content. Equal hashes are not enough; the parent was compared before."""
-        return self.salt == salt and self.parent is parent and self.tokens == tokens
+        """Whether it is this content. Equal hashes are not enough."""
+        if self.salt != salt or self.tokens != tokens or not same_content(self.parent, parent):
+            return False
+        self.parent = parent  # the same object the next time
+        return True
+
+
+def same_content(a: Entry | None, b: Entry | None) -> bool:
+    """Whether two prefixes are equal.
+
+    Mostly they are one object; a window's start may be evicted and computed again while later blocks stay.
+    """
+    while a is not b:
+        if a is None or b is None or a.salt != b.salt or a.tokens != b.tokens:
+            return False
+        a, b = a.parent, b.parent
+    return True
 
 
 @dataclass(eq=False, slots=True)
@@ -217,7 +232,11 @@ class BlockPool:
         return BlockTable(table.tenant, blocks, table.tokens.copy(), table.entries.copy())
 
     def trim(self, table: BlockTable, length: int) -> None:
-        """Remove the tokens past ``length``. Raises ValueError where they, or those before, are not there."""
+        """Remove the tokens past ``length``.
+
+        Raises ValueError if there are fewer, or if the last token that stays was dropped. A window that has
+        dropped blocks may also miss tokens before it: only its owner knows how far it looks back.
+        """
         keep = blocks_for(validate.at_least("length", length, 0), self.page)
         validate.at_most("length", length, table.length, "the tokens in the table")
         if DROPPED in table.blocks[max(keep - 1, 0) : keep]:

@@ -146,7 +146,14 @@ class Engine:
         device = self.model.embed.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         request = Request(
-            *(next(self._numbers), tenant, tokens, len(tokens)), n_new, temperature, generator, table
+            number=next(self._numbers),
+            tenant=tenant,
+            tokens=tokens,
+            n_prompt=len(tokens),
+            n_new=n_new,
+            temperature=temperature,
+            generator=generator,
+            table=table,
         )
         self.waiting.append(request)
         return request
@@ -154,7 +161,8 @@ class Engine:
     def fork(self, request: Request, *, seed: int) -> Request:
         """A second continuation of a running request from here on, with its own random numbers.
 
-        It shares the request's blocks. Raises ValueError for a request that is not running.
+        It shares the request's blocks and runs at once, even if the batch is full. Raises ValueError for a
+        request that is not running.
         """
         if request not in self.running:
             raise ValueError("request: expected one that is running")
@@ -226,15 +234,16 @@ class Engine:
         """Let requests run in the order of their arrival, as long as there are places and blocks."""
         full: set[str] = set()  # whose next request has to wait, and so do those after it
         for request in self.waiting.copy():
-            if len(self.running) == self.max_batch:
+            if len(self.running) >= self.max_batch:
                 break
-            if self._blocks_of(request) in full:
+            whose = self._blocks_of(request)
+            if whose in full:
                 continue
             self._match(request)
-            needed = blocks_for(len(request.tokens), self.page) - len(request.table.blocks)
-            if needed > self.pool.available(request.tenant):
+            others = [r for r in self.running if self._blocks_of(r) == whose]
+            if sum(map(self._missing, [*others, request])) > self.pool.available(request.tenant):
                 self.pool.close(request.table)
-                full.add(self._blocks_of(request))
+                full.add(whose)
                 continue
             self.waiting.remove(request)
             insort(self.running, request, key=lambda r: r.number)
@@ -283,6 +292,10 @@ class Engine:
             request.cached = 0
         self.running.remove(request)
         insort(self.waiting, request, key=lambda r: r.number)
+
+    def _missing(self, request: Request) -> int:
+        """Blocks that the request needs for its pending tokens and has not reserved yet."""
+        return max(blocks_for(len(request.tokens), self.page) - len(request.table.blocks), 0)
 
     def _blocks_of(self, request: Request) -> str:
         """Whose blocks the request uses: its tenant's own, or the common ones."""

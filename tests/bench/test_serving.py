@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvlearn.bench import common, serving
-from kvlearn.measure import Comparison
+from kvlearn.measure import Comparison, results
 
 SECONDS = {"continuous": 1.0, "static": 1.5, "one at a time": 1.9, "shared": 1.0, "not shared": 3.0}
 
@@ -77,3 +77,9 @@ def test_the_wait_for_the_first_token_begins_at_the_arrival() -> None:
 @pytest.mark.parametrize("part", ["first token", "leak", "noise", "million"])
 def test_the_other_parts_have_numbers(part: str) -> None:
     assert run_small(part)
+
+
+def test_the_recorded_waits_are_shown_though_they_have_no_quartiles() -> None:
+    (recorded, *_) = results.load("serving")
+    table = common.recorded_table(recorded, "first_token")
+    assert sum("first token at" in row[""] for row in table.rows) == 4

@@ -144,6 +144,16 @@ def test_torch_comes_from_the_address_that_is_given(checkout: Path) -> None:
     told = make(checkout, "-n", "env", "TORCH_INDEX=http://127.0.0.1:9/cpu").stdout
     assert '-r requirements.txt \\\n  --extra-index-url "http://127.0.0.1:9/cpu"' in told
     assert 'echo "http://127.0.0.1:9/cpu" >.venv/.ready' in told
+    assert 'echo "http://127.0.0.1:9/cpu" >.venv/.torch-index' in told
+
+
+@needs_make
+def test_an_address_that_was_given_is_used_again_when_the_list_changes(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv/.torch-index").write_text("http://127.0.0.1:9/cpu\n")
+    told = make(checkout, "-n", "-W", "requirements.txt", "env").stdout
+    assert '--extra-index-url "http://127.0.0.1:9/cpu"' in told
+    assert 'echo "http://127.0.0.1:9/cpu" >.venv/.ready' in told
 
 
 @needs_make

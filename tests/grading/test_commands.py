@@ -314,7 +314,7 @@ def test_progress_counts_units_that_are_untouched_without_a_kernel(
 def test_progress_says_where_it_looked_in_vain(solutions: Path) -> None:
     result = kvlearn("progress", "nowhere")
     assert result.exit_code == 1
-    assert result.stderr == "kvlearn: nowhere: no such folder; say where the exercises are\n"
+    assert result.stderr == "kvlearn: nowhere: no such folder, and no unit of this name\n"
 
 
 def test_watching_grades_again_when_the_notebook_is_saved(
@@ -380,6 +380,24 @@ def test_progress_for_programs_has_every_exercise(started: Path) -> None:
     assert told["next"] == "90.1"
     assert (unit["unit"], unit["score"], unit["max_score"], unit["untouched"]) == (U, 0, 15, 5)
     assert [each["id"] for each in unit["exercises"]] == [f"90.{n}" for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("asked", ["90", "small", U, f"work/{U}"])
+def test_progress_of_one_unit_lists_its_exercises(started: Path, asked: str) -> None:
+    result = kvlearn("progress", asked)
+    assert (result.exit_code, result.stderr) == (0, "")
+    _, *lines, closing = result.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == [f"90.{n}" for n in range(1, 6)]
+    assert closing.startswith("0 of 15 points. Next: 90.1")
+    (unit,) = json.loads(kvlearn("progress", asked, "--json").stdout)["units"]
+    assert unit["unit"] == U
+
+
+def test_progress_of_a_unit_without_a_copy_says_what_to_do(started: Path) -> None:
+    started.unlink()
+    result = kvlearn("progress", "90")
+    assert result.exit_code == 1
+    assert result.stderr == f"kvlearn: work/{U}: no notebook of this unit (kvlearn start makes your copies)\n"
 
 
 @pytest.mark.slow

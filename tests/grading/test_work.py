@@ -76,6 +76,15 @@ def test_a_copy_made_from_the_source_alone_is_what_nbgrader_releases(course: Pat
     assert work.derived(U) == released
 
 
+def test_programs_get_what_became_of_each_unit(course: Path) -> None:
+    (copied,) = json.loads(kvlearn("start", "--json").stdout)
+    assert copied == {"unit": U, "what": "copied", "lines": [], "file": str(course / FILE), "kept": None}
+    solve(**SOLVED)
+    (restored,) = json.loads(kvlearn("reset", "90.1", "--json").stdout)
+    assert restored["what"] == "reset"
+    assert Path(restored["kept"]).is_file()
+
+
 def test_an_existing_file_is_never_replaced_by_a_copy(course: Path) -> None:
     FILE.parent.mkdir(parents=True)
     mine = small.answered(**SOLVED)

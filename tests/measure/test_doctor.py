@@ -62,7 +62,7 @@ def test_it_knows_where_it_runs(tmp_path: Path) -> None:
     assert doctor.place(root, root)[1:] == ("make lab", "make env")
     assert doctor.place(root, root / "notebooks")[1:] == ("make -C .. lab", "make -C .. env")
     outside = doctor.place(root, elsewhere)
-    assert outside.lab == f"kvlearn start, or: make -C {root} lab"
+    assert outside.lab == f"make -C {root} lab"
     assert "outside" in outside.name
     wheel = doctor.place(None, elsewhere)
     assert wheel.lab == "kvlearn start, then: jupyter lab"

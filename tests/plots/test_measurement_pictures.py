@@ -18,23 +18,23 @@ def decode(mechanism: str, length: int, measured: float, predicted: float | None
 
 
 ROWS = [decode(m, n, n * 1e-6 * k, n * 1e-6) for m, k in (("gqa", 1.1), ("mla", 2.0)) for n in (1024, 4096)]
+AT = {"mechanism": "window", "model": "m", "length": 32_768}
+BYTES = [
+    {"what": "stored", "measured": 65_536, "formula": 65_536, **AT},
+    {"what": "read", "measured": 131_072, "formula": 65_536, **AT},
+    {"what": "read", "measured": 1, "formula": 1, **AT, "length": 1024},
+]
 EXPONENT = {"what": "decode_exponent", "mechanism": "gqa", "model": "m", "measured": 1.0, "error": 0.02}
 
 
 def test_bytes_are_per_token_and_the_formula_is_beside_them() -> None:
-    at = {"mechanism": "window", "model": "m", "length": 32_768}
-    rows = [
-        {"what": "stored", "measured": 65_536, "formula": 65_536, **at},
-        {"what": "read", "measured": 131_072, "formula": 65_536, **at},
-        {"what": "read", "measured": 1, "formula": 1, **at, "length": 1024},
-    ]
-    picture = plots.touched_bytes(rows)
+    picture = plots.touched_bytes(BYTES)
     assert picture.data["bytes"] == {
         "window, m": {"stored": 2, "read": 4, "stored_formula": 2, "read_formula": 2}
     }
     assert "window, m 2 B stored, 4 B read" in picture.alt
     with pytest.raises(ValueError, match="rows with bytes at this length"):
-        plots.touched_bytes(rows, length=4096)
+        plots.touched_bytes(BYTES, length=4096)
 
 
 def test_decode_times_have_a_panel_per_condition_and_leave_out_what_is_missing() -> None:

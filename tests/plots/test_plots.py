@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_measurement_pictures import BYTES
+from test_measurement_pictures import ROWS as DECODE
+from test_quality import TIER_A, rows_of
 
 from kvlearn import plots
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
 from kvlearn.kernels.stages import STAGES
 from kvlearn.kernels.trace import Trace, trace
-from kvlearn.measure import MODELS, Quartiles, Roofline, Work, cache_bytes, read_bytes, weights_bytes
+from kvlearn.measure import DEVICES, MODELS, Quartiles, Roofline, Work, cache_bytes, read_bytes, weights_bytes
 from kvlearn.model import Decoder, ModelConfig
 from kvlearn.plots.serving import FREE, BlockState
 from kvlearn.serving import Attack, Mix, Noise, simulate
@@ -178,6 +181,18 @@ PICTURES = {
     "state_memory": plots.state_memory,
     "recall_curves": lambda: plots.recall_curves({"full": recall_run(), "delta": recall_run()}),
     "recall_over_state": lambda: plots.recall_over_state(recall_rows()),
+    "loss_over_bytes": lambda: plots.loss_over_bytes(TIER_A),
+    "pareto": lambda: plots.pareto(TIER_A),
+    "above_by_position": lambda: plots.above_by_position(TIER_A),
+    "recall_over_bytes": lambda: plots.recall_over_bytes(rows_of("B")),
+    "recall_over_length": lambda: plots.recall_over_length(rows_of("B")),
+    "converted": lambda: plots.converted(rows_of("C")),
+    "touched_bytes": lambda: plots.touched_bytes(BYTES),
+    "decode_times": lambda: plots.decode_times({"one thread": DECODE}),
+    "predicted_and_measured": lambda: plots.predicted_and_measured({"one thread": DECODE}),
+    "rooflines": lambda: plots.rooflines([DEVICES["H200"]], {"gqa": Work(4e9, 1e9)}),
+    "what_pays": lambda: plots.what_pays({"one user": {"gqa": {"T4": 1.2, "H100": 1.5}}}),
+    "dollars": lambda: plots.dollars({"gqa": [(1024, 0.5), (2048, 1.0)]}),
     "selections": lambda: plots.selections({"head 0": np.tri(8, dtype=bool)}, title="Chosen"),
 }
 

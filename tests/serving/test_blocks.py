@@ -284,6 +284,21 @@ def test_content_that_two_requests_computed_at_once_is_kept_once() -> None:
     blocks.audit(tables)
 
 
+def test_a_prefix_whose_start_was_evicted_is_cached_again_when_it_is_computed_again() -> None:
+    """A window releases the start of a text before the rest, so that it is evicted first."""
+    blocks = pool(n_blocks=4)
+    table = fill(blocks, [1] * 9)
+    blocks.drop(table, 4)
+    other = blocks.open("default")
+    blocks.reserve(other, 8)
+    assert blocks.counts.evicted == 1
+    blocks.close(other)
+    blocks.close(table)
+    assert fill(blocks, [1] * 9).length == 9
+    assert blocks.counts.collisions == 0
+    assert blocks.match(blocks.open("default"), [1] * 9) == 8
+
+
 def test_tenants_share_with_equal_salts_only() -> None:
     for b_salt, found in ((b"", 8), (b"b", 0)):
         blocks = pool(Tenant("a"), Tenant("b", b_salt))

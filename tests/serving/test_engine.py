@@ -148,6 +148,30 @@ def test_a_fork_continues_on_its_own_and_copies_one_block() -> None:
         engine.fork(request, seed=0)
 
 
+def test_a_full_batch_admits_nobody_beside_forks() -> None:
+    engine = Engine(tiny("full"), 60, page=4, max_batch=2, budget=4)
+    request = engine.submit([1, 2, 3], 12)
+    engine.step()
+    forks = [engine.fork(request, seed=seed) for seed in (1, 2)]
+    other = engine.submit([4], 2)
+    engine.step()
+    assert engine.running == [request, *forks]
+    assert engine.waiting == [other]
+
+
+def test_prompts_are_admitted_only_if_they_fit_together() -> None:
+    """Eight blocks, and five for each prompt: a second one would give its blocks up and be computed again."""
+    model = tiny("full")
+    engine = Engine(model, 8, page=2, max_batch=3, budget=4, share=False)
+    requests = [engine.submit([i] * 10, 2) for i in range(3)]
+    engine.step()
+    assert engine.running == requests[:1]
+    engine.run()
+    assert engine.pool.counts.computed == 3 * 11
+    for i, request in enumerate(requests):
+        assert request.tokens == alone(model, request, [i] * 10)
+
+
 def test_decode_goes_on_beside_a_long_prompt() -> None:
     engine = Engine(tiny("full"), 60, page=3, max_batch=4, budget=6)
     short = engine.submit([1, 2], 30)
