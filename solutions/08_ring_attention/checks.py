@@ -777,7 +777,7 @@ ragged = Exercise(
     title="The last block is shorter",
     answers=("ring",),
     hints=(
-        "There are two kinds of slots in which no token lies: those of queries and those of keys. What has to "
+        "There are two kinds of slots without a token: those of queries and those of keys. What has to "
         "come out of the first, and what must the second not do, whatever stands in them?",
         "In pseudocode: for each rank, for each step: the block of (rank − step) mod P; the mask from "
         "*positions* (rank · C + slot), not from slots; a partial result with its log-sum-exp; merge.",
@@ -1046,7 +1046,7 @@ model = Exercise(
         "fewest keys, so that the cache stays even. The queries of a rank are at start + index.",
         "Keep the blocks by owner: `blocks[o]` is at rank (o + step) mod P in this step. After the step, "
         "`ring.send(blocks[o], (o + step) % P)` for every owner with step < hops[o], and for no other.",
-        "A rank without new tokens has no state, and no output: leave it out. With `out = torch.empty_like(q)`, "
+        "A rank without new tokens has no state, and no output: leave it out. With `out = empty_like(q)`, "
         "`out[:, :, share] = …` puts the outputs of a share in their places.",
     ),
 )

@@ -45,7 +45,12 @@ def test_the_state_may_be_sums_and_a_maximum_or_an_object() -> None:
         return [out.to(dtype), (state.weight.log() + state.largest).float()]
 
     assert full_marks("08.1", merge, finish)
-    assert full_marks("08.1", CHECKS.library_merge, CHECKS.library_finish)
+
+
+def test_kvlearns_own_merge_is_recognised() -> None:
+    score = check("08.1", CHECKS.library_merge, CHECKS.library_finish)
+    assert float(score) == 0
+    assert "kvlearn.attention.core.merge" in score.message
 
 
 # 08.2
