@@ -97,8 +97,8 @@ tables = Exercise(
         "needed. Empty places are those of all blocks minus all tokens.",
         "`slot_mapping`, in pseudocode: for each sequence: for each position from its length to its length "
         "+ new: block = table[position // page]; slot = block · page + position % page.",
-        "`write`: a negative index counts from the end in PyTorch, so the row of slot −1 would go to the last "
-        "place of the last block. Select the rows whose slot is not negative before you write.",
+        "`write`: a negative index counts from the end in PyTorch, so the row of slot −1 would go to the "
+        "last place of the last block. Select the rows whose slot is not negative before you write.",
         "`read`: `pages[blocks]` is (P, G, page, D). The heads have to come to the front before blocks and "
         "places are joined: `.transpose(0, 1).flatten(1, 2)`; then cut at the length.",
     ),
@@ -396,7 +396,8 @@ def cow_counts(t: CheckContext, fork_table: Answer, write_plan: Answer, append: 
 
 @cow.requirement(1, "append: out of blocks", rounds=2)
 def cow_full(t: CheckContext, fork_table: Answer, write_plan: Answer, append: Answer) -> None:
-    """MemoryError if replaced and new blocks together are more than the free ones; exactly enough is enough"""
+    """MemoryError if replaced and new blocks together are more than the free ones; exactly enough
+    is enough"""
     page = t.pick(3, 4)
     family = Family(t, append, 4, page)
     family.write("a", page + 1)
@@ -838,7 +839,7 @@ def prefix_find(t: CheckContext, block_keys: Answer, PrefixCache: Answer) -> Non
         cache.add(tokens, b"s", blocks)
         cache.add(other, b"s", [1, 2, 3])
     again = tokens[: 4 * page] if t.round else tokens
-    for prompt in (again, tokens[: 2 * page + 1], other + [5], tokens[: page - 1], tokens[: 3 * page]):
+    for prompt in (again, tokens[: 2 * page + 1], [*other, 5], tokens[: page - 1], tokens[: 3 * page]):
         same(t, theirs.find(prompt, b"s"), ours.find(prompt, b"s"), "blocks found:")
 
 
@@ -916,8 +917,8 @@ leak = Exercise(
         "have other guesses as many at the end?",
         "`from_hits`: when a guess is asked for the first time, only the victim can have put it there. From "
         "then on the attacker's own question is in the cache.",
-        "`from_times`: which summary of seven times does not care about one that is a hundred times too long, "
-        "nor about one that is nearly 0? The mean and the minimum do.",
+        "`from_times`: which summary of seven times does not care about one that is a hundred times too "
+        "long, nor about one that is nearly 0? The mean and the minimum do.",
         "`closing`, in pseudocode: for each server: for each seed: ask each candidate once; is the one with "
         "the most cached tokens the secret? Is the fastest one? Count both. Closed if neither is right "
         "much more often than 1 in 8.",
@@ -1008,7 +1009,8 @@ def imitation(kind: str, base: str) -> Callable[[int], tuple[list[str], Callable
 
 
 def closed_are(t: CheckContext, closing: Answer, kinds: Sequence[str]) -> None:
-    names = {f"server {letter}": kind for letter, kind in zip("ABCDEFGH", t.random.sample(kinds, len(kinds)))}
+    shuffled = t.random.sample(kinds, len(kinds))
+    names = {f"server {letter}": kind for letter, kind in zip("ABCDEFGH", shuffled, strict=False)}
     base = str(t.integer(0, 10**9))
     got = closing({name: imitation(kind, base) for name, kind in names.items()})
     if not isinstance(got, set | frozenset | list | tuple):
@@ -1271,7 +1273,7 @@ class Serving:
         return [Server]
 
     def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> workbench.Comparison:
-        """Eight prompts with a common start: a cache for each by kvlearn's decoder, and the learner's blocks."""
+        """Eight prompts with a common start: caches apart by kvlearn's decoder, and the learner's blocks."""
         own = notebook.get("BlockManager")
         solved = judge(exercise, [own], name=False).status == "passed"
         why = "" if solved else f"{exercise.id} does not have all its points yet"
@@ -1306,7 +1308,7 @@ class Serving:
         used = [(part, "yes" if part.is_theirs else "–") for part in (mine, *parts)]
         steps = server.seconds[len(PROMPTS) :]
         times = {
-            "kvlearn's decoder, per token": {i: before / 8 / N_NEW for i in range(1, N_NEW)},
+            "kvlearn's decoder, per token": dict.fromkeys(range(1, N_NEW), before / 8 / N_NEW),
             "your manager, per token": {i + 1: seconds / 8 for i, seconds in enumerate(steps)},
         }
         columns = ("kvlearn's decoder, a cache for each", "your block manager")
@@ -1343,7 +1345,8 @@ model = Exercise(
         "Which of the four parts knows how many sequences use a block? Which knows what is in it? When a "
         "block becomes free, which of them has to be told?",
         "`start`: find, open, share. The found tokens are written already: remember them. `reserve`: ask "
-        "write_plan, look whether there are enough free blocks for both of its answers, then replace and grow.",
+        "write_plan, look whether there are enough free blocks for both of its answers, then replace and "
+        "grow.",
         "write_plan wants the references of blocks: a dict {block: accounts.count(block)} of the table's "
         "blocks is enough.",
         "`commit`: the tokens of the sequence grow, then PrefixCache.add with *all* its tokens, its salt and "

@@ -1,5 +1,7 @@
 """Unit 09: known mistakes, each as an edit of the solution."""
 
+from statistics import mean
+
 from .checks import accounts, cow, leak, model, prefix, quotas, tables
 
 # 09.1: slots
@@ -115,26 +117,26 @@ cow.mistakes(
     past the last token.
 
     copied although nobody shares it
-        if references[table[i]] > 1: → if references[table[i]] > 0:
+        if references[table[i]] > 1 → if references[table[i]] > 0
     A block with one reference was replaced. Whoever is alone with a block may write to it as it is.
 
     never copied
-        if references[table[i]] > 1: → if references[table[i]] > 10**9:
+        if references[table[i]] > 1 → if references[table[i]] > 10**9
     Nothing is ever replaced, so the fork writes into the block that its parent reads. The parent's tokens
     change without its doing.
 
     copied from two sharers on
-        if references[table[i]] > 1: → if references[table[i]] > 2:
+        if references[table[i]] > 1 → if references[table[i]] > 2
     A block with two references was not replaced. The references count the writer itself: two are a writer
     and somebody else.
 
     the whole block kept
-        replace.append((i, max(length - i * page, 0))) → replace.append((i, page))
+        (i, max(length - i * page, 0)) → (i, page)
     All places of the old block were kept. Only the tokens before `length` are this sequence's; what follows
     belongs to the other one.
 
     the length as kept tokens
-        replace.append((i, max(length - i * page, 0))) → replace.append((i, length))
+        (i, max(length - i * page, 0)) → (i, length)
     `kept` is the number of tokens in *this* block that come before the new ones, not the number of all tokens
     of the sequence.
 
@@ -460,7 +462,8 @@ leak.mistakes(
     the open ones
         if max(right.values()) < 27: → if max(right.values()) >= 27:
     The open servers were returned. Asked for are the closed ones.
-    """
+    """,
+    mean=mean,
 )
 
 # 09.6: quotas
