@@ -33,6 +33,7 @@ from kvlearn.plots.quality import (
     recall_over_length,
 )
 from kvlearn.plots.recall import recall_curves, recall_over_state
+from kvlearn.plots.ring_attention import exposed_communication, timetable
 from kvlearn.plots.scaling import scaling
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
@@ -55,6 +56,7 @@ __all__ = [
     "converted",
     "decode_times",
     "dollars",
+    "exposed_communication",
     "gallery",
     "influence",
     "layer_stripes",
@@ -84,6 +86,7 @@ __all__ = [
     "step_times",
     "stored_and_read",
     "time_per_token",
+    "timetable",
     "touched_bytes",
     "uptraining",
     "what_pays",
