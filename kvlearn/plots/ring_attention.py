@@ -1,7 +1,7 @@
 """Pictures of chapter 08: who holds whose block when, and when a rank waits for a message."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -15,8 +15,13 @@ from kvlearn.parallel.simulate import LINKS, Link, Shape, hidden_from, simulate
 from kvlearn.plots.picture import COLOURS, Picture, drawing, line_styles
 
 WORK, SENT, EDGE = COLOURS["full"], COLOURS["sliding"], "#8a8a8a"
-ARROW = (3, 0, -135)  # a triangle that points down and to the right: the next rank in the next step
+ARROW: tuple[int, Literal[0], int] = (
+    3,
+    0,
+    -135,
+)  # a triangle that points down and to the right: the next rank in the next step
 MOST_COLOUR = 0.7  # of a cell in which all pairs are visible: black text stays readable
+LENGTHS = [2**power for power in range(8, 21)]
 
 
 def timetable(plans: Mapping[str, Plan]) -> Picture:
@@ -79,7 +84,7 @@ def exposed_communication(
     flop_rate: float,
     *,
     world: int = 8,
-    lengths: Sequence[int] = tuple(2**n for n in range(8, 21)),
+    lengths: Sequence[int] = LENGTHS,
     links: Sequence[Link] = LINKS,
 ) -> Picture:
     """The share of its time in which the busiest rank waits for a message, over the tokens per rank.
