@@ -15,11 +15,8 @@ from kvlearn.parallel.simulate import LINKS, Link, Shape, hidden_from, simulate
 from kvlearn.plots.picture import COLOURS, Picture, drawing, line_styles
 
 WORK, SENT, EDGE = COLOURS["full"], COLOURS["sliding"], "#8a8a8a"
-ARROW: tuple[int, Literal[0], int] = (
-    3,
-    0,
-    -135,
-)  # a triangle that points down and to the right: the next rank in the next step
+# A triangle that points down and to the right: to the next rank, in the next step.
+ARROW: tuple[int, Literal[0], int] = (3, 0, -135)
 MOST_COLOUR = 0.7  # of a cell in which all pairs are visible: black text stays readable
 LENGTHS = [2**power for power in range(8, 21)]
 
