@@ -12,6 +12,7 @@ BENCHMARKS = {
     "linear": "states in place of caches: exponents, steps, bytes, 100K tokens of decode, others' Mamba",
     "hardware": "one layer of every mechanism at real shapes: bytes, decode, prefill, the batch that fits",
     "models": "models rebuilt from kvlearn's parts beside transformers': decode, mixtures, loading",
+    "ring": "blockwise layers at 64K tokens, and a ring of processes: memory, work and bytes per rank",
     "serving": "many users: blocks, hit rates, continuous batching, time to the first token, the leak",
     "decode": "the decode kernel against the floor, torch and its own stages; its PyTorch form on a CPU",
     "decode_tune": "tilings and splits of the decode kernel: the best beside the present (needs a GPU)",

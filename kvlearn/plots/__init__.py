@@ -33,6 +33,7 @@ from kvlearn.plots.quality import (
     recall_over_length,
 )
 from kvlearn.plots.recall import recall_curves, recall_over_state
+from kvlearn.plots.ring_attention import exposed_communication, timetable
 from kvlearn.plots.scaling import scaling
 from kvlearn.plots.serving import block_pool, leak, noise_and_leak, waste
 from kvlearn.plots.shared import pools, stored_and_read
@@ -57,6 +58,7 @@ __all__ = [
     "converted",
     "decode_times",
     "dollars",
+    "exposed_communication",
     "gallery",
     "influence",
     "layer_stripes",
@@ -88,6 +90,7 @@ __all__ = [
     "step_times",
     "stored_and_read",
     "time_per_token",
+    "timetable",
     "touched_bytes",
     "uptraining",
     "waste",

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvlearn.measure import MODELS, results
+from kvlearn.measure import DEVICES, MODELS, results
+from kvlearn.parallel import Layout, Plan
+from kvlearn.parallel.simulate import LINKS, Shape, hidden_from, ring_bytes, simulate
 from kvlearn.study import base_model, corpus
 from kvlearn.study.routing import compare
 
@@ -132,3 +134,33 @@ def test_eight_of_thirteen_models_of_chapter_07_have_two_kinds_of_layers() -> No
     names = [name for name in MODELS if f'"{name}"' in source]
     mixed = [name for name in names if len({MODELS[name].layer(i).kind for i in range(60)}) == 2]
     assert (len(mixed), len(names)) == (8, 13)
+
+
+def test_predictions_of_chapter_08() -> None:
+    """Work in contiguous order, bytes of a ring and of a tree, hidden messages, ten million tokens."""
+    work = Plan(Layout(1024, 4)).work
+    assert max(work) / min(work) == pytest.approx(7.0, abs=0.05)
+    assert sum(work) / max(work) == pytest.approx(2.3, abs=0.05)
+    small = Shape(n_heads=8, n_kv_heads=2, head_dim=32, itemsize=4)
+    assert (small.block_bytes(256), ring_bytes(small, 4, 256)) == (131_072, 384 * 1024)
+    shape, rate = Shape(n_heads=32, n_kv_heads=8, head_dim=128), DEVICES["H100"].peak / 2
+    assert hidden_from(shape, 500e12, LINKS[-1]) == pytest.approx(20_000)
+    assert [round(hidden_from(shape, rate, link)) for link in LINKS] == [550, 4948, 19_790]
+    assert 2 * 7 / 8 * 32 * 129 * 4 < 32 * 1024  # a tree over 8 devices
+    assert 65_536**2 * 4 * 4 == 64 * 1024**3  # scores of 4 heads at 64K tokens
+    seconds = {P: 32 * simulate(shape, P, 10_000_000 // P, rate, LINKS[0]).total for P in (64, 1024)}
+    assert seconds[64] == pytest.approx(15 * 60, rel=0.1)
+    assert seconds[1024] == pytest.approx(60, rel=0.2)
+    assert 10_000_000 // 1024 < 19_790 < 10_000_000 // 64
+    text = "\n".join(cells("notebooks/08_ring_attention.ipynb", "markdown"))
+    for said in (
+        "7.0 times",
+        "as 2.3 would be",
+        "131,072",
+        "384 KiB",
+        "20,000 tokens",
+        "19,790 over Ethernet",
+    ):
+        assert said in text
+    for said in ("4,948 over InfiniBand", "550 over NVLink", "under 32 KiB", "64 GiB", "about a minute"):
+        assert said in text

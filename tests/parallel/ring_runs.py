@@ -156,3 +156,24 @@ def merged() -> list[Any]:
     log = Log()
     out, lse = tree_merge(Partial(part.out, part.lse), log=log)
     return [out, lse, log.bytes_sent]
+
+
+def torchs_ring(tokens: int, causal: bool) -> list[Tensor]:
+    """This rank's output and gradients by PyTorch's context parallel, messages sent round.
+
+    Its public ``context_parallel`` knows kernels of GPUs only; its ring takes any kernel, here that of CPUs.
+    """
+    from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+
+    layout = Layout(tokens, dist.get_world_size(), "zigzag" if causal else "contiguous")
+    q, k, v, d_out = (layout.shard(x, dist.get_rank(), dim=2) for x in inputs((2, 3, 3), tokens, 8))
+    theirs._cp_options.enable_load_balance = causal
+    theirs._cp_options.rotate_method = theirs._RotateMethod.ALL_TO_ALL
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    group: Any = dist.group.WORLD
+    given: dict[str, Any] = {"query": q, "key": k, "value": v, "is_causal": causal}
+    out, lse = theirs._templated_ring_attention(group, 2, kernel, **given)
+    given |= {"out": out, "logsumexp": lse, "dropout_p": 0.0}
+    grads = theirs._templated_ring_attention_backward(group, 2, gradient, d_out, "grad_out", **given)
+    return [out, *grads]

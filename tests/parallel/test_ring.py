@@ -61,6 +61,18 @@ def test_a_block_is_under_way_while_it_is_computed_with() -> None:
         assert kinds == [("send", 0), ("compute", 0), ("receive", 0), ("compute", 1)]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_ring_is_pytorchs_context_parallel(causal: bool) -> None:
+    order, world = ("zigzag" if causal else "contiguous"), 2
+    case = {"tokens": 24, "order": order, "rule": Rule(causal), "lengths": None, "block": 5}
+    case |= {"shape": (2, 3, 3), "dim": 8}
+    ours = launch(ring_runs.forward_and_backward, world, [case], seconds=60)
+    theirs = launch(ring_runs.torchs_ring, world, 24, causal, seconds=60)
+    for rank in range(world):
+        for got, expected in zip(ours[rank][0]["parts"], theirs[rank], strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("world", "layers", "order"),
     [(2, [Spec("gqa", n_kv_heads=2), Spec("window", window=5)], "striped"), (4, ["full"], "zigzag")],

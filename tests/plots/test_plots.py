@@ -16,6 +16,8 @@ from kvlearn.kernels.stages import STAGES
 from kvlearn.kernels.trace import Trace, trace
 from kvlearn.measure import DEVICES, MODELS, Quartiles, Roofline, Work, cache_bytes, read_bytes, weights_bytes
 from kvlearn.model import Decoder, ModelConfig
+from kvlearn.parallel import Layout, Plan
+from kvlearn.parallel.simulate import Shape
 from kvlearn.plots.serving import FREE, BlockState
 from kvlearn.serving import Attack, Mix, Noise, simulate
 from kvlearn.study import recall
@@ -177,6 +179,10 @@ PICTURES = {
     "noise_and_leak": lambda: plots.noise_and_leak(noise_rows()),
     "gallery": lambda: plots.gallery({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12, block=4),
     "lifetimes": lambda: plots.lifetimes({"window": "local(4)", "strided": "strided(3)"}, n_tokens=12),
+    "timetable": lambda: plots.timetable({"striped": Plan(Layout(16, 4, "striped"))}),
+    "exposed_communication": lambda: plots.exposed_communication(
+        Shape(n_heads=8, n_kv_heads=2, head_dim=16), 1e12, world=2, lengths=(64, 4096)
+    ),
     "scaling": lambda: plots.scaling(window_rows()),
     "state_memory": plots.state_memory,
     "recall_curves": lambda: plots.recall_curves({"full": recall_run(), "delta": recall_run()}),
