@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from kvlearn import validate
 from kvlearn.plots.picture import COLOURS, Line, Picture, drawing, line_styles
@@ -81,6 +81,8 @@ def block_pool(frames: Sequence[Sequence[BlockState]], *, title: str = "") -> Pi
         axes.set(xlim=(0, len(frames)), ylim=(n_blocks - 0.4, -0.6))
         axes.set_xlabel("steps of the engine")
         axes.set_ylabel("block")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title)
         axes.grid(False)
         handles = [Patch(fc=c, ec="white", lw=0, hatch=h, label=name) for name, (c, h) in styles.items()]
@@ -115,7 +117,7 @@ def _cell(kind: Kind, colour: str, hatch: str, start: int, stop: int, block: int
     height = KIND_HEIGHTS[kind]
     box = ((start + 0.04, block - height / 2), stop - start - 0.08, height)
     if kind == "cached":
-        return Rectangle(*box, fc="none", ec=colour, lw=1, hatch=hatch)
+        return Rectangle(*box, fc="none", ec=colour, lw=1.2, hatch=hatch)
     return Rectangle(*box, fc=colour, ec="white", lw=0, hatch=hatch)
 
 
@@ -139,7 +141,7 @@ def waste(reports: Mapping[int, Report]) -> Picture:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 1.25 * max(contiguous, *empty.values()))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xlabel("tokens in a block, logarithmic")
         axes.set_ylabel("empty places")
     told = ", ".join(f"{share:.1%} with blocks of {page}" for page, share in empty.items())
@@ -174,7 +176,7 @@ def leak(rows: Sequence[Row]) -> Picture:
             axes.errorbar(x, share, error, color="#8a8a8a", capsize=4, elinewidth=1.4, marker="")
             axes.text(x, high + 0.02, f"{share:.0%}", ha="center", va="bottom")
         axes.axhline(chance, color=COLOURS["memory"], ls="--", lw=1.4)
-        axes.text(len(channels) - 0.48, chance, " chance", va="center")
+        axes.text(len(channels) - 0.22, chance + 0.01, "chance", ha="right", va="bottom")
         axes.set(xlim=(-0.55, len(channels) - 0.2), ylim=(0, 1.15))
         axes.set_xticks(range(len(channels)), [f"by {channel}" for channel in channels])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
