@@ -1319,7 +1319,7 @@ model = Exercise(
         "all, then a cosine or a straight line down to a tenth of it or less. `decay`: a number for "
         "matrices, 0 where weight.ndim is 1.",
         "Rates around 0.01 train this model well; 0.001 is too slow for so few tokens and 0.1 too fast. More "
-        "and smaller steps help here: try 4 or 8 rows of 64 bytes.",
+        "and smaller steps help here: try 4 or 8 rows of 64 bytes, and stay at the peak for the first half.",
     ),
 )
 
