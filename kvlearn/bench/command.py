@@ -1,6 +1,6 @@
 """``kvlearn bench``: what is refused, what is shown, and what is kept.
 
-Names and options are checked before torch is imported, so a typing mistake is told at once.
+Names and options are checked before torch is imported, so that a typing mistake is reported at once.
 """
 
 import json

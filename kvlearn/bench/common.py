@@ -85,7 +85,9 @@ class RowRecorder(Protocol):
 class Recorder:
     """Keeps rows in FOLDER/NAME-MACHINE.json: the whole file is written again with every row.
 
-    ``provenance`` is taken before the run. The file of an earlier run is replaced with the first row.
+    ``provenance`` is taken before the run. The file of an earlier run is replaced with the first row. The
+    rows of ``pending`` stay in it until this run gives them again, or gives other rows of their part: a run
+    that is cut loses none of them.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Recorder:
     folder: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
+    pending: list[dict[str, Any]] = field(default_factory=list)
 
     def earlier(self) -> list[dict[str, Any]]:
         """Rows of the file that this run replaces, each with the provenance of its own run."""
@@ -104,8 +107,14 @@ class Recorder:
 
     def add(self, row: Row) -> None:
         """Keep one more row."""
-        self.rows.append(row.as_dict())
-        self.path = results.save(self.name, self.command, self.rows, self.provenance, self.folder)
+        new = row.as_dict()
+        self.rows.append(new)
+        if new in self.pending:
+            self.pending.remove(new)
+        elif not row.reason:
+            self.pending = [old for old in self.pending if old.get("part") != new.get("part")]
+        rows = self.rows + self.pending
+        self.path = results.save(self.name, self.command, rows, self.provenance, self.folder)
 
 
 def run(
@@ -138,7 +147,9 @@ def run(
     if not selected:
         raise ValueError(f"only: expected part of {', '.join(part.name for part in parts)}; got {only!r}")
     if resumed is not None:
-        resumed.rows += module.others(known, device, small, [part.name for part in selected])
+        kept = module.others(known, device, small, [part.name for part in selected])
+        resumed.rows += kept
+        resumed.pending = [row for row in known if row.get("what") != "missing" and row not in kept]
     for row in run_parts(selected, seconds or getattr(module, "SECONDS", 0), progress=progress):
         if recorder is not None:
             recorder.add(row)
@@ -349,17 +360,7 @@ def recorded_table(recorded: Recorded, *whats: str) -> Table:
     for row in recorded.rows:
         if whats and row.get("what") not in (*whats, "missing"):
             continue
-        spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "q1" in row else None
-        measured = math.nan if row["measured"] is None else row["measured"]
-        case, bar, value, quartiles, verdict = Row(
-            row["case"],
-            measured,
-            row["unit"],
-            row["bar"],
-            row["relation"] or ">=",
-            spread,
-            missing=row.get("missing", ""),
-        ).texts()
+        case, bar, value, quartiles, verdict = Row.of(row).texts()
         lines.append({"": case, "bar": bar, "measured": value, "quartiles": quartiles, "bar met": verdict})
     if not lines:
         known = sorted({row.get("what", "") for row in recorded.rows})

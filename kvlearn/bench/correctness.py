@@ -148,7 +148,7 @@ def error_row(title: str, measured: Tensor, dtype: torch.dtype, **details: Any) 
     found = {"what": "correct", "dtype": str(dtype).removeprefix("torch."), **details}
     broken = int(measured.isnan().sum())
     if broken:
-        return Row(f"{title}: heads with NaN", broken, "in all", 0, "==", details=found)
+        return Row(f"{title}: heads with NaN", broken, "heads", 0, "==", details=found)
     return Row(title, float(measured.max()), "x", TOLERANCE[dtype], "<=", details=found)
 
 
@@ -212,7 +212,7 @@ def merge_rows(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     yield error_row(f"{title}: largest error", worst, step.q.dtype, repeats=sizes.repeats)
     left = int(workspace.tickets.count_nonzero())
     details = {"what": "correct", "repeats": sizes.repeats}
-    yield Row(f"{title}: tickets left", left, "in all", 0, "==", details=details)
+    yield Row(f"{title}: tickets left", left, "tickets", 0, "==", details=details)
 
 
 def graph_row(device: torch.device, sizes: Sizes) -> Iterator[Row]:

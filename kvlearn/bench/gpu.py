@@ -9,17 +9,15 @@ that benchmark's file; rows and a summary are written as they come, so a run tha
 Without a GPU there is one row that says so; ``--small`` tries the whole run in Triton's interpreter.
 """
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvlearn.bench import correctness
+from kvlearn.bench import correctness, hardware
 from kvlearn.bench.common import Limit, Part, Recorder
 from kvlearn.bench.decode import gpu_parts, tiling_parts
 from kvlearn.bench.decode.cases import Arena
@@ -60,12 +58,9 @@ def of(benchmark: str, made: Iterable[Part]) -> list[Part]:
 
 
 def hardware_parts(device: torch.device, small: bool) -> list[Part]:
-    """Those of ``kvlearn bench hardware``; one that says so where this version has none."""
-    if find_spec("kvlearn.bench.hardware") is None:
-        return [Part("rows", partial(iter, [unavailable("hardware", "not part of this version")]))]
-    module = importlib.import_module("kvlearn.bench.hardware")
-    made: list[Part] = module.parts(device, small)
-    return [replace(part, needs=max(part.needs, HARDWARE_NEEDS)) if not small else part for part in made]
+    """Those of ``kvlearn bench hardware``."""
+    made = hardware.parts(device, small)
+    return made if small else [replace(part, needs=HARDWARE_NEEDS) for part in made]
 
 
 # A trial run without a GPU

@@ -12,13 +12,13 @@ fast, and of bf16 on a GPU. A step is timed cold: a large buffer is read before 
 model would be, so that nothing of the layer lies in an on-chip cache. Caches are filled with random numbers.
 
 Each part ends with a row "part" that says how long it took. A later run of the same command keeps the rows of
-finished parts of this machine, preset and number of threads, and measures the rest; other threads' rows stay.
-Where ``SECONDS`` are not enough, the next run measures what was not reached.
+finished parts of this machine, preset and number of threads, and measures the rest; rows that were measured
+with another number of threads stay. Where ``SECONDS`` are not enough, the next run measures what is left.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,12 @@ _LLAMA = {"head_dim": 128}
 _LATENT = {"head_dim": 128, "v_head_dim": 128, "rank": 512, "rope_dim": 64}
 _V4 = {"head_dim": 512, "q_rank": 1024}
 
+# Widths, heads, ranks and convolutions as in the published configurations (config.json, or the defaults of
+# transformers for that model); GLA and DeltaNet as in fla-hub's gla-1.3B-100B and delta_net-1.3B-100B; RetNet
+# and NSA as in their papers (RetNet: heads of 256 for keys and 512 for values), which released no weights of
+# this size; MoBA's blocks as in the paper's model of 8B. Two layers differ from their models: NSA (below),
+# and DeepSeek-V4's, whose output projection is of low rank in two steps; ours is one matrix, so it reads more
+# weights.
 CASES = (
     Case("full", "Llama 3.1 8B without shared heads", 4096, 32, _LLAMA),
     Case("gqa", "Llama 3.1 8B", 4096, 32, {**_LLAMA, "n_kv_heads": 8}),
@@ -159,15 +165,21 @@ def parts(device: torch.device, small: bool = False, known: Iterable[Mapping[str
 
 
 def parts_of(sizes: Sizes, device: torch.device, known: Iterable[Mapping[str, Any]] = ()) -> list[Part]:
-    """The parts of a preset: machine, then every kind of the first cases, then of the others."""
+    """The parts of a preset: machine, then every kind of the first cases, then of the others.
+
+    Those that ``known`` holds finished come before all others: they take no time, and so none is left out
+    where the seconds do not suffice.
+    """
     measured: dict[str, Callable[[], Iterator[Row]]] = {"machine": partial(machine_rows, sizes, device)}
     for cases in (sizes.cases[:FIRST], sizes.cases[FIRST:]):
         for kind, rows in KINDS.items():
             for case in cases:
                 measured[f"{kind}: {case.name}"] = partial(rows, case, sizes, device)
-    known = list(known)
     condition = condition_of(sizes, device)
-    return [Part(name, partial(once, name, rows, condition, known)) for name, rows in measured.items()]
+    ours = [row for row in known if all(row.get(key) == value for key, value in condition.items())]
+    finished = {row.get("part") for row in ours if row.get("what") == "part"}
+    names = sorted(measured, key=lambda name: name not in finished)
+    return [Part(name, partial(once, name, measured[name], condition, ours)) for name in names]
 
 
 def condition_of(sizes: Sizes, device: torch.device) -> dict[str, Any]:
@@ -194,39 +206,18 @@ def once(
     wanted = {**condition, "part": part}
     found = [row for row in known if all(row.get(key) == value for key, value in wanted.items())]
     if any(row["what"] == "part" for row in found):
-        yield from map(again, found)
+        yield from map(Row.of, found)
         return
     start = time.monotonic()
     for row in rows():
-        yield replace_details(row, wanted)
+        yield with_details(row, wanted)
     took = Row(f"{part}: took", time.monotonic() - start, "s", details={"what": "part"})
-    yield replace_details(took, wanted)
+    yield with_details(took, wanted)
 
 
-def replace_details(row: Row, more: Mapping[str, Any]) -> Row:
+def with_details(row: Row, more: Mapping[str, Any]) -> Row:
     """``row`` with more details."""
-    return Row(
-        row.case,
-        row.measured,
-        row.unit,
-        row.bar,
-        row.relation,
-        row.spread,
-        {**row.details, **more},
-        row.missing,
-    )
-
-
-def again(row: Mapping[str, Any]) -> Row:
-    """A recorded row as a ``Row``, with everything that was recorded."""
-    fixed = ("case", "measured", "unit", "bar", "relation", "pass", "missing", "q1", "q3", "n")
-    spread = Quartiles(row["measured"], row["q1"], row["q3"], row["n"]) if "n" in row else None
-    details = {key: value for key, value in row.items() if key not in fixed}
-    measured = float("nan") if row["measured"] is None else row["measured"]
-    relation: Any = row["relation"] or ">="
-    return Row(
-        row["case"], measured, row["unit"], row["bar"], relation, spread, details, row.get("missing", "")
-    )
+    return replace(row, details={**row.details, **more})
 
 
 def others(
@@ -345,8 +336,15 @@ def with_predictions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def predicted(
     row: Mapping[str, Any], machine: Machine, cases: Iterable[Case] = (*CASES, *SMALL_CASES)
 ) -> float:
-    """Seconds of a recorded row of decode, by the model of ``Machine.step_seconds``."""
-    (case,) = (case for case in cases if of(case) == {key: row[key] for key in ("mechanism", "model")})
+    """Seconds of a recorded row of decode, by the model of ``Machine.step_seconds``.
+
+    Raises ValueError for a layer that this version does not measure.
+    """
+    layer = {key: row[key] for key in ("mechanism", "model")}
+    found = [case for case in cases if of(case) == layer]
+    if not found:
+        raise ValueError(f"row: expected a layer of CASES, got {layer['mechanism']}, {layer['model']}")
+    case = found[0]
     return machine.step_seconds(
         row["weights"],
         row["cache"],
@@ -403,6 +401,9 @@ def decode_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]
     dtype = dtype_of(device)
     layer = case.build(dtype, device)
     lengths = [n for n in sizes.lengths if not too_large(layer, n, sizes, device)]
+    if not lengths:
+        yield _row(case, "decode_time", too_large(layer, sizes.lengths[0], sizes, device), "s")
+        return
     cache = layer.new_cache(batch=1, max_len=lengths[-1])
     fill(cache)
     x = torch.randn(1, 1, layer.d_model, dtype=dtype, device=device)
@@ -518,13 +519,14 @@ def batch_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     batch = largest(needs, sizes.memory)
     at = {"context": n, "memory": sizes.memory, "predicted": sizes.memory // layer.cache_bytes(n)}
     found = _row(case, "batch", batch, "sequences", n)
-    yield replace_details(found, at)
+    yield with_details(found, at)
 
 
 def largest(needs: Callable[[int], int], memory: int) -> int:
     """The most for which ``needs`` is at most ``memory``, if it grows with its argument; 0 if 1 is too many.
 
-    Exact below 256; above, it fits, and a 256th more does not: each try really allocates. The caller's ``needs`` may raise ``torch.OutOfMemoryError``: that does not fit either.
+    Exact below 256; above, it fits, and a 256th more does not: each try really allocates. The caller's
+    ``needs`` may raise ``torch.OutOfMemoryError``: that does not fit either.
     """
 
     def fits(batch: int) -> bool:

@@ -48,8 +48,8 @@ def live_slots(request: Request, cache: Tensor, row: int, length: int) -> Tensor
             slots = cache[row, :, live]
         else:
             first = live.start // request.page
-            pages = request.block_table[row, first : -(-live.stop // request.page)].tolist()
-            slots = torch.cat([cache[page] for page in pages], dim=1) if pages else cache[0, :, :0]
+            pages = request.block_table[row, first : -(-live.stop // request.page)]
+            slots = cache.index_select(0, pages).transpose(0, 1).flatten(1, 2)
             slots = slots[:, live.start - first * request.page : live.stop - first * request.page]
         parts.append(slots.float())
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

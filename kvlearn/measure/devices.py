@@ -1,7 +1,7 @@
-"""Real devices: memory, bandwidth and peak, as data sheets give them, and this machine as it was measured.
+"""Real devices: memory, bandwidth and peak, as their makers state them.
 
-A data sheet's numbers are limits that no program reaches: a stream that only reads gets 80 to 95% of the
-bandwidth, a large product of matrices 60 to 90% of the peak.
+A data sheet's numbers are limits that no program reaches; what one does reach is measured
+(``kvlearn.measure.roofline``).
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,13 @@ from kvlearn.measure.units import GB, TB, format_bytes_decimal, format_rate
 
 @dataclass(frozen=True)
 class Device:
-    """Memory in bytes, bandwidth in bytes/s and the dense 16-bit peak in FLOP/s, from ``source``.
-
-    ``kind``: "data centre", "consumer" or "measured".
-    """
+    """Memory in bytes, bandwidth in bytes/s and the dense 16-bit peak in FLOP/s, from ``source``."""
 
     name: str
     memory: int
     bandwidth: float
     peak: float
     source: str
-    kind: str = "data centre"
 
     @property
     def roofline(self) -> Roofline:
@@ -37,14 +33,13 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("RTX 3060", 12 * GB, 360e9, 101e12 / 4, "NVIDIA, GeForce RTX 3060 announcement", "consumer"),
+        Device("RTX 3060", 12 * GB, 360e9, 101e12 / 4, "NVIDIA, GeForce RTX 3060 announcement"),
         Device(
             "RTX 4090",
             24 * GB,
             1.008 * TB,
             165.2e12,
             "NVIDIA, Ada GPU architecture whitepaper (2023), appendix A",
-            "consumer",
         ),
         Device(
             "Apple M1 Max",
@@ -52,7 +47,6 @@ DEVICES = {
             400e9,
             10.4e12,
             "Apple, M1 Pro and M1 Max announcement (2021); 32-bit peak",
-            "consumer",
         ),
         Device("T4", 16 * GB, 320e9, 65e12, "NVIDIA, T4 product page (320 GB/s; fp16)"),
         Device("L40S", 48 * GB, 864e9, 362.05e12, "NVIDIA, L40S data sheet"),
@@ -63,7 +57,7 @@ DEVICES = {
         Device("MI300X", 192 * GB, 5.3 * TB, 1307.4e12, "AMD, Instinct MI300X data sheet"),
     )
 }
-"""By name, the slowest memory of each kind first."""
+"""By name: consumer devices, then those of data centres."""
 
 
 def device_table(devices: Sequence[Device] = tuple(DEVICES.values())) -> Table:

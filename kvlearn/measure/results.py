@@ -2,7 +2,7 @@
 
     {"schema": 1, "command": "kvlearn bench full --record", "provenance": {...}, "rows": [{...}, ...]}
 
-One machine a file for timings. Rows of quality may come from several machines; each then carries its own
+One file per machine for timings. Rows of quality may come from several machines; each then carries its own
 ``"provenance"``. ``Row`` is a measured number with its bar; ``load`` reads files as they are, ``comparable``
 leaves out, by name, what must not be compared.
 """
@@ -54,6 +54,25 @@ class Row:
     spread: Quartiles | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     missing: str = ""
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any]) -> "Row":
+        """A row that ``as_dict`` has written, with everything in it."""
+        fixed = {"case", "measured", "unit", "bar", "relation", "pass", "missing"}
+        spread = None
+        if "q1" in recorded:
+            spread = Quartiles(recorded["measured"], recorded["q1"], recorded["q3"], recorded["n"])
+            fixed |= {"q1", "q3", "n"}
+        return cls(
+            recorded["case"],
+            math.nan if recorded["measured"] is None else recorded["measured"],
+            recorded["unit"],
+            recorded["bar"],
+            recorded["relation"] or ">=",
+            spread,
+            {key: value for key, value in recorded.items() if key not in fixed},
+            recorded.get("missing", ""),
+        )
 
     @property
     def reason(self) -> str:
@@ -162,7 +181,7 @@ def save(
 
 
 def load(name: str, folder: Path | None = None) -> list[Recorded]:
-    """All recorded runs of ``name``, one a machine, sorted by machine; an empty list where there is none.
+    """All recorded runs of ``name``, one per machine, sorted by machine; an empty list where there is none.
 
     Looks into the repository's results/, or into those that came with an installed wheel. ValueError
     names the file that does not hold what it should.

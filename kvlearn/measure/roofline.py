@@ -79,7 +79,7 @@ class Machine:
 
 
 def measure_roofline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Roofline:
-    """This machine's roofline, measured now (once a process, about a second) with all of torch's threads."""
+    """This machine's roofline, measured once per process with all of torch's threads, in about a second."""
     device = torch.device(device)
     label = f"{device.type}, {str(dtype).removeprefix('torch.')}"
     return Roofline(matmul_peak(device, dtype), read_bandwidth(device), label)

@@ -34,7 +34,7 @@ from kvlearn.plots.quality import (
 )
 from kvlearn.plots.recall import recall_curves, recall_over_state
 from kvlearn.plots.scaling import scaling
-from kvlearn.plots.serving import memory_map
+from kvlearn.plots.serving import block_pool, leak, noise_and_leak, waste
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
@@ -48,6 +48,7 @@ __all__ = [
     "achieved_bandwidth",
     "across_layers",
     "beyond_the_window",
+    "block_pool",
     "bytes_per_token",
     "cache_growth",
     "cache_saves",
@@ -59,12 +60,13 @@ __all__ = [
     "gallery",
     "influence",
     "layer_stripes",
+    "leak",
     "lifetimes",
     "loss_by_position",
     "loss_curve",
     "loss_over_bytes",
     "loss_over_rank",
-    "memory_map",
+    "noise_and_leak",
     "on_the_roofline",
     "pareto",
     "path_flops",
@@ -88,5 +90,6 @@ __all__ = [
     "time_per_token",
     "touched_bytes",
     "uptraining",
+    "waste",
     "what_pays",
 ]

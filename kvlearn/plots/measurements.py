@@ -73,7 +73,7 @@ def touched_bytes(rows: Sequence[Row], *, length: int = 32_768) -> Picture:
     return Picture(figure, alt, {"bytes": data})
 
 
-def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = True) -> Picture:
+def decode_times(conditions: Mapping[str, Sequence[Row]]) -> Picture:
     """Seconds of one step over the context, a panel per condition; thin lines are the predictions.
 
     ``conditions``: rows of decode by the name of machine and condition; a row may have a key "predicted".
@@ -95,7 +95,7 @@ def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = Tr
                 panel.errorbar(
                     n, t, (below, above), lw=1.6, ms=5, elinewidth=1, capsize=2, **styles[mechanism]
                 )
-                if predictions and None not in foreseen:
+                if None not in foreseen:
                     panel.plot(n, foreseen, color=styles[mechanism]["color"], lw=0.8, ls="-", alpha=0.8)
             _lengths(panel, sorted({point[0] for points in lines.values() for point in points}))
             _seconds(panel)
@@ -104,8 +104,7 @@ def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = Tr
         handles = [
             Line2D([], [], lw=1.6, label=f"{m}{exponents.get(m, '')}", **styles[m]) for m in mechanisms
         ]
-        if predictions:
-            handles.append(Line2D([], [], color=COLOURS["memory"], lw=0.9, label="predicted"))
+        handles.append(Line2D([], [], color=COLOURS["memory"], lw=0.9, label="predicted"))
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     told = "; ".join(
         f"{name}: "
@@ -121,7 +120,8 @@ def decode_times(conditions: Mapping[str, Sequence[Row]], predictions: bool = Tr
 def predicted_and_measured(conditions: Mapping[str, Sequence[Row]]) -> Picture:
     """Every measured step over its prediction, with a band of 15% to both sides of equality.
 
-    Each row has "measured" and "predicted" seconds. Colours are mechanisms, markers are conditions.
+    Each row has "measured" and "predicted" seconds. Colours are mechanisms, markers are conditions. Of more
+    mechanisms than there are colours, those without a line of their own are grey.
     """
     validate.at_most("len(conditions)", len(conditions), len(CONDITIONS), "the markers there are")
     points = [
@@ -133,7 +133,8 @@ def predicted_and_measured(conditions: Mapping[str, Sequence[Row]]) -> Picture:
     errors = {c: [t / p - 1 for name, _, p, t in points if name == c] for c in conditions}
     within = {c: sum(abs(e) <= WITHIN for e in found) for c, found in errors.items()}
     mechanisms = list(dict.fromkeys(m for _, m, *_ in points))
-    styles = line_styles(mechanisms, fixed=LINES)
+    colours = _colours(mechanisms)
+    others = [m for m in mechanisms if m not in colours]
     low = min(min(p, t) for *_, p, t in points) / 1.5
     high = max(max(p, t) for *_, p, t in points) * 1.5
     with drawing(size=(6.6, 5.2)) as (figure, axes):
@@ -147,9 +148,9 @@ def predicted_and_measured(conditions: Mapping[str, Sequence[Row]]) -> Picture:
         )
         axes.plot(line, line, color=COLOURS["memory"], lw=1)
         for marker, condition in zip(CONDITIONS, conditions, strict=False):
-            for mechanism in mechanisms:
+            for mechanism in [*others, *colours]:  # grey ones first, below the others
                 chosen = [(p, t) for c, m, p, t in points if (c, m) == (condition, mechanism)]
-                colour = styles[mechanism]["color"]
+                colour = colours.get(mechanism, COLOURS["memory"])
                 axes.plot(
                     *zip(*chosen, strict=True), marker, color=colour, ms=5, mfc="none"
                 ) if chosen else None
@@ -159,7 +160,10 @@ def predicted_and_measured(conditions: Mapping[str, Sequence[Row]]) -> Picture:
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("predicted: bytes, FLOPs and calls")
         axes.set_ylabel("measured")
-        handles = [Line2D([], [], ls="", marker="o", color=styles[m]["color"], label=m) for m in mechanisms]
+        labels = dict(colours)
+        if others:
+            labels[f"{len(others)} others"] = COLOURS["memory"]
+        handles = [Line2D([], [], ls="", marker="o", color=c, label=name) for name, c in labels.items()]
         handles += [
             Line2D([], [], ls="", marker=mark, color=COLOURS["memory"], mfc="none", label=condition)
             for mark, condition in zip(CONDITIONS, conditions, strict=False)
@@ -274,6 +278,15 @@ def dollars(lines: Mapping[str, Sequence[tuple[int, float]]], *, title: str = ""
         for name, points in shown.items()
     )
     return Picture(figure, f"Dollars per million output tokens over the context. {told}.", {"lines": shown})
+
+
+def _colours(mechanisms: Sequence[str]) -> dict[str, str]:
+    """A colour for each; where there are not so many, for those of ``LINES`` alone."""
+    try:
+        styles = line_styles(mechanisms, fixed=LINES)
+    except ValueError:
+        styles = line_styles([m for m in mechanisms if m in LINES], fixed=LINES)
+    return {mechanism: style["color"] for mechanism, style in styles.items()}
 
 
 def _at(rows: Sequence[Row], what: str, length: int) -> dict[str, Row]:

@@ -149,12 +149,14 @@ def loss_over_bytes(rows: Iterable[Row], *, budget: str = "cpu", claims: Sequenc
     visible = visible_difference(finished(rows, budget), budget)
     share = {name: size / stored["full"] for name, size in stored.items()}
     claimed = {f"article: {claim.name}": claim for claim in claims}
-    left = {
-        name: 1 - claim.saved[0] for name, claim in claimed.items()
-    }  # of a range, the least that is saved
+    # Of a range, the least that is saved.
+    left = {name: 1 - claim.saved[0] for name, claim in claimed.items()}
     places = {name: math.log2(at) for name, at in (left | share).items()}
     at = dict(zip(places, apart(list(places.values()), 0.105), strict=True))
-    pending = [name for name in stored if name not in points and name != "full"]
+    lost = [item.design for item in compare(finished(rows, budget), budget) if item.summary.mean is None]
+    failed = [name for name in lost if name != "full"]
+    pending = [name for name in stored if name not in points and name not in ("full", *failed)]
+    marks = {name: name + (f", {p.diverged} diverged" if p.diverged else "") for name, p in points.items()}
     with drawing(size=(10.4, 5.6)) as (figure, axes):
         _equal_cache(axes, [group for group in equal_cache(budget) if len(group) > 2], at)
         axes.axhline(0, color=COLOURS["full"], lw=1.4)
@@ -165,17 +167,15 @@ def loss_over_bytes(rows: Iterable[Row], *, budget: str = "cpu", claims: Sequenc
             _labelled(axes, at[name], (low + high) / 2, low, high, name, COLOURS["memory"], "d", hollow=True)
         _labelled(axes, at["full"], 0, 0, 0, "full", COLOURS["full"], "o", hollow=False)
         for name, point in points.items():
-            family, mark = FAMILY[name], f"{name}, {point.diverged} diverged" if point.diverged else name
-            colour = COLOURS[family]
-            _labelled(axes, at[name], *point[1:4], mark, colour, MARKERS[family], hollow=point.tie)
+            colour, marker = COLOURS[FAMILY[name]], MARKERS[FAMILY[name]]
+            _labelled(axes, at[name], *point[1:4], marks[name], colour, marker, hollow=point.tie)
         tops = [(math.log1p(claim.worse[1]), name) for name, claim in claimed.items()]
-        tops += [
-            (p.mean if p.high is None else p.high, f"{name} {'*' * p.diverged}") for name, p in points.items()
-        ]
+        tops += [(p.mean if p.high is None else p.high, marks[name]) for name, p in points.items()]
         lows = [0.0, -(visible or 0.0), *(p.mean if p.low is None else p.low for p in points.values())]
-        axes.set_ylim(_limits([*tops, (visible or 0.0, "")], min(lows), pending))
-        for name in pending:
-            _waiting(axes, at[name], name)
+        waiting = {name: name for name in pending} | {name: f"{name}, diverged" for name in failed}
+        axes.set_ylim(_limits([*tops, (visible or 0.0, "")], min(lows), list(waiting.values())))
+        for name, mark in waiting.items():
+            _waiting(axes, at[name], mark)
         axes.set_xticks(range(-4, 1), ["1/16", "1/8", "1/4", "1/2", "1"])
         axes.set_xlabel(
             f"cache stored at {BUDGETS[budget].training.length} tokens, as a share of full attention's, "
@@ -188,14 +188,15 @@ def loss_over_bytes(rows: Iterable[Row], *, budget: str = "cpu", claims: Sequenc
     alt = (
         f"Loss above full attention over bytes of cache stored, nats per byte: {told}. "
         f"Not yet run: {', '.join(pending) or 'none'}. "
+        + (f"Diverged in all runs: {', '.join(failed)}. " if failed else "")
         + " ".join(
             f"The article's {claim.name}: {claim.worse[0]:.1%} to {claim.worse[1]:.1%} at "
             f"{left[name]:.1%} of the cache."
             for name, claim in claimed.items()
         )
     )
-    data = {"points": points, "pending": pending, "claims": claimed, "visible": visible, "at": at}
-    return Picture(figure, alt, data)
+    data = {"points": points, "pending": pending, "failed": failed, "claims": claimed}
+    return Picture(figure, alt, data | {"visible": visible, "at": at})
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
@@ -266,7 +267,7 @@ def _labelled(
 
 
 def _waiting(axes: Axes, x: float, name: str) -> None:
-    """A design that has not run: its bytes are known."""
+    """A design without a loss, because it has not run or diverged: its bytes are known."""
     bottom = axes.get_xaxis_transform()
     axes.plot(x, 0.02, "|", color=COLOURS["memory"], transform=bottom, ms=7)
     axes.text(
@@ -314,10 +315,10 @@ def _handle(colour: str, marker: str, label: str, *, hollow: bool = False) -> Li
 
 
 def _said(point: Point) -> str:
-    bytes_, tie = format_bytes(point.stored), ", a tie" if point.tie else ""
-    interval = "" if point.low is None else f" [{point.low:+.3f}, {point.high:+.3f}]"
+    tie = ", a tie" if point.tie and point.low is not None else ""
+    interval = ", one run" if point.low is None else f" [{point.low:+.3f}, {point.high:+.3f}]"
     diverged = f", {point.diverged} runs diverged" if point.diverged else ""
-    return f"{point.mean:+.3f}{interval} at {bytes_}{tie}{diverged}"
+    return f"{point.mean:+.3f}{interval} at {format_bytes(point.stored)}{tie}{diverged}"
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]], tolerance: float = 0.05) -> list[str]:
@@ -348,7 +349,8 @@ def pareto(rows: Iterable[Row], *, budget: str = "cpu", lengths: Sequence[int] |
     items = {name: item for name, item in items.items() if item.summary.mean is not None}
     if not items:
         return not_yet("no language run of the whole budget", f"--preset {budget} --tier A")
-    lengths = (BUDGETS[budget].training.length, 32_768) if lengths is None else lengths
+    trained = BUDGETS[budget].training.length
+    lengths = (trained, 32_768) if lengths is None else lengths
     visible = visible_difference(finished(rows, budget), budget)
     fronts, drawn = {}, {}
     size = (5.2 * len(lengths), 4.6)
@@ -388,7 +390,7 @@ def pareto(rows: Iterable[Row], *, budget: str = "cpu", lengths: Sequence[int] |
         )
         for length, front in fronts.items()
     )
-    alt = f"Loss over bytes of cache stored, designs: {len(items)}, trained at {lengths[0]} tokens. {told}."
+    alt = f"Loss over bytes of cache stored, designs: {len(items)}, trained at {trained} tokens. {told}."
     return Picture(figure, alt, {"fronts": fronts, "points": drawn, "visible": visible})
 
 

@@ -197,13 +197,14 @@ positions = Exercise(
 )
 
 
-def ragged(t: CheckContext, sides: str, edges: Sequence[int], *, beyond: int = 3) -> tuple[Tensor, Tensor]:
-    """Losses and mask of rows, each padded on a side drawn from ``sides``; some reach past the last edge."""
+def ragged(t: CheckContext, sides: str, edges: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Losses and mask of rows, each padded on a side drawn from ``sides``; one, the longest, reaches past the
+    last edge and has no padding."""
     B = 6
-    lengths = [edges[-1] + beyond, edges[-1], edges[-1] - 1]
+    lengths = [edges[-1] + 3, edges[-1] + 1, edges[-1], edges[-1] - 1]
     lengths += [t.integer(edges[1] + 1, edges[-1] - 2) for _ in range(B - len(lengths))]
     lengths = [lengths[i] for i in torch.randperm(B, generator=t.generator)]
-    T = max(lengths) + 2
+    T = max(lengths)
     losses, mask = 2 + t.randn(B, T).abs() * 2, torch.zeros(B, T, dtype=torch.bool)
     for b, length in enumerate(lengths):
         side = ("left", "right")[b % 2] if sides == "both" else sides
@@ -431,7 +432,8 @@ def mqar_drawn(t: CheckContext, make_batch: Answer, has_one_answer: Answer) -> N
 def rows_to_prove(t: CheckContext, spoil: str) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """Rows that have one answer, and rows spoiled in one way; the last tensor says which are good.
 
-    Half of the good rows ask one key twice, which is allowed. The first and last two places are filler.
+    Half of the good rows ask one key twice, which is allowed; in the others a query may stand next to
+    another. The first and last two places are filler.
     """
     n_pairs, n_keys, n_values, B = 4, 7, 9, 12
     rows: list[tuple[list[int], list[int], list[int], bool]] = []
@@ -441,7 +443,7 @@ def rows_to_prove(t: CheckContext, spoil: str) -> tuple[Tensor, Tensor, Tensor, 
         row = [0] * (3 * n_pairs + 9)
         for p in range(n_pairs):
             row[2 + 2 * p : 4 + 2 * p] = keys[p], values[p]
-        free = range(2 + 2 * n_pairs, len(row) - 3, 2)  # no two neighbours
+        free = range(2 + 2 * n_pairs, len(row) - 3, 1 if b % 4 == 2 else 2)
         asked = [free[i] for i in torch.randperm(len(free), generator=t.generator).tolist()[:n_pairs]]
         queries = [0, 1, 2, t.integer(0, 2) if b % 4 == 0 else 3]
         for p, place in zip(queries, asked, strict=True):
@@ -668,6 +670,7 @@ def paired_tie(t: CheckContext, interval: Answer, bootstrap: Answer, verdict: An
     verdict_same(t, verdict, low, high, wide - 0.005, "cannot tell")
     verdict_same(t, verdict, low, 0.0, -low, "tie")
     verdict_same(t, verdict, 0.0, high, high / 2, "cannot tell")
+    verdict_same(t, verdict, -wide, wide, wide / 2, "cannot tell")
     verdict_same(t, verdict, -math.inf, math.inf, 1.0, "cannot tell")
 
 
@@ -843,8 +846,9 @@ def pareto_alike(t: CheckContext, front: Answer, alike: Answer, take: Answer) ->
 def drawn_budget(t: CheckContext) -> tuple[list[Design], int, int]:
     """Rows and a budget, made so that the right design is neither the best that fits nor the smallest.
 
-    By bytes: tiny (bad), ours (alike to best), best, middle (alike, larger), then two that do not fit, of
-    which one is the best of all and one is alike to it.
+    By bytes: tiny (bad), chained (alike to the window, not to the best), a window (alike to the best: the
+    one to take, and too large for those who count all tokens), one more alike to the best, the best, a larger
+    one alike to it, then two that do not fit, of which one is the best of all and one is alike to it.
     """
     n_tokens, unit = t.integer(10, 60) * 100, 64
     loss, error = 2.4 + t.integer(0, 20) / 100, 0.02
@@ -871,17 +875,11 @@ def drawn_budget(t: CheckContext) -> tuple[list[Design], int, int]:
         }
         for name, size, each in zip(t.random.sample(NAMES, 6), sizes, losses, strict=True)
     ]
-    # Alike to the one that is alike to the best, and not to the best itself.
-    far = {
-        **rows[1],
-        "name": "chained",
-        "per_token": unit * (sizes[0] + sizes[1]) // 2,
-        "loss": loss + 1.7 * limit,
-    }
-    rows.append({**far, "per_token": rows[0]["per_token"] + unit // 2})
-    window = {**rows[1], "name": "long window", "most": n_tokens * 3, "loss": loss + 3 * limit}
-    rows.append(window)
     budget = bytes_at(rows[3], n_tokens)
+    tiny = rows[0]["per_token"]
+    rows.append({**rows[1], "name": "chained", "per_token": tiny + 32, "loss": loss + 1.7 * limit})
+    window = {"per_token": 2 * (tiny + 48), "most": n_tokens // 2, "loss": loss + 0.8 * limit}
+    rows.append({**rows[1], "name": "half window", **window})
     t.random.shuffle(rows)
     return rows, n_tokens, budget
 

@@ -19,6 +19,15 @@ perplexity.mistakes(
     The logits at a place were compared with the token *before* it. They predict the one behind it:
     logits[:, :-1] belong to tokens[:, 1:].
 
+    the first token counted
+        predicted = logits[:, :-1].float()
+        target = tokens[:, 1:]
+            → predicted = logits.roll(1, dims=1).float()
+              target = tokens
+        place = torch.arange(1, tokens.shape[1]) → place = torch.arange(tokens.shape[1])
+    Place 0 was counted, with the logits at the end of the row rolled in front of it. Nothing predicts the
+    first token of a row.
+
     padding counted
         counted = (place >= start[:, None]) & (place < length[:, None]) → counted = place >= start[:, None]
     The tokens behind a text's length were counted. They are padding, and what stands there is no text.
@@ -73,7 +82,7 @@ perplexity.mistakes(
             → n_tokens += counted.sum().item()
               texts += [math.exp(row[mine].mean()) for row, mine in zip(losses, counted) if mine.any()]
         return math.exp(nats / n_tokens) → return sum(texts) / len(texts)
-    Perplexities of texts were averaged. exp bends upwards, so the worst text rules that mean. Perplexity is
+    Perplexities of texts were averaged. exp is convex, so the worst text rules that mean. Perplexity is
     exp of *one* mean loss.
 
     the mean of the tokens' perplexities
@@ -196,6 +205,11 @@ positions.mistakes(
         mask.sum(dim=1) >= edges[-1] → mask.sum(dim=1) > edges[-1]
     A row with exactly edges[-1] tokens was left out. Its last token has position edges[-1] − 1, so it is in
     every bucket to its end.
+
+    rows without padding
+        mask.sum(dim=1) >= edges[-1] → mask.all(dim=1)
+    Only rows without padding were kept. How long the batch is does not matter: a row needs a token at every
+    position below edges[-1].
 
     rows that reach the last bucket
         mask.sum(dim=1) >= edges[-1] → mask.sum(dim=1) > edges[-2]
@@ -327,6 +341,11 @@ mqar.mistakes(
             good.append(one and before and right
     A row in which a key is asked twice was refused. Both queries have one answer: count pairs, not
     occurrences of the key.
+
+    a key with any token behind it
+        if 0 < row[s] <= n_keys < row[s + 1]] → if 0 < row[s] <= n_keys and row[s + 1] > 0]
+    A key with another key behind it was taken for a pair. It is a query: in a pair a *value* stands behind
+    the key.
     """
 )
 
@@ -411,6 +430,13 @@ paired.mistakes(
         [0.025, 0.975] → [0.05, 0.95]
     The percentiles are those of 90%. For 95% between them there are 2.5% on each side.
 
+    percentiles without interpolation
+        low, high = difference.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+            → ordered, n = difference.sort().values, len(difference)
+              low, high = ordered[int(0.025 * n)], ordered[int(0.975 * n)]
+    A value of the sorted resamples was taken for each percentile. The percentile p is at place p · (R − 1),
+    and between two values it is interpolated linearly: torch.quantile and numpy.quantile do this.
+
     from the smallest to the largest
         low, high = difference.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
             → low, high = difference.min(), difference.max()
@@ -436,6 +462,21 @@ paired.mistakes(
             if high < 0:
     An interval within the margin was called a tie before its sign was looked at. If it does not contain 0 the
     sign is known, and the first rule holds.
+
+    the mean against the margin
+        "tie" if -low <= margin and high <= margin else → "tie" if abs(low + high) / 2 <= margin else
+    The middle of the interval was compared with the margin. Seeds that scatter widely may have a mean near 0:
+    a tie needs both ends within the margin.
+
+    the length against the margin
+        "tie" if -low <= margin and high <= margin else → "tie" if high - low <= margin else
+    The length of the interval was compared with the margin. Its ends count: from −0.09 to 0.09 no difference
+    is larger than 0.1.
+
+    half of the length against the margin
+        "tie" if -low <= margin and high <= margin else → "tie" if (high - low) / 2 <= margin else
+    Half of the length was compared with the margin. Its ends count: from −0.1 to 0.3 a difference of 0.3 is
+    possible, though half of the length is 0.2.
 
     only the upper end against the margin
         "tie" if -low <= margin and high <= margin else → "tie" if high <= margin else
@@ -482,6 +523,10 @@ pareto.mistakes(
     a window stores all tokens
         kept = n_tokens if row["most"] is None else min(n_tokens, row["most"]) → kept = n_tokens
     The rows with `most` were counted with all tokens. They keep at most `most` of them.
+
+    a window stores all tokens, in take
+        * min(n_tokens, r["most"] or n_tokens) for r in rows → * n_tokens for r in rows
+    For the budget the rows with `most` were counted with all tokens. They keep at most `most` of them.
 
     a full window, however short the text
         else min(n_tokens, row["most"]) → else row["most"]
@@ -539,8 +584,8 @@ pareto.mistakes(
     the smallest that fits
         return min([best, *alike(fit, best)], key=lambda name: size[name])
             → return min((row["name"] for row in fit), key=lambda name: size[name])
-    The design with the fewest bytes was taken, however bad it is. It must not be told apart from the best
-    that fits.
+    The design with the fewest bytes was taken, however bad it is. It must be one that cannot be told apart
+    from the best that fits.
 
     the largest that fits
         return min([best, *alike(fit, best)], key=lambda name: size[name])
@@ -702,7 +747,7 @@ unfair.mistakes(
 
 model.mistakes(
     r"""
-    characters counted once more
+    one step too many
         return n_tokens // (8 * longest), 8, longest → return n_tokens // (8 * longest) + 1, 8, longest
     One step more than the tokens allow. All recipes see the same number: steps · batch · length is n_tokens
     exactly.
@@ -726,7 +771,7 @@ model.mistakes(
 
     a constant rate behind the warm-up
         return peak * min(1.0, max(0.05, 2 * (steps - step) / steps)) → return peak
-    The rate stays at its peak. In a long training the last steps at a large rate leave the weights shaking:
+    The rate stays at its peak. In a long training the last steps at a large rate keep the weights moving:
     end at a quarter of the peak or less.
 
     a cosine that comes back

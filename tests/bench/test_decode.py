@@ -250,7 +250,7 @@ def test_a_backend_that_refuses_groups_is_noticed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_repeated_heads_that_do_not_fit_are_left_out(place: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libraries, "EXPANDED", 1)
+    monkeypatch.setattr(libraries, "MOST_REPEATED", 1)
     with pytest.raises(Unavailable, match="would not fit"):
         libraries.sdpa_flash_expanded(GQA, place.arena.inputs(GQA)[0])
 

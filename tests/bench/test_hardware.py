@@ -1,13 +1,16 @@
 """The hardware benchmark at a size where it takes no time."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_tools import PROVENANCE
 
 from kvlearn.attention import REGISTRY
 from kvlearn.bench import common, hardware
@@ -16,17 +19,6 @@ from kvlearn.bench.hardware import CASES, SMALL_CASES, Case, Sizes
 from kvlearn.measure import Quartiles, results
 
 CPU = torch.device("cpu")
-PROVENANCE = {
-    "date": "2026-01-01",
-    "commit": None,
-    "dirty": None,
-    "machine": "a-machine",
-    "cores": 2,
-    "memory": 1,
-    "read_bandwidth_measured": 1,
-    "gpu": None,
-    "versions": {},
-}
 CASE = Case("gqa", "a model", 32, 4, {"n_kv_heads": 2})
 TINY = Sizes(
     "tiny",
@@ -192,13 +184,48 @@ def test_a_recorded_run_goes_on_where_it_was_cut(
     assert [row for row in third if row["threads"] != 99] == second_with_provenance(second)
 
 
+def test_a_second_run_that_is_cut_loses_no_finished_row(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill is finished, the machine is not; the next run ends at once, or is killed before prefill."""
+    monkeypatch.setattr(hardware, "SMALL", TINY)
+
+    def run(only: str, seconds: float = 0, kill_after: int | None = None) -> list[dict[str, Any]]:
+        recorder = common.Recorder("hardware", "a command", PROVENANCE, tmp_path)
+        rows = common.run("hardware", small=True, only=only, seconds=seconds, recorder=recorder)
+        list(islice(rows, kill_after))
+        (recorded,) = results.load("hardware", tmp_path)
+        return [row for row in recorded.rows if row["part"].startswith("prefill")]
+
+    first = run("prefill")
+    assert first[-1]["what"] == "part"
+    assert [row["measured"] for row in run("", kill_after=1)] == [row["measured"] for row in first]
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "machine_rows", lambda *_: time.sleep(0.05) or iter([]))
+        again = run("", seconds=0.04)
+    assert [row["measured"] for row in again] == [row["measured"] for row in first]
+    assert len(run("")) == len(first)
+
+
+def test_finished_parts_come_first(quick: None) -> None:
+    known = measured("batch")
+    names = [part.name for part in hardware.parts_of(TINY, CPU, known)]
+    assert names[:2] == ["batch: gqa, a model", "machine"]
+
+
 def test_a_row_comes_back_from_a_file_as_it_was() -> None:
     for row in (
         Row("a", 1.5, "s", 2.0, "<=", Quartiles(1.5, 1.0, 2.0, 5), {"what": "x", "length": 3}),
         Row("b", math.nan, "s", details={"what": "y"}, missing="too large"),
         Row("c", 3, "B", details={"what": "z"}),
+        Row("d", 3, "s", details={"what": "z", "n": 7}),  # a number of something, and no quartiles
     ):
-        assert hardware.again(row.as_dict()).as_dict() == row.as_dict()
+        assert Row.of(row.as_dict()).as_dict() == row.as_dict()
+
+
+def test_no_cache_that_fits_is_a_missing_row(quick: None) -> None:
+    (row, _) = measured("decode", sizes=replace(TINY, largest=1e-12))
+    assert "of free memory" in row["missing"]
 
 
 def test_a_cache_that_is_too_large_is_a_missing_row_with_its_reason(quick: None) -> None:
@@ -225,6 +252,8 @@ def test_a_prediction_adds_matrices_attention_and_calls(quick: None) -> None:
     assert hardware.predicted({**row, "attention": 1e9}, machine, [CASE]) == pytest.approx(4 + 10 + 1e-3)
     with pytest.raises(ValueError, match="'peak' of part 'machine'"):
         hardware.machine_of([row for row in rows if row["what"] != "peak"])
+    with pytest.raises(ValueError, match="expected a layer of CASES, got gqa, an old model"):
+        hardware.predicted({**row, "model": "an old model"}, machine)
 
 
 @pytest.mark.parametrize("name", ["window", "nsa", "csa", "moba", "mla", "parallel", "mamba", "sparse"])

@@ -48,6 +48,13 @@ def test_bytes_may_be_counted_by_tensors_and_binomials() -> None:
     assert full_marks("12.1", CHECKS.library_step, CHECKS.library_stored)
 
 
+def test_bytes_may_be_rounded_to_whole_ones() -> None:
+    step, stored = ours("12.1")
+    assert full_marks("12.1", lambda *a: tuple(map(int, step(*a))), stored)
+    to_bytes, users, price = ours("12.4")
+    assert full_marks("12.4", lambda quantity: int(to_bytes(quantity)), users, price)
+
+
 def test_one_of_the_two_functions_earns_its_part() -> None:
     step, stored = ours("12.1")
     assert earned(check("12.1", step, stub)) == [1, 1, 0, 0, 0, 0, 0, 0]
@@ -224,6 +231,17 @@ def test_a_benchmark_that_looks_inside_or_never_ends_earns_nothing() -> None:
     assert earned(check("12.6", faults, CHECKS.true_seconds, ratio))[3:6] == [0, 0, 0]
     endless = lambda device, kernel, length: [device.run(kernel, length) for _ in count()]  # noqa: E731
     assert earned(check("12.6", faults, endless, ratio))[3:6] == [0, 0, 0]
+
+
+def test_more_runs_than_the_task_allows_earn_nothing() -> None:
+    faults, measure, ratio = ours("12.6")
+
+    def patient(device: Any, kernel: str, length: int) -> Any:
+        for _ in range(380):
+            device.run(kernel, length)
+        return measure(device, kernel, length)
+
+    assert earned(check("12.6", faults, patient, ratio))[3:6] == [0, 0, 0]
 
 
 def test_each_benchmark_with_a_fault_is_wrong_and_the_right_one_is_not() -> None:

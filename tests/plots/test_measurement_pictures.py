@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from kvlearn import plots
+from kvlearn.attention import REGISTRY
 from kvlearn.measure import DEVICES, Work
+from kvlearn.plots.measurements import LINES
 
 
 def decode(mechanism: str, length: int, measured: float, predicted: float | None = None) -> dict[str, Any]:
@@ -56,6 +58,15 @@ def test_predictions_within_the_band_are_counted_per_condition() -> None:
     assert "here: 2 of 4 within 15%, from +10% to +100%" in picture.alt
     with pytest.raises(ValueError, match="markers"):
         plots.predicted_and_measured({str(i): ROWS for i in range(7)})
+
+
+def test_more_mechanisms_than_colours_are_grey_and_counted_in_the_legend() -> None:
+    """``kvlearn bench hardware`` records every mechanism of the registry."""
+    rows = [decode(name, 1024, 1e-3, 1e-3) for name in (*REGISTRY, "gqa", "mla")]
+    picture = plots.predicted_and_measured({"here": rows})
+    labels = [text.get_text() for text in picture.figure.legends[0].get_texts()]
+    assert labels[-2:] == [f"{len(REGISTRY) - len(LINES)} others", "here"]
+    assert set(labels[:-2]) == set(LINES)
 
 
 def test_rooflines_place_each_work_under_each_roof() -> None:

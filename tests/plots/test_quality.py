@@ -163,6 +163,16 @@ def test_a_run_that_diverged_is_named_and_in_no_mean() -> None:
     assert "1 runs diverged" in picture.alt
 
 
+def test_a_design_that_diverged_in_all_runs_is_not_called_not_yet_run() -> None:
+    broken = [language_row(long_run("window", seed), float("inf")) for seed in range(3)]
+    others = [row for row in TIER_A if row["design"] != "window"]
+    picture = plots.loss_over_bytes(others + broken)
+    assert picture.data["failed"] == ["window"]
+    assert "window" not in picture.data["pending"]
+    assert "window, diverged" in {text.get_text() for text in picture.figure.axes[0].texts}
+    assert "Diverged in all runs: window." in picture.alt
+
+
 def test_a_claim_is_drawn_as_perplexity_at_the_share_that_is_left() -> None:
     claim = pictures.Claim("x", (0.75, 0.75), (0.01, 0.02), "")
     picture = plots.loss_over_bytes([], claims=[claim])

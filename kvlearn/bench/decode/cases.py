@@ -28,7 +28,7 @@ TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Case:
-    """``batch`` rows of ``length`` tokens in a cache of ``n_kv_heads`` heads, and one query a row.
+    """``batch`` rows of ``length`` tokens in a cache of ``n_kv_heads`` heads, and one query per row.
 
     ``rope_dim`` > 0: an absorbed latent of ``head_dim`` numbers beside so many of RoPE, K and V at once.
     ``page`` > 0: paged. ``others``: the length of all rows but the first, where they differ.
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens a row."""
+        """Tokens of each row."""
         return [self.length] + [self.length if self.others is None else self.others] * (self.batch - 1)
 
     def live(self, length: int) -> int:

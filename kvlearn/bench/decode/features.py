@@ -88,12 +88,12 @@ def latent_many_heads_rows(setup: Setup, case: Case) -> Iterator[Row]:
 
 
 def narrow(setup: Setup, case: Case) -> Implementation:
-    """The latent kernel with 16 heads a tile, so that the cache is read once for each 16 of them."""
+    """The latent kernel with tiles of 16 heads, so that the cache is read once for each 16 of them."""
     return kernel_under_test(setup, case, tiling=next(t for t in LATENT_TILINGS if t.block_h == 16))
 
 
 def quantised_rows(setup: Setup, case: Case) -> Iterator[Row]:
-    """A byte a number against two, and what the bytes saved cost in exactness."""
+    """One byte per number against two, and the error that comes with it."""
     implementations = {"bf16": kernel_under_test(setup, case)}
     kinds = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
     for name, dtype in kinds.items():

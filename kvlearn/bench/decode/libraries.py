@@ -24,7 +24,7 @@ Call = Callable[[], Tensor]
 Baseline = Callable[[Case, Inputs], Call]
 
 FLEX = "FlexAttention"
-EXPANDED = 32 * 2**30  # bytes: more than that is not set aside for repeated heads
+MOST_REPEATED = 32 * 2**30  # bytes: more than that is not set aside for repeated heads
 
 
 def sdpa_flash(case: Case, x: Inputs) -> Call:
@@ -78,7 +78,7 @@ def _repeated(case: Case, x: Inputs) -> tuple[Tensor, Tensor]:
     group = case.n_heads // case.n_kv_heads
     if group == 1:
         return x.k, x.v
-    if case.stored * group > EXPANDED:
+    if case.stored * group > MOST_REPEATED:
         raise Unavailable("the repeated KV heads would not fit")
     return x.k.repeat_interleave(group, 1), x.v.repeat_interleave(group, 1)
 
