@@ -525,7 +525,8 @@ def batch_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
 def largest(needs: Callable[[int], int], memory: int) -> int:
     """The most for which ``needs`` is at most ``memory``, if it grows with its argument; 0 if 1 is too many.
 
-    Exact below 256; above, it fits, and a 256th more does not: each try really allocates. The caller's ``needs`` may raise ``torch.OutOfMemoryError``: that does not fit either.
+    Exact below 256; above, it fits, and a 256th more does not: each try really allocates. The caller's
+    ``needs`` may raise ``torch.OutOfMemoryError``: that does not fit either.
     """
 
     def fits(batch: int) -> bool:
