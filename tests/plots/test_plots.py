@@ -191,7 +191,9 @@ PICTURES = {
     "pareto": lambda: plots.pareto(TIER_A),
     "above_by_position": lambda: plots.above_by_position(TIER_A),
     "recall_over_bytes": lambda: plots.recall_over_bytes(rows_of("B")),
-    "recall_over_length": lambda: plots.recall_over_length(rows_of("B")),
+    "recall_over_length": lambda: plots.recall_over_length(
+        [row for row in rows_of("B") if row["task"] in ("mqar-8", "needle-1", "induction")]
+    ),
     "converted": lambda: plots.converted(rows_of("C")),
     "touched_bytes": lambda: plots.touched_bytes(BYTES),
     "decode_times": lambda: plots.decode_times({"one thread": DECODE}),
