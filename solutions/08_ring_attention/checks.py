@@ -847,8 +847,8 @@ def ragged_even(t: CheckContext, ring: Answer) -> None:
 @ragged.requirement(1, "a shorter last block, causal")
 def ragged_causal(t: CheckContext, ring: Answer) -> None:
     """the tokens' outputs as before, and 0 in the slots without a token; the inputs are not changed"""
-    P = (3, 2, 4)[t.round]
-    n = P * 4 - (1, 2, 3)[t.round]
+    P = (3, 2, 3)[t.round]
+    n = P * 4 - (1, 1, 2)[t.round]
     same_ring(t, ring, drawn_ring(t, P, n, True), n, True)
     t.unchanged()
 
@@ -856,16 +856,16 @@ def ragged_causal(t: CheckContext, ring: Answer) -> None:
 @ragged.requirement(1, "a shorter last block, every key visible")
 def ragged_all(t: CheckContext, ring: Answer) -> None:
     """no query sees padding, though nothing else is hidden"""
-    P = (3, 2, 4)[t.round]
-    n = P * 4 - (1, 2, 3)[t.round]
+    P = (3, 2, 3)[t.round]
+    n = P * 4 - (1, 1, 2)[t.round]
     same_ring(t, ring, drawn_ring(t, P, n, False), n, False)
 
 
 @ragged.requirement(1, "NaN and inf in the padding")
 def ragged_junk(t: CheckContext, ring: Answer) -> None:
     """whatever stands in slots without a token has no effect"""
-    P = (3, 2, 4)[t.round]
-    n, causal = P * 4 - (1, 2, 3)[t.round], t.round != 1
+    P = (3, 2, 3)[t.round]
+    n, causal = P * 4 - (1, 1, 2)[t.round], t.round != 1
     junk = (math.nan, math.inf, math.nan)[t.round]
     same_ring(t, ring, drawn_ring(t, P, n, causal, junk=junk), n, causal)
 
@@ -873,7 +873,7 @@ def ragged_junk(t: CheckContext, ring: Answer) -> None:
 @ragged.requirement(1, "a rank without any token")
 def ragged_empty(t: CheckContext, ring: Answer) -> None:
     """its outputs are 0, and its block changes nothing"""
-    P, n = ((4, 5), (4, 9), (5, 8))[t.round]
+    P, n = ((3, 4), (4, 5), (3, 2))[t.round]
     causal = t.round != 1
     same_ring(t, ring, drawn_ring(t, P, n, causal), n, causal)
 
@@ -1132,7 +1132,10 @@ def model_sent(t: CheckContext, attention: Answer) -> None:
     calls = one_layer(t, attention, P, (2 * P, 1))
     mixer = workbench.base_model().mixers[0]
     per_key = 2 * mixer.n_heads * mixer.head_dim * 4
-    for queries, keys, came in calls:
+    for n, (queries, keys, came) in zip((2 * P, 2 * P + 1), calls, strict=True):
+        stored = sum(map(len, keys))
+        if not t.true(stored == n, f"the keys of {n} tokens on the ranks", f"{stored}"):
+            raise Stop
         ways, want = plan_reference(queries, keys)[0], [0] * P
         for owner, way in enumerate(ways):
             for step in range(way):

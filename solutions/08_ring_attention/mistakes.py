@@ -201,7 +201,7 @@ count.mistakes(
     one row of the batch
         return batch * per_rank * (layer["rank"] → return per_rank * (layer["rank"]
         return batch * per_rank * 2 → return per_rank * 2
-    The batch is missing: a block holds the tokens of all rows.
+    The batch is missing: a block holds the tokens of all rows, and all of them travel in one message.
 
     everything on the owner's account
         return [sum((rank - owner) % len(hops) < hops[owner] for owner in ranks) for rank in ranks]
@@ -496,7 +496,8 @@ ragged.mistakes(
 
     no scale
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 → scores = q @ k.transpose(-1, -2)
-    The scores are not divided by √D.
+    The scores are not divided by √D, the root of the numbers per head. Every block needs it, as in plain
+    attention.
 
     the mean of the blocks
         out, lse = old[..., None] * out + new[..., None] * new_out, both
