@@ -11,11 +11,12 @@ PAGES = [ROOT / "README.md", *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("soluti
 
 
 def prose(page: Path) -> str:
+    """The text of a page without its code: `table[name](x)` is no link."""
     text = page.read_text(encoding="utf-8")
-    if page.suffix != ".ipynb":
-        return text
-    cells = json.loads(text)["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
 
 
 def leads_to(page: Path, target: str) -> Path:
