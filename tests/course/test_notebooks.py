@@ -92,7 +92,9 @@ def test_every_cell_fits_on_a_screen(path: Path) -> None:
     for cell in code_cells(read(path)):
         lines = source(cell).splitlines()
         is_answer = cell["metadata"].get("nbgrader", {}).get("solution", False)
-        assert len(lines) <= (LONGEST_ANSWER if is_answer else LONGEST_CELL), f"{len(lines)} lines in the cell that begins {lines[0]!r}"
+        assert len(lines) <= (LONGEST_ANSWER if is_answer else LONGEST_CELL), (
+            f"{len(lines)} lines in the cell that begins {lines[0]!r}"
+        )
 
 
 @every_notebook
