@@ -81,7 +81,8 @@ def find(path: Path, solutions: Path) -> tuple[list[Submission], list[str]]:
     """The submissions at or below a path, in whatever layout and under whatever names, and a line for each
     notebook that is no unit's. ``Unusable`` if there is no notebook."""
     if not path.exists():
-        raise Unusable("no such file or folder")
+        units = ", ".join(unit_names(solutions))
+        raise Unusable(f"no such file, folder or unit; the units are {units}")
     files, faults = notebooks(path)
     if not files and not faults:
         raise Unusable("no notebook in it: expected UNIT/UNIT.ipynb or STUDENT/UNIT/UNIT.ipynb")
