@@ -289,7 +289,7 @@ def positions_empty(t: CheckContext, loss_by_position: Answer) -> None:
 def positions_same(t: CheckContext, loss_by_position: Answer) -> None:
     """same_rows=True: only rows that have a token at every position before edges[-1]"""
     edges = drawn_edges(t)
-    losses, mask = ragged(t, "both", edges)
+    losses, mask = ragged(t, "right" if t.round == 0 else "both", edges)
     got = loss_by_position(losses, mask, edges, same_rows=True)
     position_means(t, got, position_reference(losses, mask, edges, same_rows=True)[0])
 

@@ -276,6 +276,7 @@ def test_a_notebook_damaged_in_parts_is_graded_for_the_rest(course: Course) -> N
 @pytest.mark.slow
 def test_ctrl_c_ends_grading_and_every_kernel(tmp_path: Path) -> None:
     script = f"""
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import small_unit
