@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 INDEX := $(or $(TORCH_INDEX),$(shell cat $(VENV)/.torch-index 2>/dev/null))
 # On a busy machine torch's threads lose most of their time spinning for each other; asleep they are six times faster.
 SHARE := OMP_WAIT_POLICY=passive
-# Notebooks that git keeps show nothing of the progress of whoever runs them.
+# Notebooks that git keeps show nothing of the progress of the person who runs them.
 NO_WORK := KVLEARN_WORK=/dev/null
 # Two workers with one thread each are faster than one with two; a notebook's timings want the machine alone.
 PYTEST := $(SHARE) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# No test reads or records the progress of whoever runs it.
+# No test reads or records the progress of the person who runs it.
 os.environ["KVLEARN_WORK"] = os.devnull
 
 jaxtyping.install_import_hook(

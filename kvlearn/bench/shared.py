@@ -261,7 +261,7 @@ def copies(shape: Shape, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prompt_rows(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """A prompt's attention: as many FLOPs whoever shares, so sharing must not cost time."""
+    """A prompt's attention: as many FLOPs with shared heads as without, so sharing must not cost time."""
     names = [name for name in FORMS if name == "mha" or name.endswith("grouped")]
     compared = compare(core_calls(shape, device, names, cached=0, new=sizes.prompt), rounds=ROUNDS // 2)
     title = f"attention, {shape.n_heads} heads of {shape.head_dim}, prompt of {sizes.prompt}"

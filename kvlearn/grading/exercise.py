@@ -139,7 +139,7 @@ class Exercise:
     def misconception(self, name: str, **others: Any) -> Callable[[F], F]:
         """Decorator: the wrong function or class; its docstring says why it is wrong.
 
-        ``others`` are right answers that stand beside it where the exercise asks for more than one.
+        ``others`` are right answers to compare it with where the exercise asks for more than one.
         """
 
         def add(wrong: F) -> F:

@@ -1,7 +1,7 @@
 """A learner's notebook and a new version of its unit, merged cell by cell.
 
 Three notebooks: ``base``, as the learner was given it; ``mine``, as it is now; ``new``, as it is given today.
-Whoever alone changed a cell since ``base`` decides. Where both did, an answer stays the learner's and any
+A change since ``base`` that only one side made is kept. Where both did, an answer stays the learner's and any
 other cell is the new one. Cells that the learner added stay behind the cell that they followed.
 """
 

@@ -306,8 +306,8 @@ pool = Exercise(
     hints=(
         "D = weight.shape[0] // n_heads. The rows of head h are h·D to (h+1)·D − 1: nn.Linear keeps its "
         "weight as (outputs, inputs), and the outputs come head by head.",
-        "Give the heads a dimension of their own: `weight.view(n_heads, D, -1)`. Then row d of one head "
-        "stands beside row d of the next, and those are what is averaged.",
+        "Give the heads a dimension of their own: `weight.view(n_heads, D, -1)`. Then row d of each head "
+        "has the same index, and the average is taken over the heads.",
         "R = n_heads // n_kv_heads neighbours make a pool: `weight.view(n_kv_heads, R, D, -1)`, pools in "
         "front. Average over the R.",
         "`.mean(dim=1)` gives (G, D, M); `.flatten(0, 1)` makes a weight of it again. Check `n_heads % "

@@ -554,7 +554,7 @@ sinks.mistakes(
         torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :S]
             → scores.softmax(dim=-1) / (1 + sinks.exp())
     The softmax was finished, and then its weights were divided by 1 + exp(logit). So the sink takes the same
-    share of every row, whatever the scores are. It has to compete with the scores: exp(logit) stands beside Σ
+    share of every row, whatever the scores are. It has to compete with the scores: exp(logit) is added to Σ
     exp(score), in one denominator.
 
     the sink in the numerator

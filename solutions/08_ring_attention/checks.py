@@ -601,7 +601,7 @@ class Network:
         self.room, self.under_way = room, set[tuple[int, int, int]]()
 
     def run(self) -> list[int]:
-        """Whoever has not ended when nothing can move any more."""
+        """The ranks that have not ended when nothing can move any more."""
         while sum(self.step(rank) for rank in range(len(self.left))):
             pass
         return [rank for rank, left in enumerate(self.left) if left]

@@ -73,7 +73,7 @@ floor.mistakes(
 
     the latent without its RoPE part
         vector * config["number"] → config["latent"] * config["number"]
-    The bytes of a latent were counted without the `rope` numbers that stand beside it. They carry the
+    The bytes of a latent were counted without the `rope` numbers beside it. They carry the
     position and are read for every score.
 
     sinks inside the window

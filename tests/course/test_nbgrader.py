@@ -37,7 +37,7 @@ for command in sys.argv[1:]:
 
 
 def nbgrader(course: Path, *commands: str) -> None:
-    """Run commands of nbgrader, apart from the settings of whoever runs the test."""
+    """Run commands of nbgrader, apart from the settings of the person who runs the test."""
     apart = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
     environment = os.environ | {name: str(course / "home") for name in apart}
     environment["PATH"] = (

@@ -60,7 +60,7 @@ def test_the_course_has_notebooks() -> None:
 
 @every_notebook
 def test_every_cell_was_run_once_in_order(path: Path) -> None:
-    """nbval passes a cell that was never run, whatever it prints; so this stands beside it."""
+    """nbval passes a cell that was never run, whatever it prints; this test does not."""
     counts = [cell["execution_count"] for cell in code_cells(read(path)) if source(cell).strip()]
     assert counts == list(range(1, len(counts) + 1)), "run `make notebooks`"
 

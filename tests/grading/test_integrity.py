@@ -1,4 +1,4 @@
-"""What an answer changes is seen, and held against it only if checks rely on it."""
+"""What an answer changes is seen, and costs points only if checks rely on it."""
 
 import asyncio
 from pathlib import Path

@@ -113,7 +113,7 @@ class Pool(RuleBasedStateMachine):
 
     @property
     def marks(self) -> dict[int, bytes]:
-        """The salt of whoever wrote to a block last."""
+        """The salt of the tenant that wrote to a block last."""
         return self.__dict__.setdefault("_marks", {})
 
     def wrote(self, block: int) -> set[bytes]:

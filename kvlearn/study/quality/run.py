@@ -1,7 +1,7 @@
 """Running the plan: one run at a time, resumable, each finished run a row of results/quality-MACHINE.json.
 
 A run that was killed goes on from its checkpoint in runs/quality. One that is finished is found in results/,
-whoever finished it, and not repeated: if its sources have the hash of ours, or if its first recorded losses
+of whichever machine, and not repeated: if its sources have the hash of ours, or if its first recorded losses
 come out again.
 """
 
