@@ -30,6 +30,7 @@ from torch import Tensor
 
 import kvlearn.model
 from kvlearn import html
+from kvlearn.grading.calls import NotWritten
 from kvlearn.grading.catalogue import find_exercise
 from kvlearn.grading.exercise import Exercise
 from kvlearn.grading.run_checks import judge, one_thread, solved
@@ -252,6 +253,18 @@ def namespace(parts: Sequence[Part], theirs: Sequence[str] | None = None) -> Sim
     return SimpleNamespace(
         **{p.name: p.chosen if theirs is None or p.name in theirs else p.library for p in parts}
     )
+
+
+def theirs(exercise: Exercise, notebook: Mapping[str, Any] | None, *names: str) -> SimpleNamespace:
+    """The parts called ``names`` from the learner's notebook, all others from the library, for a requirement.
+
+    Raises NotWritten, which ends the requirement, where one of these is not solved yet.
+    """
+    parts = choose(exercise, notebook)
+    for part in parts:
+        if part.name in names and not part.is_theirs:
+            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
+    return namespace(parts, names)
 
 
 # What is shown

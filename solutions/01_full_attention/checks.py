@@ -18,7 +18,6 @@ from kvlearn.grading import (
     CheckContext,
     Difference,
     Exercise,
-    NotWritten,
     Raised,
     Stop,
     compare,
@@ -1214,16 +1213,6 @@ def work(t: CheckContext, attention: Answer, generate: Answer) -> None:
     t.true(came in (want, want[:-1]), f"calls (start, tokens) {want[:-1]}", f"calls {came[:9]}")
 
 
-def yours(t: CheckContext, *names: str) -> Any:
-    """The parts of these names from the notebook, the others from the library; the end of the requirement if
-    one of these is not the learner's."""
-    parts = workbench.choose(model, t.notebook)
-    for part in parts:
-        if part.name in names and not part.is_theirs:
-            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
-    return workbench.namespace(parts, names)
-
-
 def writes_the_same(t: CheckContext, attention: Answer, generate: Answer, parts: Any, chunk: int) -> None:
     """Identical tokens with these parts, with and without a cache. The logits of a few tokens come first: a
     mistake is seen in them at once."""
@@ -1242,20 +1231,20 @@ def writes_the_same(t: CheckContext, attention: Answer, generate: Answer, parts:
 @model.requirement(1, "your attend, causal_mask, split_qkv and merge_heads", rounds=1, reads_answers=True)
 def with_attend(t: CheckContext, attention: Answer, generate: Answer) -> None:
     """01.1, 01.2 and 01.3 are solved, and the model with them writes identical tokens"""
-    parts = yours(t, "attend", "causal_mask", "split_qkv", "merge_heads")
+    parts = workbench.theirs(model, t.notebook, "attend", "causal_mask", "split_qkv", "merge_heads")
     writes_the_same(t, attention, generate, parts, 99)
 
 
 @model.requirement(1, "your rotate and KVCache", rounds=1, reads_answers=True)
 def with_rotate_and_cache(t: CheckContext, attention: Answer, generate: Answer) -> None:
     """01.4 and 01.5 are solved, and the model with them writes identical tokens, the prompt in chunks"""
-    writes_the_same(t, attention, generate, yours(t, "rotate", "KVCache"), 16)
+    writes_the_same(t, attention, generate, workbench.theirs(model, t.notebook, "rotate", "KVCache"), 16)
 
 
 @model.requirement(1, "all your parts together", rounds=1, reads_answers=True)
 def together(t: CheckContext, attention: Answer, generate: Answer) -> None:
     """identical tokens with every part yours, the prompt in chunks; and by your chunked_prefill (01.6)"""
-    parts = yours(t, *WIRING.parts)
+    parts = workbench.theirs(model, t.notebook, *WIRING.parts)
     writes_the_same(t, attention, generate, parts, 16)
     prompt, want = prompt_and_text(t, 3)
     long = workbench.Model(WIRING, by_chunked_prefill(attention), parts)

@@ -18,7 +18,6 @@ from kvlearn.grading import (
     CheckContext,
     Difference,
     Exercise,
-    NotWritten,
     Raised,
     Stop,
     describe,
@@ -1627,16 +1626,6 @@ def model_experts(t: CheckContext, feed_forward: Answer, parts: Any) -> None:
     t.close(balance, want_balance, "balance:", tolerance=1e-3)
 
 
-def theirs(t: CheckContext, *names: str) -> Any:
-    """The parts of these names from the notebook, the others from the library; the end of the requirement if
-    one of these is not the learner's."""
-    parts = workbench.choose(model, t.notebook)
-    for part in parts:
-        if part.name in names and not part.is_theirs:
-            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
-    return workbench.namespace(parts, names)
-
-
 @model.requirement(1, "layers", rounds=1)
 def model_layers(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
     """as many names as layers, that store no more than the budget and reach the needle"""
@@ -1677,13 +1666,13 @@ def model_loss(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answ
 @model.requirement(1, "your route and dispatch", rounds=1)
 def model_yours_moe(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
     """07.3 is solved, and feed_forward with it gives the same outputs"""
-    model_experts(t, feed_forward, theirs(t, "route", "dispatch"))
+    model_experts(t, feed_forward, workbench.theirs(model, t.notebook, "route", "dispatch"))
 
 
 @model.requirement(1, "your balance_loss and design", rounds=1)
 def model_yours_design(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
     """07.4 and 07.7 are solved; with them the same balance, and layers that are allowed"""
-    parts = theirs(t, "balance_loss", "design")
+    parts = workbench.theirs(model, t.notebook, "balance_loss", "design")
     model_names(t, layers, parts)
     model_experts(t, feed_forward, parts)
 
@@ -1692,7 +1681,7 @@ def model_yours_design(t: CheckContext, layers: Answer, feed_forward: Answer, lo
 def model_trained(t: CheckContext, layers: Answer, feed_forward: Answer, loss: Answer) -> None:
     """with every part yours, at most 300 steps: more than 90% of the answers right on new texts; a full layer
     between the others learns faster than one at the end"""
-    parts = theirs(t, *TRAINING.parts)
+    parts = workbench.theirs(model, t.notebook, *TRAINING.parts)
     names = model_names(t, layers, parts)
     before = len(t.observations)
     model_experts(t, feed_forward, parts)  # a mistake is seen here at once

@@ -17,7 +17,6 @@ from kvlearn.grading import (
     CheckContext,
     Difference,
     Exercise,
-    NotWritten,
     Stop,
     describe,
     largest_new_tensor,
@@ -1155,31 +1154,23 @@ def model_even(t: CheckContext, attention: Answer) -> None:
         t.true(max(sizes) - min(sizes) <= 1, "numbers that differ by 1 at most", f"{sizes}")
 
 
-def yours(t: CheckContext, *names: str) -> Any:
-    """The parts of these names from the notebook, the others from the library; the end of the requirement if
-    one of these is not the learner's."""
-    for part in (parts := workbench.choose(model, t.notebook)):
-        if part.name in names and not part.is_theirs:
-            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
-    return workbench.namespace(parts, names)
-
-
 @model.requirement(1, "your merge, finish, hops and timetable", rounds=1, reads_answers=True)
 def model_yours(t: CheckContext, attention: Answer) -> None:
     """08.1 and 08.2 are solved, and the model with them gives the same logits, in pieces"""
-    in_pieces(t, attention, yours(t, "merge", "finish", "hops", "timetable"), (7, 3, 1, 1))
+    parts = workbench.theirs(model, t.notebook, "merge", "finish", "hops", "timetable")
+    in_pieces(t, attention, parts, (7, 3, 1, 1))
 
 
 @model.requirement(2, "all your parts: the same text, and the bytes predicted", rounds=1, reads_answers=True)
 def model_together(t: CheckContext, attention: Answer) -> None:
     """with every part yours the model writes identical tokens, and each rank sends in the prompt what your
     forward_bytes (08.3) says"""
-    parts = yours(t, *WIRING.parts)
+    parts = workbench.theirs(model, t.notebook, *WIRING.parts)
     in_pieces(t, attention, parts, (6, 1))
     prompt = workbench.encode(workbench.PROMPTS[0][-24:])
-    model = workbench.Model(WIRING, attention, parts)
-    caches = model.new_caches(28)
-    model(prompt, caches, 0)
+    over_ranks = workbench.Model(WIRING, attention, parts)
+    caches = over_ranks.new_caches(28)
+    over_ranks(prompt, caches, 0)
     mixer = workbench.base_model().mixers[0]
     layer = {
         "kind": "heads",

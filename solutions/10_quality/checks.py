@@ -1442,16 +1442,6 @@ def model_clip(t: CheckContext, *recipe: Answer) -> None:
     check_clip(t, recipe[3])
 
 
-def theirs(t: CheckContext, *names: str) -> Any:
-    """The parts of these names from the notebook, the others from the library; the end of the requirement if
-    one of these is not the learner's."""
-    parts = workbench.choose(model, t.notebook)
-    for part in parts:
-        if part.name in names and not part.is_theirs:
-            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
-    return workbench.namespace(parts, names)
-
-
 def briefly(t: CheckContext, recipe: Recipe) -> SmallModel:
     """A model after a sixteenth of the training."""
     try:
@@ -1467,7 +1457,7 @@ def briefly(t: CheckContext, recipe: Recipe) -> SmallModel:
 @model.requirement(1, "your quality and loss_by_position", rounds=1, reads_answers=True)
 def model_measures(t: CheckContext, *recipe: Answer) -> None:
     """10.1 and 10.2 are solved; of a model trained briefly by your recipe they say what a loop says"""
-    parts = theirs(t, "quality", "loss_by_position")
+    parts = workbench.theirs(model, t.notebook, "quality", "loss_by_position")
     trained = briefly(t, recipe)
     got, want = measure(trained, parts), measure(trained, workbench.library(TRAINING))
     for name in ("perplexity", "bits", "near", "far"):
@@ -1477,7 +1467,7 @@ def model_measures(t: CheckContext, *recipe: Answer) -> None:
 @model.requirement(1, "your interval and verdict", rounds=1, reads_answers=True)
 def model_verdict(t: CheckContext, *recipe: Answer) -> None:
     """10.4 is solved; two models trained briefly by your recipe get an interval and a verdict"""
-    parts = theirs(t, "interval", "verdict")
+    parts = workbench.theirs(model, t.notebook, "interval", "verdict")
     measures = workbench.library(TRAINING)
     losses = [measure(briefly(t, recipe), measures)["loss"] for _ in range(2)]
     ours, other = dict(enumerate(losses)), {1: losses[0] + 0.1, 0: losses[1] - 0.2}
@@ -1495,7 +1485,7 @@ def model_verdict(t: CheckContext, *recipe: Answer) -> None:
 def model_trained(t: CheckContext, *recipe: Answer) -> None:
     """with all parts yours, three seeds: the mean loss on the test text is at most 0.05 nats per byte above
     that of kvlearn's recipe"""
-    parts = theirs(t, *TRAINING.parts)
+    parts = workbench.theirs(model, t.notebook, *TRAINING.parts)
     before = len(t.observations)
     for check, answer in zip((check_layout, check_rate, check_decay, check_clip), recipe, strict=True):
         check(t, answer)  # a mistake is seen here at once

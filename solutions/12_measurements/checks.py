@@ -18,7 +18,6 @@ from kvlearn.grading import (
     CheckContext,
     Difference,
     Exercise,
-    NotWritten,
     Stop,
     describe,
     judge,
@@ -1419,19 +1418,10 @@ def is_window(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def theirs(t: CheckContext, *names: str) -> Any:
-    """The parts of these names from the notebook, the others from the library; the end of the requirement if
-    one of these is not the learner's."""
-    for part in (parts := workbench.choose(model, t.notebook)):
-        if part.name in names and not part.is_theirs:
-            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
-    return workbench.namespace(parts, names)
-
-
 @model.requirement(1, "your stored_bytes and users", rounds=2, reads_answers=True)
 def model_yours_counted(t: CheckContext, *answers: Answer) -> None:
     """12.1 and 12.4 are solved; with them the same batch and the same context"""
-    parts = theirs(t, "stored_bytes", "users")
+    parts = workbench.theirs(model, t.notebook, "stored_bytes", "users")
     same_batch(t, answers[1], parts)
     same_context(t, answers[2], parts)
 
@@ -1439,7 +1429,7 @@ def model_yours_counted(t: CheckContext, *answers: Answer) -> None:
 @model.requirement(1, "all your parts, predicted and measured", rounds=1, reads_answers=True)
 def model_yours_measured(t: CheckContext, *answers: Answer) -> None:
     """12.5 and 12.6 are solved too; for your own decoder in 1 GiB the predicted batch is the one measured"""
-    parts = theirs(t, *SERVING.parts)
+    parts = workbench.theirs(model, t.notebook, *SERVING.parts)
     config = complete(dict(answers[0]()))
     predicted = plain_number(answers[1](config, MEMORY, CONTEXT, parts))
     measured = answers[3](Gpu(config, MEMORY, CONTEXT).new_cache)
