@@ -70,7 +70,7 @@ tables.mistakes(
 
     written into the input
         pages, page = pages.clone(), pages.shape[2] → pages, page = pages, pages.shape[2]
-    The input was changed. The task asks for a new tensor: whoever called may still need the old one.
+    The input was changed. The task asks for a new tensor: the caller may still need the old one.
 
     heads and places interchanged
         pages[blocks].transpose(0, 1).flatten(1, 2) → pages[blocks].reshape(G, -1, D)
@@ -83,8 +83,9 @@ tables.mistakes(
     The blocks were read in the order of their numbers. Their order in the table is that of the tokens.
 
     not cut at the length
-        out[row, :, :n] = tokens[:, :n]
-            → n = min(max(lengths), tokens.shape[1])
+        out[row, :, :n] = pages[blocks].transpose(0, 1).flatten(1, 2)[:, :n]
+            → tokens = pages[blocks].transpose(0, 1).flatten(1, 2)
+              n = min(max(lengths), tokens.shape[1])
               out[row, :, :n] = tokens[:, :n]
     What lies in the rest of the last block was returned too. It is of an earlier sequence, perhaps of
     another user.
@@ -118,7 +119,7 @@ cow.mistakes(
 
     copied although nobody shares it
         if references[table[i]] > 1 → if references[table[i]] > 0
-    A block with one reference was replaced. Whoever is alone with a block may write to it as it is.
+    A block with one reference was replaced. A sequence that is alone with a block may write to it as it is.
 
     never copied
         if references[table[i]] > 1 → if references[table[i]] > 10**9
@@ -185,32 +186,29 @@ cow.mistakes(
 
 accounts.mistakes(
     r"""
-    freed by whoever took it first
+    freed with its first user
         self.counts[block] -= 1 → self.counts[block] = 0
-    Every block of the sequence was freed, whoever else uses it. A block is free when its last reference has
-    gone.
+    Every block of the sequence was freed, though others may use it. A block is free when its last reference
+    has gone.
 
     never freed
         self.free += freed → pass
     The blocks were counted down and never given back. The server runs out of memory after some hours.
 
     counted down below zero by a second cancel
-        for block in self.tables.pop(name, []): → for block in self.tables.get(name, []):
+        table = self.tables.pop(name, []) → table = self.tables.get(name, [])
     The table stayed after the end of the sequence. A second cancel counts the same blocks down again, which
     others may use by now.
 
     an error for a second cancel
-        for block in self.tables.pop(name, []):
+        table = self.tables.pop(name, [])
             → if name not in self.tables:
                   raise ValueError(f"name: {name!r} is not open")
-              for block in self.tables.pop(name, []):
+              table = self.tables.pop(name)
     A second cancel raises. A user's click and the end of an answer come at the same time, so cancel has to
     be harmless for a name that is gone.
 
     all its blocks returned as free
-        for block in self.tables.pop(name, []):
-            → table = self.tables.pop(name, [])
-              for block in table:
         return freed → return table
     All blocks of the sequence were returned. The prefix cache needs exactly those that became free: it goes
     on serving the others.
@@ -221,43 +219,62 @@ accounts.mistakes(
     the other.
 
     free blocks shared
-        if any(self.counts[block] == 0 for block in blocks): → if False:
+        if any(self.counts[block] == 0 for block in blocks) or len(set(together)) < len(together):
+            → if len(set(together)) < len(together):
     A block that nobody uses was shared. It is still in the free list and will be given to somebody else too.
 
     a block twice in one table
-        if len({*table, *blocks}) < len(table) + len(blocks): → if False:
+        if any(self.counts[block] == 0 for block in blocks) or len(set(together)) < len(together):
+            → if any(self.counts[block] == 0 for block in blocks):
     A block came twice into one table. Two different positions of a sequence cannot be in the same place.
 
     only the table looked at for doubles
-        if len({*table, *blocks}) < len(table) + len(blocks): → if set(table) & set(blocks):
+        len(set(together)) < len(together) → set(self.tables[name]) & set(blocks)
     A block that comes twice in `blocks` was accepted. It has to be refused as well as one that is in the
     table.
 
     checked block by block while sharing
-        if any(self.counts[block] == 0 for block in blocks):
-        raise ValueError("blocks: one of them is free")
-        if len({*table, *blocks}) < len(table) + len(blocks):
-        raise ValueError("blocks: one of them would be twice in the table")
+        together = [*self.tables[name], *blocks]
+        if any(self.counts[block] == 0 for block in blocks) or len(set(together)) < len(together):
+        raise ValueError("blocks: one of them is free, or would be twice in the table")
         for block in blocks:
-            → for block in blocks:
-                  if self.counts[block] == 0 or block in table:
+            → together = self.tables[name]
+              for block in blocks:
+                  if self.counts[block] == 0 or block in together:
                       raise ValueError("blocks: one of them is free or there already")
+                  together.append(block)
     The blocks before the bad one were added when it was refused. Look at all of them first, then change
     anything.
 
     as many as there are
-        raise MemoryError(f"{n} blocks wanted, {len(self.free)} free") → n = len(self.free)
+        raise MemoryError(f"{n} blocks wanted, {self.n_free()} free") → n = self.n_free()
     `grow` gave what was left and said nothing. The caller would write past the end of its table.
 
     some of them before the refusal
-        if n > len(self.free):
-        raise MemoryError(f"{n} blocks wanted, {len(self.free)} free")
-        for _ in range(n):
+        if n > self.n_free():
+        raise MemoryError(f"{n} blocks wanted, {self.n_free()} free")
+        self.tables[name] += [self.take() for _ in range(n)]
             → for _ in range(n):
-                  if not self.free:
-                      raise MemoryError("no block is free")
+                  self.tables[name].append(self.take())
     The sequence kept the blocks that it got before the refusal. All or none: otherwise two requests can hold
     half of what they need, and wait for each other for ever.
+
+    lost in the refusal
+        if n > self.n_free():
+        raise MemoryError(f"{n} blocks wanted, {self.n_free()} free")
+        self.tables[name] += [self.take() for _ in range(n)]
+            → self.tables[name] += [self.take() for _ in range(n)]
+    `take` gave what was left and then refused. Those blocks are not free any more and in no table: look
+    whether there are enough before you take the first.
+
+    counted twice
+        self.tables[name] += [self.take() for _ in range(n)]
+            → new = [self.take() for _ in range(n)]
+              for block in new:
+                  self.counts[block] += 1
+              self.tables[name] += new
+    A new block has two references and is in one table. `take` has set its count to 1 already; with one more
+    it never becomes free.
 
     always replaced
         if self.counts[old] == 1: → if self.counts[old] == 0:
@@ -265,14 +282,16 @@ accounts.mistakes(
     either: it is lost.
 
     the old block keeps the reference
-        self.counts[new] = 1
-        self.counts[old] -= 1
-            → self.counts[new] = 1
+        self.counts[old] -= 1 → pass
     The replaced block kept the reference of the sequence that has left it. It never becomes free.
 
-    a name opened twice
-        raise ValueError(f"name: {name!r} is open") → pass
-    A second sequence took the name, and the table of the first was thrown away. Its blocks are lost.
+    counted down before the refusal
+        self.tables[name][i] = self.take()
+        self.counts[old] -= 1
+            → self.counts[old] -= 1
+              self.tables[name][i] = self.take()
+    The old block had lost its reference when no free block was found. It is still in the table: take the new
+    block first, then count.
     """
 )
 
@@ -342,40 +361,38 @@ prefix.mistakes(
     token a fixed number of bytes, or a separator.
 
     equal hashes taken for equal content
-        if held != content: → if held is None:
+        if held != (salt, tuple(tokens[: (i + 1) * self.page])): → if held is None:
     The content was not compared. With a collision another prompt's keys and values are served, perhaps
     another user's.
 
     the salt not compared
-        if held != content: → if held is None or held[1] != content[1]:
+        if held != (salt, tuple(tokens[: (i + 1) * self.page])):
+            → if held is None or held[1] != tuple(tokens[: (i + 1) * self.page]):
     Tokens were compared, but not the salt. With a collision one tenant finds what another has sent.
 
     only the block's own tokens compared
-        if held != content:
-            → size = self.page
-              if held is None or held[0] != salt or held[1][-size:] != content[1][-size:]:
+        if held != (salt, tuple(tokens[: (i + 1) * self.page])):
+            → own = tuple(tokens[i * self.page : (i + 1) * self.page])
+              if held is None or held[0] != salt or held[1][-self.page :] != own:
     Only the block's own tokens were compared. With a collision it may come after another start, and has other
     keys and values.
 
     the last token found too
-        self.prefixes(tokens[:-1], salt) → self.prefixes(tokens, salt)
+        block_keys(tokens[:-1], self.page → block_keys(tokens, self.page
     The block of the prompt's last token was found. That token has to be computed: the logits after it are
     what the user waits for.
 
     never the last full block
-        self.prefixes(tokens[:-1], salt) → self.prefixes(tokens[: max(len(tokens) - self.page, 0)], salt)
+        block_keys(tokens[:-1], self.page → block_keys(tokens[: max(len(tokens) - self.page, 0)], self.page
     A whole block was left out at the end. Only the block of the last token has to be computed.
 
     any cached block of the prompt
-        if held != content:
-        break
-            → if held != content:
-                  continue
+        break → continue
     The search went on after a missing block. What follows is of no use: the prompt's keys must be there from
     the start without a gap.
 
     new blocks for cached content
-        if key not in self.entries: → if True:
+        self.entries.setdefault(key, (content, blocks[i])) → self.entries[key] = content, blocks[i]
     The entry of a cached block was replaced by the new one. Content that is cached keeps its block; the table
     of an earlier request may be the only one that is in use.
 
@@ -499,7 +516,7 @@ quotas.mistakes(
     to the largest demand
         quota[min(hungry, key=quota.get)] += 1
             → quota[max(hungry, key=lambda tenant: demand[tenant] - quota[tenant])] += 1
-    The rest went to whoever lacks most. A tenant could then get more just by asking for more.
+    The rest went to the tenant that lacks most. A tenant could then get more just by asking for more.
 
     of equal ones the last
         quota[min(hungry, key=quota.get)] += 1 → quota[min(reversed(hungry), key=quota.get)] += 1
@@ -528,7 +545,7 @@ quotas.mistakes(
         if rest < 0: → if rest <= 0:
     Exactly enough memory was refused. If the minimums fill it, everybody gets the minimum.
 
-    the oldest block, whoever owns it
+    the oldest block of all tenants
         own = [block for block, owner in cached if owner == tenant]
             → own = [block for block, owner in cached]
         too_many = in_use[tenant] + len(own) + n - quotas[tenant]
@@ -571,21 +588,18 @@ model.mistakes(
     The prefix cache was not asked. Every prompt is computed as a whole, and stored once more.
 
     found and not counted as written
-        self.salts[name] = salt
         return len(self.tokens[name])
-            → self.salts[name] = salt
-              self.tokens[name] = []
+            → self.tokens[name] = []
               return len(found) * self.page
     The found tokens are in the table, and the length says 0. New tokens are then written from position 0.
 
     blocks in place of tokens
-        self.tokens[name] = list(prompt[: len(found) * self.page])
-            → self.tokens[name] = list(prompt[: len(found)])
+        list(prompt[: len(found) * self.page]), salt → list(prompt[: len(found)]), salt
     As many tokens as blocks were counted. Each found block holds `page` tokens.
 
     no salt
         found = self.cache.find(prompt, salt) → found = self.cache.find(prompt, b"")
-        self.salts[name] = salt → self.salts[name] = b""
+        list(prompt[: len(found) * self.page]), salt → list(prompt[: len(found) * self.page]), b""
     The salt was not passed on. All tenants find each other's prompts.
 
     generated tokens without the salt
@@ -601,12 +615,12 @@ model.mistakes(
     the sequence.
 
     the fork without its parent's salt
-        self.salts[new] = self.salts[name] → self.salts[new] = b""
+        list(self.tokens[name]), self.salts[name] → list(self.tokens[name]), b""
     The fork's text is cached without a salt. It starts with the parent's prompt, and belongs to the same
     tenant.
 
     the fork has its parent's list of tokens
-        self.tokens[new] = list(self.tokens[name]) → self.tokens[new] = self.tokens[name]
+        list(self.tokens[name]), self.salts[name] → self.tokens[name], self.salts[name]
     Parent and fork have one and the same list of tokens: what one of them writes makes the other longer.
 
     the fork shares nothing

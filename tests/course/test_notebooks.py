@@ -24,7 +24,6 @@ HEADINGS = [
     "Read further",
 ]
 LONGEST_CELL = 40
-LONGEST_ANSWER = 80  # a class with all its methods is one answer, and an answer is one cell
 Notebook = dict[str, Any]
 
 every_notebook = pytest.mark.parametrize(
@@ -91,10 +90,7 @@ def test_every_picture_has_alt_text(path: Path) -> None:
 def test_every_cell_fits_on_a_screen(path: Path) -> None:
     for cell in code_cells(read(path)):
         lines = source(cell).splitlines()
-        is_answer = cell["metadata"].get("nbgrader", {}).get("solution", False)
-        assert len(lines) <= (LONGEST_ANSWER if is_answer else LONGEST_CELL), (
-            f"{len(lines)} lines in the cell that begins {lines[0]!r}"
-        )
+        assert len(lines) <= LONGEST_CELL, f"{len(lines)} lines in the cell that begins {lines[0]!r}"
 
 
 @every_notebook

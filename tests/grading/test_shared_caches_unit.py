@@ -18,6 +18,7 @@ from kvlearn.grading import check, find_exercise
 
 CHECKS = unit_module("09_shared_caches", "checks")
 MODEL = find_exercise("09.7")
+METHODS = ("grow", "share", "replace", "cancel")  # what 09.3 asks for
 
 
 def ours(exercise: str) -> tuple[Any, ...]:
@@ -170,6 +171,15 @@ def test_accounts_may_count_in_a_counter_and_free_from_a_heap() -> None:
             raise NotImplementedError
 
     assert earned(check("09.3", WithoutSharing)) == [1, 0, 0, 0, 1, 0, 0]
+
+
+def test_methods_on_the_given_tables_earn_points_one_by_one() -> None:
+    (accounts,) = ours("09.3")
+    (given,) = accounts.__bases__
+    assert earned(check("09.3", type("Given", (given,), dict.fromkeys(METHODS, stub)))) == [0] * 7
+    assert earned(check("09.3", type("NoCancel", (accounts,), {"cancel": stub}))) == [0, 0, 0, 0, 1, 2, 0]
+    half = type("GrowAndCancel", (accounts,), {"share": stub, "replace": stub})
+    assert earned(check("09.3", half)) == [1, 0, 0, 0, 1, 0, 0]
 
 
 # 09.4
@@ -353,6 +363,12 @@ def solved() -> dict[str, Any]:
 
 def test_a_manager_may_do_everything_itself() -> None:
     assert full_marks("09.7", OwnManager)
+
+
+def test_a_manager_without_forks_earns_points_for_the_rest() -> None:
+    (manager,) = ours("09.7")
+    score = check("09.7", type("NoForks", (manager,), {"fork": stub}), notebook=solved())
+    assert earned(score) == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_points_for_parts_depend_on_the_parts() -> None:
