@@ -17,7 +17,6 @@ from kvlearn.grading import (
     CheckContext,
     Difference,
     Exercise,
-    NotWritten,
     Raised,
     Stop,
     describe,
@@ -1507,26 +1506,17 @@ def model_text(t: CheckContext, BlockManager: Answer) -> None:
     serves_the_same(t, BlockManager, workbench.library(SERVING), 4, 4)
 
 
-def theirs(t: CheckContext, *names: str) -> Any:
-    """The parts of these names from the notebook, the others from the library; the end of the requirement if
-    one of these is not the learner's."""
-    for part in (parts := workbench.choose(model, t.notebook)):
-        if part.name in names and not part.is_theirs:
-            raise NotWritten(f"kvlearn's {part.name} in place of yours: {part.why}")
-    return workbench.namespace(parts, names)
-
-
 @model.requirement(1, "your slots and plans", rounds=1, reads_answers=True)
 def model_yours_pages(t: CheckContext, BlockManager: Answer) -> None:
     """09.1 and 09.2 are solved; with them the same text"""
-    parts = theirs(t, "slot_mapping", "write", "read", "fork_table", "write_plan")
+    parts = workbench.theirs(model, t.notebook, "slot_mapping", "write", "read", "fork_table", "write_plan")
     serves_the_same(t, BlockManager, parts, 3, 4)
 
 
 @model.requirement(1, "all your parts: eight prompts", rounds=1, reads_answers=True)
 def model_yours_all(t: CheckContext, BlockManager: Answer) -> None:
     """09.3 and 09.4 are solved too; eight prompts, the same text, the common blocks stored once"""
-    parts = theirs(t, *SERVING.parts)
+    parts = workbench.theirs(model, t.notebook, *SERVING.parts)
     serves_the_same(t, BlockManager, parts, 8, 3)
     server = Server(BlockManager(100, 8, parts), 100, 8, parts)
     server.serve(PROMPTS, 1)
