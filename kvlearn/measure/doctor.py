@@ -95,7 +95,7 @@ def software() -> list[Finding]:
                 ("nbclient", f"for grading and checking notebooks: {where.env}"),
                 (
                     "transformers",
-                    "for the tests and the chapters that load real models: pip install transformers",
+                    "for the tests and the chapters that load real models: pip install 'kvlearn[hf]'",
                 ),
             )
         ),
@@ -217,7 +217,7 @@ def kernels(triton: bool, cuda: bool, compiler: bool) -> Finding:
     """How chapter 11's Triton kernels run: compiled, interpreted, or not at all."""
     name = "chapter 11, kernels"
     if not triton:
-        value = "Triton is not there (the pinned one is for Linux): the cells without kernels run"
+        value = "Triton is missing (on Linux: pip install 'kvlearn[kernels]'): the cells without kernels run"
         return Finding("course", name, value)
     if not cuda:
         return Finding(
