@@ -86,7 +86,7 @@ lock: ## renew requirements.txt from pyproject.toml (needs uv; ARGS=--upgrade fo
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	@uv pip compile pyproject.toml --universal --all-extras --no-annotate --no-header --quiet -o requirements.txt $(ARGS)
 	@{ echo "# The one pinned list, made by \`make lock\`: Linux and macOS, Python 3.11 to 3.14."; \
-	   echo "-e .[lab,test,teach]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
+	   echo "-e .[lab,test,teach,site]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
 	@mv requirements.txt.new requirements.txt
 
 clean: ## remove .venv and caches; your exercises stay

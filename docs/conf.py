@@ -41,7 +41,10 @@ html_theme_options = {
             "repository_url": repository(ROOT),
             "repository_branch": "main",
             "use_repository_button": True,
-            "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+            "launch_buttons": {
+                "binderhub_url": "https://mybinder.org",
+                "colab_url": "https://colab.research.google.com",
+            },
         }
         if repository(ROOT)
         else {}

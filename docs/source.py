@@ -83,7 +83,7 @@ def reference(package: str) -> str:
 
 
 def as_page(notebook: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A notebook for the site: links rewritten, pictures with their alt text, no widgets that need a kernel."""
+    """A notebook for the site: links rewritten, pictures with alt text, no widgets that need a kernel."""
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = with_links("".join(cell["source"]), path)
@@ -113,7 +113,11 @@ def _link(found: re.Match[str], path: Path) -> str:
     if relative.startswith("work/"):  # a learner's copy: on the site, the exercise as it is given
         relative = relative.replace("work/", "exercises/", 1)
         wanted = ROOT / relative
-    known = {"CONTRIBUTING.md": "contributing.md", "TEACHING.md": "teaching.md", "CHANGELOG.md": "changelog.md"}
+    known = {
+        "CONTRIBUTING.md": "contributing.md",
+        "TEACHING.md": "teaching.md",
+        "CHANGELOG.md": "changelog.md",
+    }
     if relative == "README.md":
         relative = "index.md"
     elif relative in known:
@@ -129,14 +133,15 @@ def _link(found: re.Match[str], path: Path) -> str:
 def as_rst(lines: list[str]) -> None:
     """Turn a docstring of plain text into reStructuredText, in place.
 
-    Indented blocks (equations, examples) and blocks with aligned columns become literal ones; list items stay;
-    in other text only ``code`` has a meaning.
+    Indented blocks (equations, examples) and blocks with aligned columns become literal ones; list items
+    stay; in other text only ``code`` has a meaning.
     """
     blocks: list[list[str]] = [[]]
     for line in lines:
         if line.strip():
-            if ITEM.match(line) and blocks[-1] and not ITEM.match(blocks[-1][0]):
-                blocks.append([])  # a list begins right below its sentence
+            listed = bool(blocks[-1] and ITEM.match(blocks[-1][0]))
+            if blocks[-1] and listed != bool(ITEM.match(line) or (listed and line.startswith("  "))):
+                blocks.append([])  # a list begins right below its sentence, or a sentence right below a list
             blocks[-1].append(line)
         elif blocks[-1]:
             blocks.append([])
