@@ -191,10 +191,10 @@ class Entries:
             complete = tokens[:, : n_blocks * self.rate]
             previous = self.previous.to(x.dtype) if compressor.overlap and first else None
             new = compressor.compress(complete, previous, first)
-            self.entries[:, first : first + n_blocks] = new.to(self.entries.dtype)
+            self.entries[:, first : first + n_blocks] = new.detach().to(self.entries.dtype)
             if compressor.overlap:
-                self.previous.copy_(complete[:, -self.rate :, :, : compressor.width])
-        self.waiting[:, :left] = tokens[:, tokens.shape[1] - left :].to(self.waiting.dtype)
+                self.previous.copy_(complete[:, -self.rate :, :, : compressor.width].detach())
+        self.waiting[:, :left] = tokens[:, tokens.shape[1] - left :].detach().to(self.waiting.dtype)
         return self.entries[:, : first + n_blocks]
 
 
@@ -285,7 +285,7 @@ class HeavilyCompressedAttention(Mechanism):
         validate.at_most("rope_dim", self.rope_dim, self.head_dim, "head_dim")
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim: expected an even number, got {rope_dim}")
-        self.rope_config, self.norm_eps = rope, norm_eps
+        self.rope_config, self.norm_eps = rope, validate.above("norm_eps", norm_eps, 0)
         self.q_rank = None if q_rank is None else validate.positive("q_rank", q_rank)
         if self.q_rank is not None:
             self.q_down = nn.Linear(d_model, self.q_rank, bias=False)

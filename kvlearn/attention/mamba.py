@@ -32,6 +32,7 @@ from kvlearn.attention.recurrent import (
     ShortConvolution,
     StateCache,
     check_state,
+    drawn,
     expand_heads,
     load_state,
     naive_softplus,
@@ -176,6 +177,7 @@ def check_scan(
 ) -> Float[Tensor, "B E N"]:
     """Check the inputs of the scan; returns the state in the dtype of its sums, zeros for None."""
     validate.tensor("x", x, ("batch", "time", "channels"))
+    validate.at_least("x.shape[0] (batch)", x.shape[0], 1)
     validate.at_least("x.shape[1] (time)", x.shape[1], 1)
     rows, time, E = x.shape
     N = validate.tensor("A", A, (E, "state"), device=x.device).shape[1]
@@ -183,7 +185,7 @@ def check_scan(
     validate.tensor("B", B, (rows, time, N), device=x.device)
     validate.tensor("C", C, (rows, time, N), device=x.device)
     validate.tensor("D", D, (E,), device=x.device)
-    if x.device.type == "cpu":  # a GPU would synchronise
+    if validate.may_read(x):
         if not bool((dt >= 0).all()):  # NaN fails too
             raise ValueError(f"dt: expected at least 0, got {float(dt.detach().min())}")
         least, most = (float(bound) for bound in A.detach().aminmax())
@@ -237,6 +239,7 @@ class Mamba(Mechanism):
         self.conv = ShortConvolution(self.d_inner, validate.at_least("conv", conv, 2), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         sizes = {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state}
+        validate.above("norm_eps", norm_eps, 0)
         self.norms = nn.ModuleDict({k: nn.RMSNorm(n, norm_eps) for k, n in sizes.items()}) if norms else None
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
@@ -247,9 +250,10 @@ class Mamba(Mechanism):
     @torch.no_grad()
     def initialise(self) -> None:
         """A = -1 … -N in every channel, D = 1, and steps dt that begin between 0.001 and 0.1."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        most = self.dt_rank**-0.5
+        self.dt_proj.weight.copy_(drawn((self.d_inner, self.dt_rank), -most, most))
         self.dt_proj.bias.copy_(step_biases(self.d_inner))
-        self.A_log.copy_(torch.arange(1, self.d_state + 1).log())
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float64).log())
         nn.init.ones_(self.D)
 
     def forward(
@@ -311,7 +315,7 @@ class Mamba(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Mamba":
@@ -328,7 +332,7 @@ class GateAndNorm(nn.Module):
         super().__init__()
         self.kind = validate.one_of("norm", kind, ("gate_norm", "norm_gate", "gate"))
         self.weight = None if kind == "gate" else nn.Parameter(torch.ones(width))
-        self.n_groups, self.eps = n_groups, eps
+        self.n_groups, self.eps = n_groups, validate.above("norm_eps", eps, 0)
 
     def forward(self, y: Float[Tensor, "B T E"], gate: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
         y, gate = upcast(y), F.silu(upcast(gate))
@@ -401,7 +405,7 @@ class Mamba2(Mechanism):
     def initialise(self) -> None:
         """A between -16 and -1, D = 1, and steps dt that begin between 0.001 and 0.1."""
         self.dt_bias.copy_(step_biases(self.n_heads))
-        self.A_log.copy_(torch.empty(self.n_heads).uniform_(1, 16).log())
+        self.A_log.copy_(drawn((self.n_heads,), 1.0, 16.0).log())
         nn.init.ones_(self.D)
 
     def forward(
@@ -475,7 +479,7 @@ class Mamba2(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Mamba2":
