@@ -184,9 +184,9 @@ class Entries:
         self, compressor: Compressor, x: Float[Tensor, "B T M"], length: int
     ) -> Float[Tensor, "B E D"]:
         """Append the tokens after the first ``length``; return a view of all complete entries."""
-        first, waiting = divmod(length, self.rate)
+        first, waiting = length // self.rate, length % self.rate  # (torch.compile has no divmod)
         tokens = torch.cat((self.waiting[:, :waiting].to(x.dtype), compressor.project(x)), dim=1)
-        n_blocks, left = divmod(tokens.shape[1], self.rate)
+        n_blocks, left = tokens.shape[1] // self.rate, tokens.shape[1] % self.rate
         if n_blocks:
             complete = tokens[:, : n_blocks * self.rate]
             previous = self.previous.to(x.dtype) if compressor.overlap and first else None

@@ -102,14 +102,15 @@ def segment_states(
     A: Float[Tensor, "N E"],
     B: Float[Tensor, "B L N"],
     before: Float[Tensor, "B N E"],
-) -> tuple[Float[Tensor, "B L N E"], Float[Tensor, "B L1 N E"]]:
-    """The decays of a segment, and its states: the one before it, then one per token."""
+) -> tuple[Float[Tensor, "L B N E"], Float[Tensor, "L1 B N E"]]:
+    """The decays of a segment, and its states: the one before it, then one per token. Time is in front."""
+    dt_x, dt, B = (x.transpose(0, 1) for x in (dt_x, dt, B))
     decay = (dt[:, :, None] * A).exp_()
-    h = before.new_empty(len(before), dt.shape[1] + 1, *A.shape)
-    h[:, 0] = before
-    torch.mul(dt_x[:, :, None], B[..., None], out=h[:, 1:])
-    states = h.unbind(1)
-    for t, a in enumerate(decay.unbind(1)):
+    h = before.new_empty(len(dt) + 1, *before.shape)
+    h[0] = before
+    torch.mul(dt_x[:, :, None], B[..., None], out=h[1:])
+    states = h.unbind()
+    for t, a in enumerate(decay.unbind()):
         states[t + 1].addcmul_(a, states[t])  # all that is done per token: one operator, in place
     return decay, h
 
@@ -138,8 +139,8 @@ class SegmentedScan(torch.autograd.Function):
             if keep:
                 starts.append(state)
             _, h = segment_states(u, d, A, b, state)
-            torch.matmul(c[:, :, None], h[:, 1:], out=out[:, :, None])
-            state = h[:, -1].clone()  # not a view, which would keep all of the segment
+            out.copy_((c.transpose(0, 1)[:, :, None] @ h[1:])[:, :, 0].transpose(0, 1))
+            state = h[-1].clone()  # not a view, which would keep all of the segment
         ctx.save_for_backward(dt_x, dt, A, B, C, *starts)
         ctx.chunk = chunk
         return y, state
@@ -156,17 +157,20 @@ class SegmentedScan(torch.autograd.Function):
         )
         for u, d, b, c, grad, grad_u, grad_d, grad_b, grad_c, before in reversed(list(segments)):
             decay, h = segment_states(u, d, A, b, before)
-            g = c[..., None] * grad[:, :, None]
-            g[:, -1] += grad_state
-            steps, decays = g.unbind(1), decay.unbind(1)
+            u, d, b, c, grad, grad_u, grad_d, grad_b, grad_c = (
+                x.transpose(0, 1) for x in (u, d, b, c, grad, grad_u, grad_d, grad_b, grad_c)
+            )
+            g = torch.mul(c[..., None], grad[:, :, None], out=torch.empty_like(h[1:]))
+            g[-1] += grad_state
+            steps, decays = g.unbind(), decay.unbind()
             for t in range(len(steps) - 1, 0, -1):
                 steps[t - 1].addcmul_(decays[t], steps[t])
             grad_state = decays[0] * steps[0]
-            torch.matmul(b[:, :, None], g, out=grad_u[:, :, None])
-            torch.matmul(g, u[..., None], out=grad_b[..., None])
-            torch.matmul(h[:, 1:], grad[..., None], out=grad_c[..., None])
-            exponent = decay.mul_(h[:, :-1]).mul_(g)  # the gradient of dt A; h and g are free from here on
-            torch.sum(torch.mul(exponent, A, out=g), dim=2, out=grad_d)
+            grad_u.copy_((b[:, :, None] @ g)[:, :, 0])
+            grad_b.copy_((g @ u[..., None])[..., 0])
+            grad_c.copy_((h[1:] @ grad[..., None])[..., 0])
+            exponent = decay.mul_(h[:-1]).mul_(g)  # the gradient of dt A; h and g are free from here on
+            grad_d.copy_(torch.mul(exponent, A, out=g).sum(dim=2))
             grad_A += exponent.mul_(d[:, :, None]).sum(dim=(0, 1))
         grad_u, grad_d, grad_b, grad_c = grads
         return grad_u, grad_d, grad_A, grad_b, grad_c, grad_state, None, None
