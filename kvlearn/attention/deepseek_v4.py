@@ -185,16 +185,19 @@ class Entries:
     ) -> Float[Tensor, "B E D"]:
         """Append the tokens after the first ``length``; return a view of all complete entries."""
         first, waiting = length // self.rate, length % self.rate  # (torch.compile has no divmod)
-        tokens = torch.cat((self.waiting[:, :waiting].to(x.dtype), compressor.project(x)), dim=1)
+        new = compressor.project(x).detach()
+        if waiting + x.shape[1] < self.rate:  # the block is not complete yet: its tokens wait
+            self.waiting.narrow(1, waiting, x.shape[1]).copy_(new)
+            return self.entries[:, :first]
+        tokens = torch.cat((self.waiting[:, :waiting].to(x.dtype), new), dim=1)
         n_blocks, left = tokens.shape[1] // self.rate, tokens.shape[1] % self.rate
-        if n_blocks:
-            complete = tokens[:, : n_blocks * self.rate]
-            previous = self.previous.to(x.dtype) if compressor.overlap and first else None
-            new = compressor.compress(complete, previous, first)
-            self.entries[:, first : first + n_blocks] = new.detach().to(self.entries.dtype)
-            if compressor.overlap:
-                self.previous.copy_(complete[:, -self.rate :, :, : compressor.width].detach())
-        self.waiting[:, :left] = tokens[:, tokens.shape[1] - left :].detach().to(self.waiting.dtype)
+        complete = tokens[:, : n_blocks * self.rate]
+        previous = self.previous.to(x.dtype) if compressor.overlap and first else None
+        entries = compressor.compress(complete, previous, first).detach()
+        self.entries[:, first : first + n_blocks] = entries.to(self.entries.dtype)
+        if compressor.overlap:
+            self.previous.copy_(complete[:, -self.rate :, :, : compressor.width])
+        self.waiting[:, :left] = tokens[:, tokens.shape[1] - left :].to(self.waiting.dtype)
         return self.entries[:, : first + n_blocks]
 
 

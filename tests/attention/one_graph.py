@@ -23,7 +23,7 @@ FIRST, LAST = 4, 24
 # Graphs of the decode steps from the 4th to the 24th token. Two are enough where nothing but the length
 # changes, which is traced as a number from the second graph on. More for a ring that becomes full (window,
 # nsa), and for a block that a token completes or not (moba, csa, hca).
-GRAPHS = {"default": 2, "window": 3, "nsa": 3, "moba": 4, "csa": 3, "hca": 3}
+GRAPHS = {"default": 2, "window": 3, "nsa": 3, "moba": 4, "csa": 3, "hca": 4}
 
 
 class Graphs:
