@@ -115,12 +115,12 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
 
         waves · (tiles per split + START)
 
-    among those that fill one wave, and one more.
+    among those that fit one wave. (One more split takes two waves of at least half the tiles, and START twice.)
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         validate.positive(name, value)
     slots = multiprocessors * validate.positive("per_multiprocessor", per_multiprocessor)
-    most = max(min(validate.at_least("tiles", tiles, 0), slots // programs + 1), 1)
+    most = max(min(validate.at_least("tiles", tiles, 0), slots // programs), 1)
 
     def time(splits: int) -> int:
         return -(-programs * splits // slots) * (-(-tiles // splits) + START)

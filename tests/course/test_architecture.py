@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kvlearn"
 # A room may import those before it; rooms on one step do not know each other.
 STEPS = [
-    {"validate", "html", "jupyter"},
+    {"validate", "files", "html", "jupyter"},
     {"attention"},
     {"kernels"},
     {"model", "teaching"},
