@@ -36,7 +36,9 @@ class Workspace:
             dtype = torch.int32 if name == "tickets" else torch.float32
             validate.tensor(f"workspace.{name}", buffer, ("numbers",), dtype=dtype)
             if not buffer.is_contiguous():
-                raise ValueError(f"workspace.{name}: expected a contiguous tensor, got stride {buffer.stride(0)}")
+                raise ValueError(
+                    f"workspace.{name}: expected a contiguous tensor, got stride {buffer.stride(0)}"
+                )
 
     @classmethod
     def new(

@@ -115,7 +115,7 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
 
         waves · (tiles per split + START)
 
-    among those that fit one wave. (One more split takes two waves of at least half the tiles, and START twice.)
+    among those that fit one wave. (One more takes two waves of at least half the tiles, and START twice.)
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         validate.positive(name, value)

@@ -115,19 +115,6 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
 
 
-def tie_loaded(decoder: nn.Module, _: Any) -> None:
-    """Called after ``load_state_dict``, which with ``assign=True`` replaces every parameter."""
-    assert isinstance(decoder, Decoder)
-    decoder.tie()
-
-
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; those on "meta" hold none."""
-    if a.is_meta or b.is_meta:
-        return True
-    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-
-
 class Decoder(nn.Module):
     """Tokens in, logits of the next token out; with a cache, the tokens continue the sequence in it."""
 
@@ -157,20 +144,9 @@ class Decoder(nn.Module):
         self.register_load_state_dict_post_hook(tie_loaded)
 
     def tie(self) -> None:
-        """Make output and embedding one matrix again, if ``config.tied``: what replaces parameters parts them."""
+        """Make output and embedding one matrix, if ``config.tied``; what replaces parameters parts them."""
         if self.config.tied:
             self.head.weight = self.embed.weight
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """With ``config.tied`` the output's matrix may be missing; it may not differ from the embedding's."""
-        embed, head = (state_dict.get(f"{prefix}{name}.weight") for name in ("embed", "head"))
-        if self.config.tied and isinstance(embed, Tensor):
-            if isinstance(head, Tensor) and not equal(embed, head):
-                raise ValueError(
-                    "state_dict: expected head.weight equal to embed.weight, since config.tied makes them one"
-                )
-            state_dict[f"{prefix}head.weight"] = embed
-        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """With ``config.tied`` the output's matrix may be missing; it may not differ from the embedding's."""
@@ -307,7 +283,8 @@ class Decoder(nn.Module):
     def generate(self, tokens: Tensor | Sequence[Any], n: int, **options: Any) -> Tensor | list[Tensor]:
         """``tokens``, or each prompt of a list, continued by up to ``n``: ``kvlearn.model.generate``.
 
-        Options: ``temperature``, ``top_k``, ``top_p``, ``stop``, ``seed``, ``chunk``, ``use_cache``, ``progress``.
+        Options: ``temperature``, ``top_k``, ``top_p``, ``stop``, ``seed``, ``chunk``, ``use_cache`` and
+        ``progress``.
         """
         from kvlearn.model.generation import generate
 

@@ -12,7 +12,7 @@ from kvlearn import validate
 from kvlearn.attention import LongRopeScaling, Rope
 from kvlearn.model.decoder import Decoder, DecoderCache
 
-LOWEST_TEMPERATURE = 1e-30  # in fp32, 1 / it is finite, and differences of logits divided by it are large
+TEMPERATURES = (1e-30, 1e30)  # fp32 holds both and 1 over both; beyond them a distribution does not change
 
 
 @overload
@@ -127,7 +127,7 @@ def stop_tokens(model: Decoder, stop: int | Sequence[int] | None) -> list[int]:
 
 
 def padding(model: Decoder, ends: list[int]) -> int | None:
-    """The token that follows a row's end: the model's ``pad_token`` if it has one, or the first of ``ends``."""
+    """The token that follows a row's end: the model's ``pad_token``, or the first of ``ends``."""
     if not ends:
         return None
     pad = model.config.pad_token
@@ -135,7 +135,7 @@ def padding(model: Decoder, ends: list[int]) -> int | None:
 
 
 def as_batch(model: Decoder, tokens: Tensor | Sequence[Any]) -> tuple[Int[Tensor, "B T"], list[int]]:
-    """``tokens`` as one tensor, and the length of each row; shorter rows are padded with zeros on the right."""
+    """``tokens`` as one tensor, padded with zeros on the right, and the length of each row."""
     device = model.embed.weight.device
     if isinstance(tokens, Tensor):
         validate.tensor("tokens", tokens, ("batch", "time"), device=device)
@@ -222,7 +222,7 @@ def sample(
 ) -> Int[Tensor, "B"]:
     """One token per row: the most likely one at temperature 0, else drawn from the most likely ones.
 
-        p = softmax(logits / temperature),   then only the ``top_k`` largest,   then their nucleus of ``top_p``
+        p = softmax(logits / temperature),  of it the ``top_k`` largest,  of these the nucleus of ``top_p``
 
     A temperature near 0 gives the most likely token, as the limit does. Raises ValueError for NaN.
     Sources: Fan et al., "Hierarchical Neural Story Generation" (2018), section 5.1 (``top_k``); Holtzman et
@@ -233,10 +233,10 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     # From the largest logit down: the others may overflow to -inf, which is a probability of 0.
-    logits = logits.float()
-    top = logits.amax(-1, keepdim=True)
-    below = torch.where(logits == top, 0.0, (logits - top) / max(temperature, LOWEST_TEMPERATURE))
-    probabilities, order = below.softmax(-1).sort(dim=-1, descending=True)
+    logits, order = logits.float().sort(dim=-1, descending=True)
+    top, (least, most) = logits[..., :1], TEMPERATURES
+    below = torch.where(logits == top, 0.0, (logits - top) / min(max(temperature, least), most))
+    probabilities = below.softmax(-1)
     if top_k is not None:
         probabilities[..., top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)

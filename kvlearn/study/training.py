@@ -227,9 +227,12 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
         for part, kind in wanted.items():
             if not isinstance(state, dict) or not isinstance(state.get(part), kind):
-                raise ValueError(f"expected a dictionary with {', '.join(wanted)}, got {type(state).__name__}")
+                raise ValueError(
+                    f"expected a dictionary with {', '.join(wanted)}, got {type(state).__name__}"
+                )
     except OSError as error:
-        raise OSError(error.errno, f"checkpoint: could not read {path}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise OSError(error.errno, f"checkpoint: could not read {path}: {reason}") from error
     except Exception as error:  # damaged bytes raise nearly anything
-        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run: {error}") from error
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint: {error}") from error
     return state

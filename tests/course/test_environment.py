@@ -86,6 +86,9 @@ def test_a_fresh_clone_holds_every_folder_that_the_package_is_built_from() -> No
         assert f"\n{folder}/" in f"\n{kept.stdout}", f"{folder}/ is empty"
 
 
+# A network on which nobody answers.
+CLOSED = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "100", "PIP_FIND_LINKS": ""}
+
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 
 
@@ -188,7 +191,7 @@ def test_a_missing_venv_module_gives_one_line(checkout: Path) -> None:
 def test_a_set_up_that_was_killed_is_made_anew(checkout: Path) -> None:
     """python is there, pip is not, or not all of it: a kill while .venv is being made leaves either."""
     venv.create(checkout / ".venv", with_pip=False, symlinks=True)
-    offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    offline = {**CLOSED, "PIP_CONFIG_FILE": os.devnull}
     for missing in ("pip", "files of pip"):
         if missing != "pip":
             (file,) = (checkout / ".venv").glob("lib/python*/site-packages/pip/_internal/req/constructors.py")
@@ -207,8 +210,7 @@ def test_a_set_up_that_was_killed_is_made_anew(checkout: Path) -> None:
 @pytest.mark.slow
 def test_a_failed_download_gives_one_line_and_no_stamp(checkout: Path) -> None:
     """In seconds, by one request; pip alone would repeat each of its own for minutes."""
-    closed = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "100", "PIP_FIND_LINKS": ""}
-    result = make(checkout, "env", f"PYTHON={sys.executable}", **closed, PIP_CONFIG_FILE=os.devnull)
+    result = make(checkout, "env", f"PYTHON={sys.executable}", **CLOSED, PIP_CONFIG_FILE=os.devnull)
     assert "check network and disk" in one_line(result)
     assert "refused" in one_line(result)  # the reason
     assert "installing" not in result.stdout
@@ -235,5 +237,8 @@ def test_the_package_that_is_asked_for_first_is_in_the_list() -> None:
 
 @needs_make
 def test_the_error_of_a_venv_that_cannot_be_made_is_said(checkout: Path) -> None:
-    full = script(checkout, f'[ "$1" = -m ] && echo "No space left on device" >&2 && exit 1\nexec "{sys.executable}" "$@"')
+    full = script(
+        checkout,
+        f'[ "$1" = -m ] && echo "No space left on device" >&2 && exit 1\nexec "{sys.executable}" "$@"',
+    )
     assert "(No space left on device)" in one_line(make(checkout, "env", f"PYTHON={full}"))

@@ -3,6 +3,8 @@
 import copy
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -399,17 +401,17 @@ def test_a_tied_head_stays_tied_whatever_replaces_the_parameters(tmp_path: Path)
     empty[0].load_state_dict(weights, assign=True)
     empty[1].load_state_dict(copies, assign=True)
     empty[2].load_state_dict(without_head, assign=True)
-    torch.nn.ModuleDict({"of": empty[3]}).load_state_dict({f"of.{n}": t for n, t in copies.items()}, assign=True)
+    within = {f"of.{name}": t for name, t in copies.items()}
+    torch.nn.ModuleDict({"of": empty[3]}).load_state_dict(within, assign=True)
     with torch.device("meta"):
-        emptied = Decoder(SMALL).to_empty(device="cpu")
+        emptied = Decoder(SMALL)
+    emptied.to_empty(device="cpu")
     emptied.load_state_dict(copies)
     models = [*empty, emptied, decoder(), decoder().double().float(), load(tmp_path / "model.safetensors")]
     for model in (*models, *map(copy.deepcopy, models)):
         assert model.head.weight is model.embed.weight
+        assert model.head.weight.data_ptr() == model.embed.weight.data_ptr()
         assert torch.equal(model.head.weight, weights["head.weight"])
-        with torch.no_grad():
-            model.head.weight[0, 0] = 7.0
-        assert model.embed.weight[0, 0] == 7.0
         assert model.n_parameters == decoder().n_parameters
 
 
@@ -421,32 +423,11 @@ def test_two_matrices_are_not_loaded_into_a_tied_head() -> None:
     decoder(ModelConfig(**{**vars(SMALL), "tied": False})).load_state_dict(weights)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"layers": ("full",)},
-        {"layers": ("gqa", Spec("gqa", reads=-1), "full")},
-        {"layers": ("full",), "experts": MoEConfig(4, 2, 16, d_ff_shared=8, bias=True)},
-    ],
-    ids=["full", "gqa that is read", "experts"],
-)
-def test_a_decoder_is_one_graph_in_training_and_in_decode(fields: dict[str, Any]) -> None:
-    model = decoder(ModelConfig(**{**vars(SMALL), **fields, "n_layers": 3}))
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    trained = []
-    for module in (model, compiled):
-        model.train().zero_grad()
-        logits = module(prompt())
-        logits.square().mean().backward()
-        trained.append((logits, model.embed.weight.grad.clone()))  # type: ignore[union-attr]
-    for ours, theirs in zip(*trained, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    model.eval()
-    caches = [model.new_cache(2, 12) for _ in range(2)]
-    with torch.no_grad():
-        for part in (prompt()[:, :7], prompt()[:, 7:8], prompt()[:, 8:]):
-            torch.testing.assert_close(model(part, caches[0]), compiled(part, caches[1]))
+@pytest.mark.slow
+def test_a_decoder_is_one_graph_in_training_and_in_decode() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("one_graph.py"))]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

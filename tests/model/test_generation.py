@@ -157,7 +157,7 @@ def test_every_argument_is_refused_by_its_name() -> None:
     wrong: dict[str, tuple[Any, ...]] = {
         "tokens": (
             None, 3, "abc", [], [[]], [3], [None], [[1.5]], [[True]], [[-1]], [[50]], [["a"]], [prompt()],
-            [torch.zeros(3)], [torch.zeros(0, dtype=torch.long)], prompt().bool(), prompt().to(torch.complex64),
+            [torch.zeros(3)], [torch.zeros(0, dtype=torch.long)], prompt().bool(), prompt().cfloat(),
             prompt()[:0], prompt() - 60, {1: 2},
         ),
         "n": (0, -1, 1.5, None, "3", True),

@@ -173,7 +173,7 @@ def trained(path: Path) -> bytes:
 
 
 def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
-    """64 flipped bytes in the weights, one bit anywhere that is read, half a file, and other people's files."""
+    """64 flipped bytes in the weights, one bit, half a file, and files that are no checkpoint."""
     path = tmp_path / "run.pt"
     whole = trained(path)
     with zipfile.ZipFile(path) as archive:
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
         b"[" * 100_000,
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"checkpoint: .*run\.pt is damaged, or no checkpoint of a run: .+"):
+        with pytest.raises(ValueError, match=r"checkpoint: .*run\.pt is damaged, or no checkpoint: .+"):
             train(model(), text(), CONFIG, checkpoint=path, progress=False)
         assert path.read_bytes() == content
     path.write_bytes(whole)
