@@ -167,7 +167,7 @@ def check_values(request: Request) -> None:
 
 def number(name: str, value: float) -> float:
     """A finite number; unchecked while ``torch.compile`` traces, when it may be a symbol."""
-    return float(value) if torch.compiler.is_compiling() else validate.finite(name, value)
+    return float(value) if torch.compiler.is_compiling() else validate.in_fp32(name, value)
 
 
 def split_scale(

@@ -48,6 +48,7 @@ class Workspace:
 
         A step uses at most ``max_splits`` splits per row.
         """
+        device = validate.device("device", device)
         validate.positive("batch", batch)
         validate.positive("n_heads", n_heads)
         slots = batch * n_heads * validate.positive("max_splits", max_splits)

@@ -188,7 +188,8 @@ def cost_table(
     shape = MODELS[validate.one_of("model", model, MODELS)]
     load = Load.of(shape, validate.positive("context", context))
     at_least_zero("price", price)
-    validate.above("smaller", smaller, 0)
+    if not 1e-6 <= validate.finite("smaller", smaller) <= 1e6:
+        raise ValueError(f"smaller: expected a number from 1e-6 to 1e6, got {smaller}")
     rows = []
     for name, one in (("as it is", load), (f"{smaller:g} times smaller", load.with_cache_divided(smaller))):
         n = users_per_device(one, card.memory)

@@ -69,7 +69,8 @@ DEVICES = {
 
 def device_table(devices: Sequence[Device] = tuple(DEVICES.values())) -> Table:
     """Memory, bandwidth, peak, the knee of the roofline and the source of each device."""
-    for device in validate.instance("devices", devices, (list, tuple)):
+    validate.positive("len(devices)", len(validate.instance("devices", devices, (list, tuple))))
+    for device in devices:
         validate.instance("devices", device, Device)
     return Table(
         [

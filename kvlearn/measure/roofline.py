@@ -29,6 +29,7 @@ class Roofline:
     name: str = ""
 
     def __post_init__(self) -> None:
+        validate.instance("name", self.name, str)
         for name in ("peak", "bandwidth"):
             validate.above(name, getattr(self, name), 0)
 

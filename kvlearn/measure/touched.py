@@ -58,7 +58,7 @@ def touched(
     """
     validate.instance("fn", fn, Callable)
     cache, weights = (
-        [validate.instance(name, tensor, Tensor) for tensor in validate.instance(name, given, Iterable)]
+        [validate.instance(name, tensor, Tensor) for tensor in several(name, given)]
         for name, given in (("cache", cache), ("weights", weights))
     )
     counter = _Counter({"cache": cache, "weights": weights})
@@ -74,6 +74,13 @@ def touched(
         counter.flops,
         counter.calls,
     )
+
+
+def several(name: str, given: Iterable[Tensor]) -> Iterable[Tensor]:
+    """``given``, if it is a collection; a tensor by itself would be taken apart."""
+    if isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected several tensors, got a Tensor")
+    return validate.instance(name, given, Iterable)
 
 
 def view_bytes(tensor: Tensor) -> int:

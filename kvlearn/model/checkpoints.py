@@ -27,10 +27,11 @@ def save(model: Decoder, path: str | os.PathLike[str], card: Mapping[str, Any] |
     cannot be written, ValueError for a ``card`` that JSON cannot hold.
     """
     validate.instance("model", model, Decoder)
-    validate.instance("path", path, (str, os.PathLike))
+    check_path(path)
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if model.config.tied:
         del weights["head.weight"]
+    validate.instance("card", card, (Mapping, type(None)))
     try:
         described = json.dumps(dict(card or {}), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -50,6 +51,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> De
     Raises FileNotFoundError, or ValueError that says what is wrong with a damaged or foreign file: its
     checksum is computed again.
     """
+    device = validate.device("device", device)
     metadata, weights = _read(path)
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point:
@@ -82,8 +84,15 @@ def checksum(metadata: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise TypeError or ValueError for what cannot be the path of a file."""
     validate.instance("path", path, (str, os.PathLike))
+    if not Path(path).name:
+        raise ValueError(f"path: expected the path of a file, got {str(path)!r}")
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    check_path(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file at {path}")
     try:

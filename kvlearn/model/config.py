@@ -132,9 +132,9 @@ class ModelConfig:
         validate.one_of("activation", self.activation, ACTIVATIONS)
         if validate.finite("norm_eps", self.norm_eps) < 0:
             raise ValueError(f"norm_eps: expected 0 or more, got {self.norm_eps}")
-        validate.finite("embed_scale", self.embed_scale)
+        validate.in_fp32("embed_scale", self.embed_scale)
         if self.logit_softcap is not None:
-            validate.above("logit_softcap", self.logit_softcap, 0)
+            validate.above("logit_softcap", validate.in_fp32("logit_softcap", self.logit_softcap), 0)
         if self.pad_token is not None:
             _integer("pad_token", self.pad_token)
         for name in ("dense_layers", "stop_tokens"):

@@ -60,7 +60,7 @@ def generate(
     validate.positive("n", n)
     check_sampling(temperature, top_k, top_p)
     if seed is not None:
-        validate.at_most("seed", validate.at_least("seed", seed, -(2**63)), 2**64 - 1, "64 bits")
+        seed = validate.at_most("seed", validate.at_least("seed", seed, -(2**63)), 2**64 - 1, "64 bits")
     if chunk is not None:
         validate.positive("chunk", chunk)
     for name, flag in (("use_cache", use_cache), ("progress", progress)):

@@ -72,6 +72,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("n_experts", "top_k", "d_ff", "n_groups", "topk_groups", "group_best"):
             validate.positive(name, getattr(self, name))
+        for name in ("normalise", "correction", "shared_gate", "bias"):
+            validate.instance(name, getattr(self, name), bool)
         validate.at_least("d_ff_shared", self.d_ff_shared, 0)
         validate.one_of("routing", self.routing, ("softmax", "sigmoid"))
         validate.divides("n_groups", self.n_groups, "n_experts", self.n_experts)
@@ -81,10 +83,12 @@ class MoEConfig:
         validate.at_most("top_k", self.top_k, self.topk_groups * in_group, "experts in the chosen groups")
         if self.shared_gate and not self.d_ff_shared:
             raise ValueError("shared_gate: expected d_ff_shared above 0 with it, got 0")
-        if not self.sum_eps >= 0:
+        for name in ("scaling", "alpha"):
+            validate.in_fp32(name, getattr(self, name))
+        if validate.in_fp32("sum_eps", self.sum_eps) < 0:
             raise ValueError(f"sum_eps: expected at least 0, got {self.sum_eps}")
-        if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"limit: expected a number above 0, got {self.limit}")
+        if self.limit is not None:
+            validate.above("limit", validate.in_fp32("limit", self.limit), 0)
 
 
 class ExpertLinear(nn.Module):
@@ -285,6 +289,7 @@ def balance_loss(model: nn.Module) -> Float[Tensor, ""]:
     A training loop adds it to its loss, times a small factor: 0.01 in Switch Transformers. Raises
     ValueError if there was no forward pass in training mode, or there is no mixture.
     """
+    validate.instance("model", model, nn.Module)
     losses = [part.balance_loss for part in model.modules() if isinstance(part, MoE)]
     if not losses or any(loss is None for loss in losses):
         raise ValueError("model: expected mixtures of experts after a forward pass in training mode")
