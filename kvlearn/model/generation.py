@@ -6,10 +6,10 @@ from typing import Any, overload
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kvlearn import validate
 from kvlearn.attention import LongRopeScaling, Rope
+from kvlearn.extras import progress_bar
 from kvlearn.model.decoder import Decoder, DecoderCache
 
 TEMPERATURES = (1e-30, 1e30)  # fp32 holds both and 1 over both; beyond them a distribution does not change
@@ -81,7 +81,8 @@ def generate(
     pad = padding(model, ends)
     done = torch.zeros(len(text), dtype=torch.bool, device=device)
     text = torch.cat((text, text.new_zeros(len(text), n)), dim=1)
-    for step in tqdm(range(n), desc="generate", unit="token", disable=not progress):
+    steps = progress_bar(range(n), desc="generate", unit="token") if progress else range(n)
+    for step in steps:
         longest = prompt + step
         if cache is None:
             hidden = model.hidden(text[:, :longest])[rows, at - 1]
