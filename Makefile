@@ -116,9 +116,9 @@ PIP_WORKS := $(BIN)/python -c 'import sys, importlib.metadata as m, pip; sys.exi
 
 # One small package, asked for once: pip itself would repeat each of its requests for minutes.
 ONLINE := $(BIN)/python -m pip install --disable-pip-version-check --dry-run --ignore-installed --no-deps \
-  --no-cache-dir --retries 0 --timeout 10 -v "$$(grep -m1 '^typing-extensions==' requirements.txt)" \
+  --no-cache-dir --retries 0 --timeout 10 -vv "$$(grep -m1 '^typing-extensions==' requirements.txt)" \
   $(if $(INDEX),--extra-index-url "$(INDEX)") >$(VENV)/install.log 2>&1
-WHY := grep -oE 'Caused by [^)]*\)?|(ERROR|[A-Za-z]+Error): .*' $(VENV)/install.log | head -1
+WHY := grep -E '^ *(Could not fetch URL|ERROR:|[A-Za-z]+Error:)' $(VENV)/install.log | head -1 | sed 's/.*\(\[Errno\)/\1/'
 
 # The stamp is written last, so an interrupted or failed set-up is taken up again by the next `make`.
 $(READY): requirements.txt pyproject.toml $(BIN)/python

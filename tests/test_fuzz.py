@@ -275,7 +275,10 @@ MEASURE: dict[str, Call] = {
         },
     ),
     **{
-        name: (getattr(measure, name), lambda: {"model": llama(), "length": 9, "batch": 2, "dtype": torch.half})
+        name: (
+            getattr(measure, name),
+            lambda: {"model": llama(), "length": 9, "batch": 2, "dtype": torch.half},
+        )
         for name in ("cache_bytes", "read_bytes", "step_work")
     },
     "state_bytes": (measure.state_bytes, lambda: {"model": llama(), "batch": 2, "dtype": torch.half}),

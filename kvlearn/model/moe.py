@@ -84,7 +84,7 @@ class MoEConfig:
         if self.shared_gate and not self.d_ff_shared:
             raise ValueError("shared_gate: expected d_ff_shared above 0 with it, got 0")
         for name in ("scaling", "alpha"):
-            validate.in_fp32(name, getattr(self, name))
+            object.__setattr__(self, name, validate.in_fp32(name, getattr(self, name)))
         if validate.in_fp32("sum_eps", self.sum_eps) < 0:
             raise ValueError(f"sum_eps: expected at least 0, got {self.sum_eps}")
         if self.limit is not None:

@@ -286,6 +286,15 @@ def test_the_operator_is_what_it_says_to_torch() -> None:
     )  # fmt: skip
 
 
+def test_the_operator_refuses_an_output_that_overlaps_itself() -> None:
+    """Under ``torch.compile`` strides may be symbols, so the operator looks at them when it runs."""
+    case = Case((40, 9))
+    out = torch.zeros(2, 6, 1, device=DEVICE).expand(2, 6, 16)
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="out: expected memory of its own"):
+        compiled(*case.arguments(), out=out, backend="torch")
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_the_kernel_is_right_with_the_tiling_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As shipped, not with the small tiles of these tests."""

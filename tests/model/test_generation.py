@@ -74,6 +74,10 @@ def test_a_row_ends_with_its_stop_token() -> None:
         assert row == text[: at + 1] + [ends[0]] * (len(row) - at - 1)
     longest = max(next(i for i, token in enumerate(text) if token in ends) for text in new)
     assert stopped.shape[1] == 9 + longest + 1
+    padded = decoder(["full"], pad_token=3).generate(prompt(), 20, stop=ends)
+    (ended,) = [row for row in range(2) if stopped[row, -1] == stopped[row, -2] == ends[0]]
+    assert padded[ended, -1] == 3
+    assert torch.equal(padded[1 - ended], stopped[1 - ended])
     first = model.generate(prompt()[:1], 20, stop=new[0][5])  # one token, not in a list
     assert first[0].tolist() == free[0, : 9 + new[0].index(new[0][5]) + 1].tolist()
 
@@ -149,6 +153,15 @@ def test_angles_that_depend_on_the_longest_row_are_refused_past_their_length() -
         assert [row.tolist() for row in model.generate(PROMPTS, 5)] == [row.tolist() for row in alone]
         with pytest.raises(ValueError, match=f"tokens: .* angles of {type(scaling).__name__} depend"):
             model.generate(PROMPTS, 6)
+
+
+def test_a_text_that_becomes_long_gets_the_other_angles_for_all_its_keys() -> None:
+    """From the first token past the original length on: the cache is filled again, as if there were none."""
+    scaling = LongRopeScaling((1.0,) * 4, (9.0,) * 4, 12)
+    model = decoder(["full"], rope=RopeConfig(1e4, scaling))
+    expected = model.generate(prompt(), 12, use_cache=False)
+    for chunk in (None, 4):
+        assert torch.equal(model.generate(prompt(), 12, chunk=chunk), expected)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
