@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "kvlearn"
 # A room may import those before it; rooms on one step do not know each other.
 STEPS = [
-    {"validate", "extras", "html", "jupyter"},
+    {"validate", "extras", "files", "html", "jupyter"},
     {"attention"},
     {"kernels"},
     {"model", "teaching"},
