@@ -27,7 +27,7 @@ export IPYTHONDIR := $(CURDIR)/.jupyter
 
 JUPYTER := $(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval
+.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval format coverage
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,14 @@ test: lint unit nbval ## everything: lint, types, tests, every notebook run afre
 
 quick: lint ## lint, types and unit tests, no notebooks: under 3 minutes
 	@$(PYTEST) -m "not slow"
+
+format: $(READY) ## let ruff format the code and mend what it can
+	@$(BIN)/ruff check -q --fix
+	@$(BIN)/ruff format -q
+
+coverage: $(READY) ## which lines the unit tests run (ARGS="tests/model": those tests alone)
+	@$(SHARE) OMP_NUM_THREADS=1 $(BIN)/coverage run --source kvlearn -m pytest -q $(ARGS)
+	@$(BIN)/coverage report --skip-covered --show-missing
 
 grade: $(READY) ## grade your exercises in work/ (ARGS="--json")
 	@$(BIN)/kvlearn grade $(ARGS)

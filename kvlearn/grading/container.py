@@ -28,6 +28,9 @@ START = 120.0  # seconds for the container itself, beside the notebook's own lim
 PROCESSES = 256
 MOST = 2**22  # bytes of a report
 GIB = 2**30
+PATH = (
+    "/kvlearn/.venv/bin:/usr/local/bin:/usr/bin:/bin"  # in the image of the course's Dockerfile, or in others
+)
 
 
 def engine() -> str:
@@ -56,7 +59,7 @@ def command(
             "--workdir",
             "/tmp",
         ),
-        *("--env", "KVLEARN_SOLUTIONS=/solutions"),
+        *("--env", "KVLEARN_SOLUTIONS=/solutions", "--env", f"PATH={PATH}"),
         *(
             "--env",
             "HOME=/tmp",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvlearn import validate
+from kvlearn.extras import require
 from kvlearn.measure.cache_size import (
     LayerShape,
     ModelShape,
@@ -120,6 +121,7 @@ def budget_table(model: ModelShape, length: int = 2**20, *, batch: int = 1) -> T
 
 def budget() -> None:
     """Choose the layers, see the table: most layers are of one kind, every n-th is of another."""
+    require("ipywidgets", "budget")
     import ipywidgets as widgets
 
     lengths = [(f"{n // 1024}K" if n < 2**20 else f"{n // 2**20}M", n) for n in (2**p for p in range(12, 23))]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from kvlearn.extras import require
 from kvlearn.measure.cache_size import cache_bytes, elements_per_token, read_bytes, users, weights_bytes
 from kvlearn.measure.controls import table_with_controls
 from kvlearn.measure.models import MODELS
@@ -45,6 +46,7 @@ def memory_table(
 
 def calculator() -> None:
     """Sliders above, a table below that follows them."""
+    require("ipywidgets", "calculator")
     import ipywidgets as widgets
 
     def powers(name: str, first: int, last: int, at: int) -> widgets.SelectionSlider:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlearn import validate
+from kvlearn.extras import require
 from kvlearn.measure.budget import step_work
 from kvlearn.measure.cache_size import ModelShape, cache_bytes, weights_bytes
 from kvlearn.measure.devices import DEVICES, Device
@@ -183,6 +184,7 @@ def costs() -> None:
 
     The table is an ordinary output: where no kernel runs, on GitHub for one, it stands as it was saved.
     """
+    require("ipywidgets", "costs")
     import ipywidgets as widgets
     from IPython.display import display
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kvlearn import validate
 from kvlearn.attention import LongRopeScaling
+from kvlearn.extras import progress_bar
 from kvlearn.model.decoder import Decoder
 
 
@@ -56,7 +56,8 @@ def generate(
     pad = model.config.pad_token
     pad = stop[0] if stop and pad is None else pad
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in tqdm(range(n_new), desc="generate", unit="token", disable=not progress):
+    steps = progress_bar(range(n_new), desc="generate", unit="token") if progress else range(n_new)
+    for _ in steps:
         if cache is None:
             hidden = model.hidden(out)
         else:

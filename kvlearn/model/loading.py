@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvlearn.extras import require
 from kvlearn.model.config import ModelConfig
 from kvlearn.model.decoder import Decoder
 from kvlearn.model.families import FAMILIES, Family, check_sizes
@@ -91,6 +92,7 @@ def read_folder(folder: Path) -> Checkpoint:
     check_family(fields.get("model_type"))
     if fields.get("quantization_config") is not None:
         raise ValueError("config.json: quantization_config is not supported, expected unquantised weights")
+    require("transformers", "from_transformers of a folder")
     from transformers import AutoConfig
 
     try:

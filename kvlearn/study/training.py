@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kvlearn import validate
+from kvlearn.extras import progress_bar
 from kvlearn.model import Decoder
 from kvlearn.study.text import windows
 
@@ -109,7 +109,9 @@ def train(
         history = _resume(Path(checkpoint), model, optimizer, _identity(model, text, config, origin))
     tokens_per_step, started, first = config.batch * config.length, time.perf_counter(), len(history)
     model.train()
-    with tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress) as bar:
+    with progress_bar(
+        total=config.steps, initial=first, desc="train", unit="step", disable=not progress
+    ) as bar:
         for step in range(first, config.steps):
             try:
                 line = _step(model, optimizer, text, config, step)
