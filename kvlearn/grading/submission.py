@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ COPY_OF = re.compile(r"(?i)copy( of)?|kopie( von)?|final|my")
 # Moodle's "Ada Byron_123_assignsubmission_file_", Canvas's "byronada_LATE_123_456_".
 HAND_IN = re.compile(r"(?i)(_\d+)+_assignsubmission_.*|(_late)?_\d+_\d+$")
 
+CONTROLS = ("Cc", "Zl", "Zp")  # control characters and separators of lines, by Unicode's categories
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 LARGEST = 32 * 2**20  # bytes of a notebook file that are read; those of the course have less than 1 MiB
 
 
@@ -65,9 +68,10 @@ class Submission:
 
 
 def readable(name: str) -> str:
-    """A name as text that can be shown: what is no UTF-8 in it, and each control character, is a "?"."""
+    """A name as text to be shown, with "?" for what is no UTF-8 in it, moves a cursor or turns the direction of
+    writing."""
     text = name.encode("utf-8", "replace").decode()
-    return "".join(each if each.isprintable() else "?" for each in text)
+    return "".join("?" if unicodedata.category(c) in CONTROLS or c in DIRECTIONS else c for c in text)
 
 
 def notebooks(path: Path) -> tuple[list[Path], list[str]]:

@@ -27,6 +27,7 @@ from kvlearn.grading.kept import Kept
 from kvlearn.grading.report import Report
 from kvlearn.grading.report import Result as Graded
 from kvlearn.grading.sandbox import Limits, ProcessTree, Sandbox, allowed
+from kvlearn.grading.submission import readable
 
 U = small.UNIT
 HERE = str(Path(__file__).parent)
@@ -245,7 +246,7 @@ def test_a_line_each_interval_says_how_long_it_still_takes(
 
 
 def test_names_of_folders_reach_no_terminal_as_commands(solutions: Path, runs: Runs) -> None:
-    evil = "a\x1b[31m\x9b2J[bold]b\tc\r\n"
+    evil = "a\x1b[31m\x9b2J[bold]b\tc\r\n\u202e"
     put(evil)
     Path("all", evil, "note.ipynb").write_text("{")
     for style in ("--json", "--csv", "--html", ""):
@@ -253,6 +254,7 @@ def test_names_of_folders_reach_no_terminal_as_commands(solutions: Path, runs: R
         text = result.stdout + result.stderr
         assert not [c for c in text if not c.isprintable() and c != "\n"], style
         assert "[bold]b" in text, "markup is shown as it is"
+    assert readable("A\u0308sa نیما\u200c१") == "A\u0308sa نیما\u200c१", "names of the world stay"
 
 
 def test_a_cell_that_a_spreadsheet_would_calculate_has_an_apostrophe() -> None:
