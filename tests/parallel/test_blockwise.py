@@ -57,17 +57,17 @@ def test_a_layer_by_blocks_is_the_layer(options: dict[str, object]) -> None:
 def test_gradients_of_many_blocks_are_summed_in_fp32() -> None:
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=11, d_model=16, n_layers=1, n_heads=2, d_ff=32)
-    layer, x, d_y = Decoder(config).blocks[0], torch.randn(1, 512, 16), torch.randn(1, 512, 16)
+    layer, x, d_y = Decoder(config).blocks[0], torch.randn(1, 96, 16), torch.randn(1, 96, 16)
 
     def gradients(block: int) -> list[torch.Tensor]:
         part = x.to(layer.mixer.q_proj.weight.dtype).requires_grad_()  # type: ignore[union-attr,arg-type]
         y = blockwise_layer(layer, part, block)  # type: ignore[arg-type]
         return [g.double() for g in torch.autograd.grad(y, (part, *layer.parameters()), d_y.to(y.dtype))]
 
-    wanted = gradients(512)
+    wanted = gradients(96)
     layer.bfloat16()
-    for got, one, want in zip(gradients(4), gradients(512), wanted, strict=True):
-        assert (got - want).norm() < 1.3 * (one - want).norm() + 1e-6  # no worse than in one block
+    for got, one, want in zip(gradients(3), gradients(96), wanted, strict=True):
+        assert (got - want).norm() < 1.4 * (one - want).norm()  # hardly worse than in one block
 
 
 def test_second_derivatives_are_refused() -> None:
