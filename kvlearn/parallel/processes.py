@@ -125,7 +125,8 @@ def _work(
         dist.barrier()
         say("result", result)
     except BaseException as error:
-        lost = isinstance(error, PeerLost) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        lost = isinstance(error, PeerLost) or os.path.join("torch", "distributed") in where
         told = str(error) if isinstance(error, PeerLost) else traceback.format_exception_only(error)
         say("lost" if lost else "error", "".join(told).strip())
     pipe.close()

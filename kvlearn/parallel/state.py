@@ -22,7 +22,7 @@ def pass_state(
 ) -> Float[Tensor, "B C M"]:
     """``layer`` on a sequence in contiguous order, of which each rank has its part ``x``; no gradient.
 
-    The parts may differ in length. Every rank but the last sends once: its state, and in 8 bytes the number
+    The parts may differ in length, and be empty. Every rank but the last sends once: its state, and in 8 bytes the number
     of tokens so far. Raises TypeError for a layer whose cache is not a state, and PeerLost.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -37,7 +37,7 @@ def pass_state(
         cache.advance(int(before))
         for tag, part in enumerate(cache.tensors(), 1):
             part.copy_(messages.receive(part, rank - 1, tag)())
-    y = layer(x, cache)
+    y = layer(x, cache) if x.shape[1] else x
     if rank + 1 < world:
         for tag, part in enumerate([before + x.shape[1], *cache.tensors()]):
             log.add("send", rank, rank, messages.send(part, rank + 1, tag))
