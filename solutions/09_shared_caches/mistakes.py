@@ -179,6 +179,11 @@ cow.mistakes(
             → pages, list(table), list(references), list(free)
     The pages of the caller were changed. The task asks for new objects; the caller may still refuse the
     step.
+
+    lists of the caller changed
+        list(table), list(references), list(free) → table, references, free
+    The table, the references or the free blocks of the caller were changed. The task asks for new objects; a
+    list that is handed to a function is not copied by that.
     """
 )
 
@@ -346,6 +351,11 @@ prefix.mistakes(
     Parent and salt were written one after the other. A salt that begins with another's key makes the first
     block of a prompt the second one of another's.
 
+    a separator in place of the lengths
+        hash_function(sizes + salt + parent + content) → hash_function(salt + b"|" + parent + b"|" + content)
+    A separator was put between salt and parent. Both may hold any bytes, the separator too: then a longer salt
+    and no parent look like a shorter salt and a parent. Their lengths in front leave no doubt.
+
     a byte for each token
         token.to_bytes(4, "little") for token → bytes([token % 256]) for token
     Tokens above 255 were cut off. A vocabulary has more than 256 of them: 1 and 257 get the same key.
@@ -461,6 +471,12 @@ leak.mistakes(
     times only
         if max(right.values()) < 27: → if right["times"] < 27:
     Only the times were used. A server whose answers all take equally long may still report cached tokens.
+
+    the same server asked again
+        answers = {guess: ask(guess) for guess in candidates}
+            → answers = {guess: (ask(guess)[0], ask(guess)[1]) for guess in candidates}
+    A server was asked for each guess twice, once for each number. The second time every guess is in the cache,
+    because it was asked before, and the times tell nothing. Ask once and keep both numbers.
 
     closed if one attack fails
         if max(right.values()) < 27: → if min(right.values()) < 27:
