@@ -22,7 +22,7 @@ def positive(name: str, value: Any) -> int:
 
 def at_least(name: str, value: Any, least: int) -> int:
     """An integer of at least ``least``."""
-    if not isinstance(value, int) and hasattr(value, "__index__"):
+    if not isinstance(value, int | Tensor) and hasattr(value, "__index__"):
         with suppress(TypeError):  # of an array with several numbers
             value = operator.index(value)  # numpy's integers become Python's
     if isinstance(value, bool) or not isinstance(value, int):
@@ -50,8 +50,19 @@ def finite(name: str, value: Any) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer that no float holds
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    return number
+
+
+def in_fp32(name: str, value: Any) -> float:
+    """A finite number that fp32 can hold."""
+    if abs(finite(name, value)) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a number that fp32 can hold, got {value}")
     return float(value)
 
 
@@ -126,7 +137,7 @@ def device(name: str, value: Any) -> torch.device:
     """A device, or what ``torch.device`` reads as one: "cpu", "cuda:0"."""
     try:
         return torch.device(value)
-    except (RuntimeError, TypeError) as error:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(f"{name}: expected a device such as 'cpu' or 'cuda:0', got {value!r}") from error
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attention_tools import Allocated, close, draw
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -106,7 +106,6 @@ def test_gradients_are_those_of_the_recurrent_form(
 
 
 @every_core
-@settings(max_examples=25, deadline=None)
 @given(time=st.integers(1, T), cut=st.integers(0, T), chunk=st.integers(1, 50))
 def test_a_sequence_cut_anywhere_goes_on_from_its_state(
     core: Callable[..., Any], decays: tuple[int, ...], time: int, cut: int, chunk: int
