@@ -102,7 +102,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

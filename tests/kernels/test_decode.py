@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, Case, in_any_order
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -74,7 +74,6 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
 @given(case=cases(), splits=st.integers(1, 6))
 def test_any_step_is_attention(case: Case, splits: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
