@@ -133,6 +133,9 @@ def fold(
     for out, lse in draw.parts:
         state = merge(state, (out, lse))
     got = t.pair(finish(state, dtype), "a pair (out, lse)")
+    want = f"{dtype}, {torch.float32}"
+    came = ", ".join(str(getattr(x, "dtype", describe(x))) for x in got)
+    t.note(came, None if came == want else Difference("dtypes of (out, lse):", want, came))
     t.close(got[0], draw.out.to(dtype), "out", tolerance=tolerance)
     t.close(got[1], draw.lse.float(), "lse", tolerance=1e-4)
 
@@ -292,7 +295,7 @@ def plan_orders(t: CheckContext, hops: Answer, timetable: Answer) -> None:
     """striped, zig-zag, and whole blocks that lie on other ranks: the positions decide, not the ranks"""
     P = (4, 3, 5)[t.round]
     if t.round < 2:
-        held = held_by(ORDERS[1 + t.round], P * 2 * t.integer(1, 2), P)
+        held = held_by(ORDERS[1 + t.round], P * 4, P)
     else:
         held = [held_by("contiguous", 3 * P, P)[rank] for rank in (3, 0, 4, 2, 1)]
     same_plan(t, hops, timetable, held, held)
