@@ -157,6 +157,11 @@ def test_an_order_by_rounds_is_as_good_and_a_loop_in_vain_earns_nothing() -> Non
     assert earned(check("08.5", lambda *_: [], mend)) == [0, 0, 0, 1, 1, 2]
     assert earned(check("08.5", stuck, lambda programs: programs)) == [1, 1, 1, 0, 0, 0]
     assert earned(check("08.5", stuck, lambda programs: [[] for _ in programs])) == [1, 1, 1, 0, 0, 0]
+    renamed = check(
+        "08.5", stuck, lambda ps: [[("receive", *op[1:]) if op[0] == "recv" else op for op in p] for p in ps]
+    )
+    assert "rank 0 without ('recv', " in renamed.message
+    assert "with ('receive', " in renamed.message
 
 
 # 08.6
