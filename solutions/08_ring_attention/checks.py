@@ -720,7 +720,7 @@ def deadlock_room(t: CheckContext, stuck: Answer, mend: Answer) -> None:
 
 
 def changed_operations(programs: Programs, mended: Programs) -> str:
-    """What the first rank that has other operations than before lacks or has too much; "" if there is none."""
+    """What the first rank with other operations than before lacks or has too much; "" if there is none."""
     if len(mended) != len(programs):
         return f"{len(mended)} programs for {len(programs)} ranks"
     for rank, (old, new) in enumerate(zip(programs, mended, strict=True)):
