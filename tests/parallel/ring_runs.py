@@ -104,7 +104,7 @@ def whole_decoder(layers: list[Any], order: Any, n_tokens: int, n_new: int) -> d
     with torch.no_grad():
         for weight in parallel.parameters():  # torch.optim would import a compiler in every process
             assert weight.grad is not None
-            weight -= 0.1 * weight.grad
+            weight.sub_(0.1 * weight.grad)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     grads = {name: p.grad for name, p in model.named_parameters()}
     return {"logits": logits, "losses": losses, "grads": grads, "weights": weights, "text": text}
@@ -200,7 +200,7 @@ def merged() -> list[Any]:
 
 def both_rings(case: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """This rank's output and gradients, causal and then not, by our ring and by PyTorch's."""
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for causal, order in ((True, "zigzag"), (False, "contiguous")):
         (ours,) = forward_and_backward([case | {"order": order, "rule": Rule(causal)}])
         pairs += zip(ours["parts"], torchs_ring(case["tokens"], causal), strict=True)
