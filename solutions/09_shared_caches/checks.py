@@ -1,11 +1,11 @@
 """Unit 09: requirements and hints of the exercises on shared caches."""
 
+import functools
 import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -1311,7 +1311,7 @@ def alone(prompt: Sequence[int], n_new: int) -> tuple[list[int], Tensor]:
     return tokens, first
 
 
-@cache
+@functools.cache
 def expected(prompt: tuple[int, ...], n_new: int) -> tuple[list[int], Tensor]:
     """The same, computed once: the checks ask for the same few prompts in every round and diagnosis."""
     return alone(prompt, n_new)
