@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nbgrader")]  # one cour
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS = ROOT / "solutions"
-# A plain one, one with a training, and Triton's; with HYPOTHESIS_PROFILE=thorough all of them. That the others
-# earn full marks, nbval shows and test_exercises.py, which generates all of them too.
+# A plain one, one with a training, and Triton's; all with HYPOTHESIS_PROFILE=thorough. Full marks of the
+# others: nbval, and test_exercises.py, which generates all of them too.
 EVERY = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 UNITS = [unit for unit in unit_names(SOLUTIONS) if EVERY or unit[:2] in ("01", "07", "11")]
 COLLECT = 'c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"\n'

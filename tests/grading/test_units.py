@@ -19,7 +19,10 @@ from kvlearn.grading.release import stub as released
 from kvlearn.grading.run_checks import Outcome
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-EXERCISES = [pytest.param(exercise, id=exercise.id) for exercise in exercises().values()]
+EXERCISES = [
+    pytest.param(exercise, id=exercise.id, marks=[pytest.mark.slow] if exercise.wiring else [])
+    for exercise in exercises().values()
+]
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
@@ -111,6 +114,7 @@ def complaint(exercise: Exercise, misconception: Misconception) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_runs")
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_every_misconception_loses_the_same_points_on_every_draw_and_is_named_as_itself(
