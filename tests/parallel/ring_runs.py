@@ -60,9 +60,7 @@ def forward_and_backward(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         q, k, v, d_out = (x.to(case.get("dtype")) for x in local)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         there, back = Log(), Log()
-        out = ring_attention(
-            q, k, v, layout, case["rule"], lengths=lengths, block=case["block"], log=there
-        )
+        out = ring_attention(q, k, v, layout, case["rule"], lengths=lengths, block=case["block"], log=there)
         forward = len(there.events)
         grads = torch.autograd.grad(out, (q, k, v), d_out)
         back.events, there.events = there.events[forward:], there.events[:forward]
