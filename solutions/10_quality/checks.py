@@ -1443,7 +1443,7 @@ def model_clip(t: CheckContext, *recipe: Answer) -> None:
 
 
 def briefly(t: CheckContext, recipe: Recipe) -> SmallModel:
-    """A model after a sixteenth of the training, in kvlearn's layout: wrong ones take up to 30 times as long."""
+    """A model after a sixteenth of the training, in kvlearn's layout: a wrong one may have more steps."""
     answers = recipe_of(*recipe) | {"layout": our_recipe()["layout"]}
     try:
         return train_small(answers, t.integer(3, 99), N_TOKENS // 16)[0]
