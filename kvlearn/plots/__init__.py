@@ -39,6 +39,7 @@ from kvlearn.plots.serving import block_pool, leak, noise_and_leak, waste
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
+from kvlearn.plots.verdict import decisions, recommendation, verdict_board
 from kvlearn.plots.workbench import time_per_token
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "cone",
     "conversion_curves",
     "converted",
+    "decisions",
     "decode_times",
     "dollars",
     "exposed_communication",
@@ -78,6 +80,7 @@ __all__ = [
     "recall_over_bytes",
     "recall_over_length",
     "recall_over_state",
+    "recommendation",
     "ring",
     "rooflines",
     "rope_on_latent",
@@ -93,6 +96,7 @@ __all__ = [
     "timetable",
     "touched_bytes",
     "uptraining",
+    "verdict_board",
     "waste",
     "what_pays",
 ]

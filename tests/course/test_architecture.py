@@ -24,6 +24,7 @@ STEPS = [
     {"parallel", "serving"},
     {"measure"},
     {"bench", "study"},
+    {"verdict"},
     {"plots"},
     {"grading"},
     {"workbench"},
