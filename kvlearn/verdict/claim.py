@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlearn.measure import results
-from kvlearn.study.quality import BUDGETS, Compared, Difference, best_recall, compare, loss, summarise
+from kvlearn.study.quality import Compared, Difference, best_recall, compare, loss, summarise
 from kvlearn.study.quality.compare import Value
 from kvlearn.study.quality.plan import TIER_A
 
@@ -121,11 +121,15 @@ class Records:
         return rows
 
     def study(self) -> list[Row]:
-        """The rows of ``kvlearn study quality``; none is no error, for they arrive one by one."""
+        """The rows of ``kvlearn study quality``; none is no error, for they arrive one by one.
+
+        Its files are noted by ``above_full`` and ``recall``, where they find what they are asked for.
+        """
         try:
-            return [row for row in self.rows("quality", "kvlearn study quality") if row["kind"] != "speed"]
+            rows = self.for_one_check().rows("quality")
         except NotRecordedError:
             return []
+        return [row for row in rows if row["kind"] != "speed"]
 
     def hardware(self, what: str, mechanism: str, length: int | None = None, model: str = "") -> Row:
         """The row of one layer, real shapes, one thread where several were measured."""
@@ -153,8 +157,8 @@ class Records:
             found = compare(rows, budget, value=value)
             self._compared[budget, value] = {item.design: item for item in found}
         item = self._compared[budget, value].get(design)
-        steps = BUDGETS[budget].training.steps
-        if item is not None and item.rows[0]["settings"]["training"]["steps"] == steps and item.pooled:
+        if item is not None and item.pooled is not None:
+            self.rows("quality")
             return item.pooled
         self.waits.add(f"kvlearn study quality --tier {'A' if design in TIER_A else 'D'}")
         return None
@@ -165,6 +169,8 @@ class Records:
         found = summarise([row.get("accuracy") for row in own]).mean
         if found is None:
             self.waits.add("kvlearn study quality --tier B")
+        else:
+            self.rows("quality")
         return found
 
 
