@@ -102,7 +102,8 @@ def gain_by_compression(length: int = 131_072) -> dict[str, float]:
 class Prediction:
     """A prediction with the day, the criterion and the place by which it is read off.
 
-    ``today``: the verdict that can be given before the day. ``state``: what can be counted now, in words.
+    ``today``: the verdict that can be given before the day, with its ``note``. ``state``: what can be counted
+    now, in words.
     """
 
     id: str
@@ -113,6 +114,7 @@ class Prediction:
     look_up: str
     state: Callable[[], str]
     today: Verdict
+    note: str
     published: str = ""
 
 
@@ -156,8 +158,8 @@ PREDICTIONS = (
         "max_position_embeddings. Then small_caches(models).holds",
         _small_caches_now,
         Verdict.CONDITIONS,
-        "The first third was true when it was written: heads have been shared since 2023. The other two "
-        "thirds are not",
+        "Sharing holds already. Windows as the baseline and latents for long contexts do not, today.",
+        "the sources in kvlearn.measure.models",
     ),
     Prediction(
         "P2",
@@ -171,9 +173,10 @@ PREDICTIONS = (
         "technical reports, for the means. Then million_tokens(models)",
         _million_now,
         Verdict.CONDITIONS,
-        "The length was there in 2024: Google Cloud documentation (2024), Gemini 1.5 Pro with up to 2M "
-        "tokens; Anthropic's and DeepSeek's models of 2026 with 1M. How the closed ones do it is not "
-        "published; DeepSeek-V4 (2026) has a window, a compressed sequence and a selection",
+        "The length holds already, as what an API takes. The means do not: how the closed models do it is "
+        "not published, and the open ones above use states.",
+        "Google Cloud documentation (2024): Gemini 1.5 with up to 2M tokens; Anthropic's documentation "
+        "(2026): models with 1M; DeepSeek-V4 (2026): 1M by a window, a compressed sequence and a selection",
     ),
     Prediction(
         "P3",
@@ -187,8 +190,8 @@ PREDICTIONS = (
         "MLCommons, results of MLPerf Inference: Datacenter. The article gives no year; 2028 is ours",
         _gain_now,
         Verdict.OPEN,
-        "MLPerf Inference has DeepSeek-R1 since v5.1 (MLCommons, September 2025); we found no entry of Groq "
-        "or Cerebras for it",
+        "Only a common benchmark could say. We found no entry of Groq or Cerebras for it.",
+        "MLPerf Inference has Llama 3.1 405B since v5.0 and DeepSeek-R1 since v5.1 (MLCommons, 2025)",
     ),
 )
 

@@ -275,7 +275,8 @@ def _plain(model: ModelShape) -> ModelShape:
 def _prediction(prediction: Prediction) -> Claim:
     def check(_: Records) -> Evidence:
         state = prediction.state()
-        return Evidence(prediction.today, state, f"Read off on {prediction.due}: {prediction.criterion}")
+        note = f"{prediction.note} Read off on {prediction.due}. It holds if: {prediction.criterion}"
+        return Evidence(prediction.today, state, note)
 
     return Claim(
         prediction.id,

@@ -281,6 +281,7 @@ def test_a_vote_is_kept_and_answered(findings: dict[str, Finding]) -> None:
     choice.value = Verdict.HOLDS
     assert votes == {"M2": Verdict.HOLDS}
     assert "otherwise" in said.value
+    assert votes.right(findings.values()) == (0, 1)
     choice.value = finding.verdict
     assert "So do we" in said.value
     assert votes.right(findings.values()) == (1, 1)
