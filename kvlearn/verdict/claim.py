@@ -173,6 +173,19 @@ class Records:
             self.rows("quality")
         return found
 
+    def worst_recall(self, design: str) -> float | None:
+        """Of the recall tasks that full attention answers (95% and more), the least share of ``design``.
+
+        None where no such task is recorded of both.
+        """
+        cells = {
+            cell: summarise([row.get("accuracy") for row in own]).mean
+            for cell, own in best_recall(self.study()).items()
+        }
+        answered = [task for (task, name), share in cells.items() if name == "full" and (share or 0) >= 0.95]
+        shares = [cells.get((task, design)) for task in answered]
+        return min((share for share in shares if share is not None), default=None)
+
 
 def judge(claim: Claim, records: Records | None = None) -> Finding:
     """Run the check of ``claim``. A check that finds none of its rows gives "cannot be checked"."""

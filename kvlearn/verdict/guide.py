@@ -30,6 +30,7 @@ from kvlearn.study.quality import BUDGETS, Difference
 from kvlearn.verdict.claim import NOT_YET, NotRecordedError, Records, said
 
 WINDOW = 4096
+RECALLED = 0.9  # of the recall tasks that full attention answers: less is not finding any token again
 EVIDENCE = ("known", "planned", "any")
 GROUPS = (1, 2, 4, 8, 16, 32, 64)  # devices that may hold one copy of a model together
 
@@ -41,7 +42,8 @@ class Change:
     ``layers``: the pattern that takes the place of all layers; empty leaves them. ``divide``: the KV heads by
     so much. ``design``: of the study of chapter 10 the nearest; empty where it has none. ``bench``: of
     ``kvlearn bench hardware`` a layer of this kind with 32 heads of 128, mechanism and model. ``finds``:
-    whether any token of the context can be looked up. ``work``: what has to be done to get such a model.
+    whether any token of the context can be looked up. ``recall``: the design that stands for it in the recall
+    tasks of chapter 10, empty where it has none. ``work``: what has to be done to get such a model.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Change:
     design: str = ""
     bench: tuple[str, str] = ("", "")
     finds: bool = True
+    recall: str = ""
 
     def of(self, model: ModelShape) -> ModelShape | None:
         """The changed model; None where the change does not apply to it."""
@@ -71,7 +74,13 @@ CHANGES = (
     Change("latents", _CONVERT, (KINDS["latent"],), design="mhc-4x", bench=("mhc", "widths of Llama 3.1 8B")),
     Change("latents, selected", _TRAIN, (KINDS["indexed"],)),
     Change("5 windows : 1", _TRAIN, (*5 * (KINDS["window"],), LayerShape())),
-    Change("3 states : 1", _TRAIN, (*3 * (KINDS["state"],), LayerShape()), design="hybrid"),
+    Change(
+        "3 states : 1",
+        _TRAIN,
+        (*3 * (KINDS["state"],), LayerShape()),
+        design="hybrid",
+        recall="hybrid-linear-8",
+    ),
     Change("3 states : 1 latent", _TRAIN, (*3 * (KINDS["state"],), KINDS["latent"])),
     Change(
         f"windows of {WINDOW}",
@@ -99,7 +108,8 @@ class Option:
 
     ``stored`` and ``read``: bytes per user. ``group``: devices that hold one copy of the model; ``devices``:
     all that are needed. ``step``: seconds in which each user gets a token. ``quality``: loss above full
-    attention's in the study. ``layer``: seconds of one layer of its kind with 32 heads, measured at
+    attention's in the study. ``recall``: the least share of right answers in the recall tasks that full
+    attention answers. ``layer``: seconds of one layer of its kind with 32 heads, measured at
     ``layer_at`` tokens.
     """
 
@@ -114,6 +124,7 @@ class Option:
     quality: Difference | None
     layer: float | None
     layer_at: int | None
+    recall: float | None = None
     excluded: str = ""
     unknown: tuple[str, ...] = ()
 
@@ -254,8 +265,9 @@ class _Question:
         group, per_group = place(load, self.card)
         quality = self.records.above_full(change.design) if change.design else None
         layer, layer_at = self._layer(change)
+        recall = self.records.worst_recall(change.recall) if change.recall else None
         option = Option(
-            change, stored, read, 0.0, group, math.inf, math.inf, math.inf, quality, layer, layer_at
+            change, stored, read, 0.0, group, math.inf, math.inf, math.inf, quality, layer, layer_at, recall
         )
         if not per_group:
             return replace(option, excluded=f"does not fit on {group} devices")
@@ -322,16 +334,21 @@ def users_at_speed(load: Load, card: Device, speed: float = 0.0, efficiency: flo
 def _judged(option: Option, context: int, find_anything: bool, worse: float, evidence: str) -> Option:
     """``option`` with the reason that excludes it, if any, and with what is not known of it."""
     change, unknown, excluded = option.change, [], option.excluded
-    if change is not AS_IT_IS and option.quality is None:
+    no_quality = option.quality is None and change is not AS_IT_IS
+    if no_quality:
         rest = f"{NOT_YET}: {change.design}" if change.design else "the study has no design like it"
         unknown.append(f"what {change.name} costs in quality ({rest})")
+    if find_anything and change.recall and option.recall is None:
+        unknown.append(f"whether {change.name} finds everything again ({NOT_YET}: {change.recall})")
     if excluded:
         pass
     elif find_anything and not change.finds and not (context <= WINDOW and "window" in change.name):
         excluded = "does not find any token again"
+    elif find_anything and option.recall is not None and option.recall < RECALLED:
+        excluded = f"found {option.recall:.0%} again where full attention found all"
     elif option.quality is not None and option.quality.low > worse:
         excluded = f"worse than {worse:+g} nats per byte in the study"
-    elif unknown and (evidence == "known" or (evidence == "planned" and not change.design)):
+    elif no_quality and (evidence == "known" or (evidence == "planned" and not change.design)):
         excluded = "its quality was not measured"
     return replace(option, excluded=excluded, unknown=tuple(unknown))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from test_claims import RESULTS, study, with_study
+from test_quality import rows_of
 
 from kvlearn.measure import DEVICES, GB, MODELS, Device, Load, cache_bytes
 from kvlearn.measure.cost import batch_step_seconds, dollars_per_million, sharded, users_per_device
@@ -155,6 +156,26 @@ def test_windows_and_states_alone_are_left_out_where_any_token_must_be_found() -
     )
     assert not names(strict) & {"windows of 4096", "states"}
     assert {"windows of 4096", "states"} <= names(free)
+
+
+def test_a_mix_that_did_not_recall_in_chapter_10_is_left_out() -> None:
+    """And one that did is not; a task that full attention fails says nothing."""
+    rows = rows_of("B")
+    full = [row for row in rows if row["design"] == "full"]
+    mix = [row for row in rows if row["design"] == "hybrid-linear-8"]
+    assert {row["task"] for row in mix} <= {row["task"] for row in full}
+
+    def left_out(full_share: float, mix_share: float) -> bool:
+        given = [{**row, "accuracy": full_share} for row in full]
+        given += [{**row, "accuracy": mix_share} for row in mix]
+        return "3 states : 1" not in names(recommend(LLAMA, 32_768, 256, CARD, records=with_study(given)))
+
+    assert left_out(1.0, 0.5)
+    assert not left_out(1.0, 0.99)
+    assert not left_out(0.5, 0.5)
+    open_question = recommend(LLAMA, 32_768, 256, CARD, records=with_study([]))
+    (option,) = (o for o in open_question.options if o.name == "3 states : 1")
+    assert any("finds everything again" in item for item in option.unknown)
 
 
 # What it does not know
