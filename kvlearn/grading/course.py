@@ -96,7 +96,11 @@ def survey(path: Path | None, jobs: int, *, as_json: bool = False) -> bool:
     known = records.read(folder) if session.records else session.known
     progress = overview(known, unit, found=session.results)
     if as_json:
-        print(json.dumps(progress.to_json(), indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                progress.to_json(), indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower()
+            )
+        )
         return bool(faults)
     console = Console()
     if unit:

@@ -1,5 +1,9 @@
 """Every figure of the course, in one style, drawn from data that a test can check."""
 
+from kvlearn.extras import require
+
+require("matplotlib", "kvlearn.plots")
+
 from kvlearn.plots.compressed import path_flops, rope_on_latent, spectrum
 from kvlearn.plots.full_attention import (
     cache_saves,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_tools import Allocated, close, draw
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -123,7 +123,6 @@ def agrees(cache: RingCache, model: Model) -> None:
         max_size=4,
     ),
 )
-@settings(max_examples=150, deadline=None)
 def test_the_ring_holds_what_a_dictionary_would(
     window: int, extra: int, sizes: list[int], cuts: list[list[int]]
 ) -> None:
