@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,27 +35,7 @@ class Request:
     @property
     def refusal(self) -> str:
         """Why the report cannot or must not be written to ``output``, in a line; empty if it can be."""
-        if self.output is None:
-            return ""
-        folder = self.output.absolute().parent
-        if self.output.is_dir():
-            return f"{self.output}: is a folder; give the report a file name"
-        if self.output.suffix == ".ipynb" or _same(self.output, self.paths):
-            return (
-                f"{self.output}: is a notebook, and a report would replace it; give the report another name"
-            )
-        if not folder.is_dir():
-            return f"{self.output}: no such folder as {folder}"
-        if not os.access(self.output if self.output.exists() else folder, os.W_OK):
-            return f"{self.output}: cannot be written"
-        return ""
-
-
-def _same(output: Path, paths: list[Path]) -> bool:
-    """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
-    with contextlib.suppress(OSError):
-        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
-    return False
+        return "" if self.output is None else reports.refusal(self.output, self.paths)
 
 
 def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
