@@ -119,7 +119,7 @@ def _units(units: Sequence[UnitLine]) -> str:
 
 def _exercises(unit: UnitLine) -> str:
     rows = [
-        (f"{e.id} {e.title}".strip(), f"{e.score:g} / {e.max_score:g}", f"{SIGNS.get(e.status, '')} {e.status}")
+        (f"{e.id} {e.title}".strip(), f"{e.score:g} / {e.max_score:g}", f"{SIGNS[e.status]} {e.status}")
         for e in unit.exercises
     ]
     head = f"<h2>{escape(unit.unit)}</h2>"

@@ -1,4 +1,4 @@
-"""A learner's solved answers, taken from their copies in work/: what they built in one unit serves in another."""
+"""A learner's solved answers, taken from their copies in work/, to serve in another unit."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -74,9 +74,7 @@ def meant(path: Path | None) -> tuple[Path, str]:
     return path, ""
 
 
-def survey(
-    path: Path | None, jobs: int, *, as_json: bool = False, as_html: Path | None = None
-) -> bool:
+def survey(path: Path | None, jobs: int, *, as_json: bool = False, as_html: Path | None = None) -> bool:
     """Print how far a learner has come, one line per unit or, of a single unit, one per exercise; on stderr a
     line for each notebook that cannot be graded. True if any. ``path`` as ``meant`` takes it. ``as_html`` is
     a file for the page of it; True as well if it cannot be written.

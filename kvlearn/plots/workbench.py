@@ -130,7 +130,7 @@ def bytes_against_loss(points: Sequence[Mapping[str, Any]]) -> Picture:
             axes.annotate(
                 each["name"],
                 (each["bytes"], each["loss"]),
-                xytext=(0, 8 if i % 2 else -15),
+                xytext=(0, (8, -15, 20, -27)[i % 4]),  # neighbours at different heights
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,

@@ -9,7 +9,7 @@ from .checks import bars, claims, model, table, trial, unstated
 claims.mistakes(
     r"""
     query heads in place of KV heads
-        ("layers", "kv_heads", "head_dim", "bytes_per_number") → ("layers", "query_heads", "head_dim", "bytes_per_number")
+        ("layers", "kv_heads", → ("layers", "query_heads",
     The query heads were counted. Only keys and values are cached, and query heads share them: it is
     `kv_heads` that counts.
 
@@ -210,10 +210,6 @@ unstated.mistakes(
     The number was taken to be cut off behind its last digit. It is rounded: the value may be half a unit
     below it or above.
 
-    as if printed without a point
-        10.0 ** -len(amount.partition(".")[2]) → 1.0
-    The digits behind the point were not counted, so half a whole unit was allowed. "1.20" is exact to 0.005.
-
     exactly the number
         <= last_digit / 2 → <= 1e-9 * value
     Only a value that equals the printed number counted. A printed number is rounded.
@@ -332,7 +328,9 @@ trial.mistakes(
               for seed in range(n):
                   measured.append(measure(seed))
                   seen = [each for each in measured if each is not None]
-                  if len(seen) > 2 and fmean(seen) - t95[len(seen) - 1] * stdev(seen) / math.sqrt(len(seen)) > claim["at_most"]:
+                  few = len(seen) < 3
+                  half = math.inf if few else t95[len(seen) - 1] * stdev(seen) / math.sqrt(len(seen))
+                  if seen and fmean(seen) - half > claim["at_most"]:
                       return n, "refuted"
     The experiment stopped at the first seed that made the interval clear. With a look after each seed, equal
     designs come out as different far more often than in 5%.
@@ -341,7 +339,8 @@ trial.mistakes(
         left = [each for each in measured if each is not None]
             → left = [each for each in measured if each is not None]
               for seed in range(n, 40):
-                  if len(left) < 2 or abs(fmean(left) - claim["at_most"]) > t95[min(len(left), 31) - 1] * stdev(left) / math.sqrt(len(left)):
+                  half = stdev(left) * t95[len(left) - 1] / math.sqrt(len(left)) if len(left) > 1 else 0
+                  if len(left) > 30 or abs(fmean(left or [0]) - claim["at_most"]) > half:
                       break
                   left += [each for each in [measure(seed)] if each is not None]
     Seeds were added as long as the result was open. That finds differences by luck: the number of seeds is
@@ -453,7 +452,7 @@ table.mistakes(
     The time was multiplied by `reached`. A kernel that reaches 60% of the bandwidth takes longer: divide.
 
     everything at its peak
-        max(memory, n * model["flops"] / gpu["flops"]) / given["reached"] → max(memory, n * model["flops"] / gpu["flops"])
+        / gpu["flops"]) / given["reached"] → / gpu["flops"])
     `reached` was left out. Kernels reach a part of the bandwidth on the data sheet.
 
     every place taken
@@ -473,15 +472,15 @@ table.mistakes(
     The price is that of a thousand tokens. Asked for is a million.
 
     the next factor of two
-        for k in range(1, 1025): → for k in (2**i for i in range(11)):
+        for k in range(1, 1025)} → for k in (2**i for i in range(11))}
     Only powers of two were tried. The smallest whole number that is enough may lie between them.
 
     from a factor of two on
-        for k in range(1, 1025): → for k in range(2, 1025):
+        for k in range(1, 1025)} → for k in range(2, 1025)}
     Division by 1 was not tried. Where the price is low enough as it is, nothing has to be divided.
 
     the largest factor where none is enough
-        return None → return 1024
+        <= most), None) → <= most), 1024)
     1024 was returned although it is not enough. If arithmetic or the weights keep the price up, no divisor is
     the answer: None.
 
@@ -596,15 +595,13 @@ bars.mistakes(
     The spread of single differences was taken for the error of their mean. Divide by √n.
 
     not paired
-        both = [seed for seed in losses[name] if seed in losses[other]]
-        differences = [losses[name][seed] - losses[other][seed] for seed in both]
-            → pairs = zip(losses[name].values(), losses[other].values())
-              differences = [a - b for a, b in pairs]
+        [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            → [a - b for a, b in zip(ours.values(), theirs.values())]
     Losses were paired in the order in which they are listed. The two rows list their seeds in different
     orders: pair by seed.
 
     differences upside down
-        losses[name][seed] - losses[other][seed] → losses[other][seed] - losses[name][seed]
+        ours[seed] - theirs[seed] → theirs[seed] - ours[seed]
     The method was subtracted from the baseline. A lower loss is better: the difference of a better method is
     negative.
 
@@ -620,7 +617,7 @@ bars.mistakes(
     What is not supported was called refuted. The claim may still be true: undecided.
 
     no baseline is no support
-        found[name] = "no baseline" → found[name] = "undecided"
+        dict.fromkeys(names, "no baseline") → dict.fromkeys(names, "undecided")
     "undecided" was returned where there is nothing to compare with. No number of seeds would change that: it
     is another verdict.
     """
@@ -645,7 +642,8 @@ model.mistakes(
     by the tokens.
 
     the mean of the texts' means
-        sum(float(each.sum()) for each in ours) / sum(map(len, ours)) → fmean(float(each.mean()) for each in ours)
+        sum(float(each.sum()) for each in ours) / sum(map(len, ours))
+            → fmean(float(each.mean()) for each in ours)
     Means of texts were averaged. Short texts, which are harder, then count as much as long ones: divide the
     sum over all bytes by their number.
 
@@ -699,11 +697,13 @@ model.mistakes(
 
     full made anew for each
         entry(full if name == "full" else make(), full, texts, length)
-            → entry(full if name == "full" else make(), full if name == "full" else makers["full"](), texts, length)
+            → entry(make(), makers["full"](), texts, length)
     full was made again for each mechanism. Making it may mean training it: once.
 
     one that breaks ends it all
-        continue → break
+        failed[name] = repr(error)
+            → failed[name] = repr(error)
+              break
     The loop ended at the first mechanism that raises. Those that come after it are not its fault.
 
     only the maker may break
@@ -720,12 +720,12 @@ model.mistakes(
     Exceptions were caught while a mechanism is made, not while it is measured. It may break there as well.
 
     a loss of NaN on the board
-        if math.isfinite(found["loss"]): → if True:
+        if not math.isfinite(found["loss"]): → if False:
     A loss that is not finite came onto the board. It beats nothing and is beaten by nothing, and the picture
     has no place for it.
 
     only NaN is looked for
-        if math.isfinite(found["loss"]): → if not math.isnan(found["loss"]):
+        if not math.isfinite(found["loss"]): → if math.isnan(found["loss"]):
     An infinite loss came onto the board. NaN is not the only loss that is not finite.
 
     without a reason
@@ -737,27 +737,29 @@ model.mistakes(
     The exception itself was stored. A text is asked for: `repr(error)`.
 
     only what is better in both
-        b != a and b[0] <= a[0] and b[1] <= a[1] → b[0] < a[0] and b[1] < a[1]
+        b != a and b[0] <= a[0] and b[1] <= a[1]} → b[0] < a[0] and b[1] < a[1]}
     A design counted as beaten only if another is better in both numbers. One with equal bytes and less loss
     beats it as well.
 
     equal ones beat each other
-        any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points.values())
-            → sum(b[0] <= a[0] and b[1] <= a[1] for b in points.values()) > 1
+        every = pairs.values()
+        beaten = {a for a in every for b in every if b != a and
+            → every = list(enumerate(pairs.values()))
+              beaten = {a for i, a in every for j, b in every if i != j and
     Two designs with equal numbers threw each other out. Neither is better in anything: both stay.
 
     one of two equal ones
-        return sorted((name for name, a in points.items() if not beaten(a)), key=points.get)
-            → kept = {a: name for name, a in points.items() if not beaten(a)}
-              return sorted(kept.values(), key=points.get)
+        return sorted((name for name in pairs if pairs[name] not in beaten), key=pairs.get)
+            → kept = {pairs[name]: name for name in pairs if pairs[name] not in beaten}
+              return sorted(kept.values(), key=pairs.get)
     Of several equal designs one was kept. All of them stay.
 
     in the order of the names
-        key=points.get) → key=str)
+        key=pairs.get) → key=str)
     The names are in alphabetical order. By growing bytes they are those of the picture, from left to right.
 
     from the most bytes on
-        key=points.get) → key=points.get, reverse=True)
+        key=pairs.get) → key=pairs.get, reverse=True)
     The order is that of falling bytes.
     """,
     torch=torch,
