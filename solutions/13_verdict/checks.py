@@ -415,10 +415,11 @@ def unstated_units(t: CheckContext, readings: Answer, settled: Answer, question:
 def unstated_digits(t: CheckContext, readings: Answer, settled: Answer, question: Answer) -> None:
     """within half a unit of the last digit; an empty list where nothing reproduces the number"""
     reading = ("KV", "read", t.pick(32, 16), "token", 1000)
-    digits = (0, 3)[t.round // 2]
+    digits = (0, 2)[t.round // 2]
     same_readings(t, readings, *drawn_text(t.seed, t.round, reading, False, digits, 0.0))
     # As it was printed, it is off by more than rounding explains.
-    same_readings(t, readings, *drawn_text(t.seed, t.round, reading, False, digits, 0.8))
+    for off in (0.8, 1.5):
+        same_readings(t, readings, *drawn_text(t.seed, t.round, reading, False, digits, off))
 
 
 def drawn_readings(t: CheckContext, n: int, fixed: Mapping[str, Any]) -> list[Reading]:

@@ -23,7 +23,7 @@ HOSTILE = '<script>alert("x")</script> & $x^$'
 def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A course of the small unit with its copy made; commands run from ``tmp_path``."""
     monkeypatch.setenv("KVLEARN_SOLUTIONS", str(small.write_solutions(tmp_path / "solutions")))
-    monkeypatch.delenv("KVLEARN_WORK")
+    monkeypatch.setenv("KVLEARN_WORK", str(tmp_path / "work"))
     monkeypatch.chdir(tmp_path)
     assert kvlearn("start").exit_code == 0
     return tmp_path
