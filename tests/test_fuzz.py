@@ -44,6 +44,9 @@ VALUES: list[Callable[[], Any]] = [
     lambda: torch.zeros(0, 3, 8), lambda: torch.zeros(2, 0, 8), lambda: torch.zeros(2, 3).bool(),
 ]  # fmt: skip
 
+# What an argument is called where it is checked: by a model of its layers, by a cache of itself.
+ALIASES = ("cache", "layers", "pattern", "rope")
+
 Call = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]
 
 
@@ -67,7 +70,7 @@ def finite(result: Any, depth: int = 0) -> bool:
 def tried(call: Callable[..., Any], arguments: dict[str, Any], names: set[str]) -> bool:
     """Whether the call was accepted. Fails for another error, one without a name, and a result with NaN."""
     shown = {name: arguments[name] for name in names}
-    known = "|".join({"layers", *arguments, *signature(call).parameters} - {"self", "options"})
+    known = "|".join({*ALIASES, *arguments, *signature(call).parameters} - {"self", "options"})
     try:
         result = call(**arguments)
     except (FileExistsError, FileNotFoundError, TypeError, ValueError) as error:
@@ -225,11 +228,11 @@ MODEL: dict[str, Call] = {
     "balance_loss": (model.balance_loss, lambda: {"model": decoder()}),
     "half_split": (
         model.half_split,
-        lambda: dict(zip(signature(model.half_split).parameters, (torch.ones(8, 4), 2, 4), strict=False)),
+        lambda: {"weight": torch.ones(8, 4), "rope_dim": 2, "n_heads": 2},
     ),
     "interleave": (
         model.interleave,
-        lambda: dict(zip(signature(model.interleave).parameters, (torch.ones(8, 4), 2, 4), strict=False)),
+        lambda: {"weight": torch.ones(8, 4), "rope_dim": 2, "n_heads": 2},
     ),
 }  # fmt: skip
 
@@ -475,7 +478,7 @@ SCALINGS: dict[str, Call] = {
     ),
     "parse": (
         attention.parse,
-        lambda: dict(zip(signature(attention.parse).parameters, ("causal & local(4)",), strict=False)),
+        lambda: {"spec": "local(4) | global(1)"},
     ),
 }  # fmt: skip
 
