@@ -45,7 +45,7 @@ VALUES: list[Callable[[], Any]] = [
 ]  # fmt: skip
 
 # What an argument is called where it is checked: by a model of its layers, by a cache of itself.
-ALIASES = ("cache", "layers", "pattern", "rope")
+ALIASES = ("cache", "layers", "pattern", "rope", "source")
 
 Call = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]
 
