@@ -215,6 +215,11 @@ class Mechanism(nn.Module, ABC):
     Every constructor takes ``d_model`` and ``n_heads``, then its own options; among them, if they apply,
     ``head_dim`` (d_model / n_heads unless given) and ``rope`` (None: no positions). Raises ValueError or
     TypeError that names the argument.
+
+    ``torch.compile(fullgraph=True)`` captures a training pass as one graph, and a step of one token with a
+    cache as one graph for all lengths, after one for the first length; a ring that becomes full and a block
+    that a step completes have graphs of their own. Prompts are fed uncompiled: to which slots of a ring many
+    tokens go depends on values.
     """
 
     name: str  # in the registry

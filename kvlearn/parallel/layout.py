@@ -82,7 +82,8 @@ class Layout:
         for rank, part in enumerate(parts):
             if part.shape[dim] != self.per_rank:
                 raise ValueError(
-                    f"parts: expected {self.per_rank} slots on dimension {dim}, got {part.shape[dim]} of rank {rank}"
+                    f"parts: expected {self.per_rank} slots on dimension {dim}, got {part.shape[dim]} "
+                    f"of rank {rank}"
                 )
         positions = torch.cat([self.positions(rank) for rank in range(self.world)])
         slots = positions.argsort(stable=True)[-self.n_tokens :]  # padding, -1, comes first

@@ -258,7 +258,9 @@ def ring_attention(
 
     def check(settings: dict[str, Any]) -> None:
         check_heads(q, k, v)
-        settings |= dict(zip(("batch", "heads", "KV heads", "head_dim"), (*q.shape[:2], *k.shape[1::2]), strict=True))
+        settings |= dict(
+            zip(("batch", "heads", "KV heads", "head_dim"), (*q.shape[:2], *k.shape[1::2]), strict=True)
+        )
         settings |= {"dtype": q.dtype, "n_tokens": layout.n_tokens, "order": layout.order}
         settings |= {"causal": rule.causal, "window": rule.window}
         settings |= {"scale": q.shape[3] ** -0.5 if scale is None else scale}

@@ -22,24 +22,20 @@ def pass_state(
 ) -> Float[Tensor, "B C M"]:
     """``layer`` on a sequence in contiguous order, of which each rank has its part ``x``; no gradient.
 
-    The parts may differ in length, and be empty. Every rank but the last sends once: its state, and in 8 bytes the number
-    of tokens so far. Raises TypeError for a layer whose cache is not a state, and PeerLost.
+    The parts may differ in length, and be empty. Every rank but the last sends its state once. Raises
+    TypeError for a layer whose cache is not a state, and PeerLost.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     messages, log = Messages(group), log or Log()
-    if not isinstance(layer.new_cache(len(x), 1), StateCache):
+    cache = layer.new_cache(len(x), max(1, x.shape[1]))  # for this part: a state has no positions
+    if not isinstance(cache, StateCache):
         raise TypeError(f"layer: expected a recurrence, got {layer.label}")
-    before = torch.zeros(1, dtype=torch.int64, device=x.device)
     if rank:
-        before = messages.receive(before, rank - 1, 0)()
-    cache = layer.new_cache(len(x), max(1, int(before) + x.shape[1]))
-    if rank:
-        cache.advance(int(before))
-        for tag, part in enumerate(cache.tensors(), 1):
+        for tag, part in enumerate(cache.tensors()):
             part.copy_(messages.receive(part, rank - 1, tag)())
     y = layer(x, cache) if x.shape[1] else x
     if rank + 1 < world:
-        for tag, part in enumerate([before + x.shape[1], *cache.tensors()]):
+        for tag, part in enumerate(cache.tensors()):
             log.add("send", rank, rank, messages.send(part, rank + 1, tag))
     messages.finish()
     return y

@@ -133,6 +133,9 @@ def fold(
     for out, lse in draw.parts:
         state = merge(state, (out, lse))
     got = t.pair(finish(state, dtype), "a pair (out, lse)")
+    want = f"{dtype}, {torch.float32}"
+    came = ", ".join(str(getattr(x, "dtype", describe(x))) for x in got)
+    t.note(came, None if came == want else Difference("dtypes of (out, lse):", want, came))
     t.close(got[0], draw.out.to(dtype), "out", tolerance=tolerance)
     t.close(got[1], draw.lse.float(), "lse", tolerance=1e-4)
 
@@ -292,7 +295,7 @@ def plan_orders(t: CheckContext, hops: Answer, timetable: Answer) -> None:
     """striped, zig-zag, and whole blocks that lie on other ranks: the positions decide, not the ranks"""
     P = (4, 3, 5)[t.round]
     if t.round < 2:
-        held = held_by(ORDERS[1 + t.round], P * 2 * t.integer(1, 2), P)
+        held = held_by(ORDERS[1 + t.round], P * 4, P)
     else:
         held = [held_by("contiguous", 3 * P, P)[rank] for rank in (3, 0, 4, 2, 1)]
     same_plan(t, hops, timetable, held, held)
@@ -705,7 +708,7 @@ def deadlock_room(t: CheckContext, stuck: Answer, mend: Answer) -> None:
     same_stuck(t, stuck, ring_programs(P, P - 1), 1)  # each message leaves room again
     everybody = [(a, (a + d) % P, a) for d in range(1, P) for a in range(P)]
     sends_first = [sorted(p, key=lambda op: op[0], reverse=True) for p in programs_of(everybody, P)]
-    for n in (P - 2, P - 1):
+    for n in (0, P - 2, P - 1):
         same_stuck(t, stuck, sends_first, n)
     # Rank 0 has no room for its second message; rank 2 stands ready for it.
     ready: Programs = [
@@ -716,18 +719,30 @@ def deadlock_room(t: CheckContext, stuck: Answer, mend: Answer) -> None:
     same_stuck(t, stuck, ready, 1)
 
 
+def changed_operations(programs: Programs, mended: Programs) -> str:
+    """What the first rank with other operations than before lacks or has too much; "" if there is none."""
+    if len(mended) != len(programs):
+        return f"{len(mended)} programs for {len(programs)} ranks"
+    for rank, (old, new) in enumerate(zip(programs, mended, strict=True)):
+        lacking, more = Counter(old) - Counter(new), Counter(new) - Counter(old)
+        said = [f"{word} {next(iter(ops))}" for word, ops in (("without", lacking), ("with", more)) if ops]
+        if said:
+            return f"rank {rank} {' and '.join(said)}"
+    return ""
+
+
 def ends(t: CheckContext, mend: Answer, programs: Programs) -> None:
     """The same operations, in an order that ends and sends only what a rank has."""
     came = nested(mend([list(program) for program in programs]))
     try:
         mended: Programs = [[(op[0], op[1], op[2]) for op in program] for program in came]
-        same = [Counter(p) for p in mended] == [Counter(p) for p in programs]
+        changed = changed_operations(programs, mended)
     except (TypeError, IndexError, KeyError):
         t.note(repr(came)[:300], Difference("", "a program for each rank", describe(came)))
         raise Stop from None
     value = repr(mended)[:900]
-    if not same:
-        t.note(value, Difference("", "the operations that each rank had", "others"))
+    if changed:
+        t.note(value, Difference("", "the operations that each rank had", changed))
         raise Stop
     for rank, program in enumerate(mended):
         has = {rank}

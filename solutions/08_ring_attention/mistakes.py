@@ -428,6 +428,12 @@ deadlock.mistakes(
     Every send ended at once, as if the network could take any number of messages. Then hardly anything gets
     stuck, and the program hangs with the first block that is too large.
 
+    room for one message more
+        sum(message[0] == rank for message in under_way) < room
+            → sum(message[0] == rank for message in under_way) <= room
+    A send ended at once although `room` messages were under way already. With room 0 no send ends before its
+    receiver takes the message.
+
     sends that only room can end
         elif kind == "send" and left[peer][:1] == [("recv", rank, block)]: → elif False:
     A send that found no room never ended. It also ends when the receiver stands at its receive; without room

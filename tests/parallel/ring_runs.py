@@ -60,9 +60,7 @@ def forward_and_backward(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         q, k, v, d_out = (x.to(case.get("dtype")) for x in local)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         there, back = Log(), Log()
-        out = ring_attention(
-            q, k, v, layout, case["rule"], lengths=lengths, block=case["block"], log=there
-        )
+        out = ring_attention(q, k, v, layout, case["rule"], lengths=lengths, block=case["block"], log=there)
         forward = len(there.events)
         grads = torch.autograd.grad(out, (q, k, v), d_out)
         back.events, there.events = there.events[forward:], there.events[:forward]
@@ -106,7 +104,7 @@ def whole_decoder(layers: list[Any], order: Any, n_tokens: int, n_new: int) -> d
     with torch.no_grad():
         for weight in parallel.parameters():  # torch.optim would import a compiler in every process
             assert weight.grad is not None
-            weight -= 0.1 * weight.grad
+            weight.sub_(0.1 * weight.grad)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     grads = {name: p.grad for name, p in model.named_parameters()}
     return {"logits": logits, "losses": losses, "grads": grads, "weights": weights, "text": text}
@@ -117,10 +115,10 @@ def states(name: str, lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def state_passed(name: str, n: int) -> dict[str, Any]:
-    """The first rank has ``n`` tokens, each further one three more."""
+    """The first rank has ``n`` tokens, the second none, the third three more."""
     torch.manual_seed(0)
     rank, layer = dist.get_rank(), REGISTRY[name].tiny()
-    sizes = [n + 3 * r for r in range(dist.get_world_size())]
+    sizes = [n, 0, n + 3]
     x = torch.randn(2, sum(sizes), layer.d_model)
     log = Log()
     y = pass_state(layer, x.split(sizes, dim=1)[rank], log=log)
@@ -170,8 +168,8 @@ def settings() -> list[str]:
 
 
 def settings_of(
-    layout: Layout = Layout(16, 3),
-    rule: Rule = Rule(),
+    layout: Layout | None = None,
+    rule: Rule | None = None,
     heads: int = 2,
     kv_heads: int = 2,
     slots: int = 6,
@@ -179,7 +177,7 @@ def settings_of(
     **options: Any,
 ) -> None:
     q, k, v, _ = (x.to(dtype) for x in inputs((1, heads, kv_heads), slots, 4))
-    ring_attention(q, k, v, layout, rule, **options)
+    ring_attention(q, k, v, layout or Layout(16, 3), rule, **options)
 
 
 def wait_forever() -> None:
@@ -202,7 +200,7 @@ def merged() -> list[Any]:
 
 def both_rings(case: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """This rank's output and gradients, causal and then not, by our ring and by PyTorch's."""
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for causal, order in ((True, "zigzag"), (False, "contiguous")):
         (ours,) = forward_and_backward([case | {"order": order, "rule": Rule(causal)}])
         pairs += zip(ours["parts"], torchs_ring(case["tokens"], causal), strict=True)

@@ -26,9 +26,9 @@ def test_outputs_and_gradients_are_those_of_sdpa(tokens: int, block: int, rule: 
     if lengths is not None:  # what stands behind the end of a row has no effect
         behind = torch.arange(tokens)[:, None] >= lengths[:, None, None, None]
         given = [x.masked_fill(behind, torch.nan) for x in given]
-    given = [x.requires_grad_() for x in given]
-    out = blockwise_attention(*given[:3], rule, lengths=lengths, block=block)
-    got = [out.detach(), *torch.autograd.grad(out, given[:3], given[3])]
+    inner = [x.requires_grad_() for x in given[:3]]
+    out = blockwise_attention(inner[0], inner[1], inner[2], rule, lengths=lengths, block=block)
+    got = [out.detach(), *torch.autograd.grad(out, inner, given[3])]
     for a, b in zip(got, one_device(q.detach(), k.detach(), v.detach(), d_out, rule, lengths), strict=True):
         torch.testing.assert_close(a, b.float(), rtol=0, atol=1e-5)
 

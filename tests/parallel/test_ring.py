@@ -158,7 +158,7 @@ def test_a_rank_with_other_settings_is_named_on_every_rank() -> None:
 
 def test_a_rank_that_hangs_ends_the_run_in_time() -> None:
     begin = time.monotonic()
-    with pytest.raises(RankFailed, match="^rank 1: no answer within the time"):
+    with pytest.raises(RankFailed, match=r"^rank 1: no answer within the time"):
         launch(ring_runs.hang, 2, 1, seconds=8)
     assert time.monotonic() - begin < 60
     assert not multiprocessing.active_children()
@@ -167,7 +167,7 @@ def test_a_rank_that_hangs_ends_the_run_in_time() -> None:
 def test_a_function_of_a_notebook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys.modules["__main__"], "__file__")
     monkeypatch.setattr(ring_runs.wait_forever, "__module__", "__main__")
-    with pytest.raises(ValueError, match="function: .* wait_forever of a notebook"):
+    with pytest.raises(ValueError, match=r"function: .* wait_forever of a notebook"):
         launch(ring_runs.wait_forever, 2)
 
 
