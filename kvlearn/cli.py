@@ -446,6 +446,9 @@ def progress(
     ] = None,
     jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="every exercise, for programs")] = False,
+    as_html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="write a page of it too, for others to see")
+    ] = None,
 ) -> None:
     """Show the whole course: what is solved, attempted and untouched, points, hints used and what is next.
 
@@ -453,8 +456,11 @@ def progress(
     """
     _need_jupyter()
     from kvlearn.grading import course
+    from kvlearn.grading.report import refusal
 
-    if course.survey(path, jobs, as_json=as_json):
+    if as_html is not None and (reason := refusal(as_html, [])):
+        _fail(reason, 2)
+    if course.survey(path, jobs, as_json=as_json, as_html=as_html):
         raise typer.Exit(1)
 
 

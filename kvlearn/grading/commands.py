@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
@@ -69,27 +68,7 @@ class Request:
         line; else empty."""
         if self.container and not engine():
             return f"--container needs {' or '.join(ENGINES)}, and neither is installed here"
-        if self.output is None:
-            return ""
-        folder = self.output.absolute().parent
-        if self.output.is_dir():
-            return f"{self.output}: is a folder; give the report a file name"
-        if self.output.suffix == ".ipynb" or _same(self.output, self.paths):
-            return (
-                f"{self.output}: is a notebook, and a report would replace it; give the report another name"
-            )
-        if not folder.is_dir():
-            return f"{self.output}: no such folder as {folder}"
-        if not os.access(self.output if self.output.exists() else folder, os.W_OK):
-            return f"{self.output}: cannot be written"
-        return ""
-
-
-def _same(output: Path, paths: list[Path]) -> bool:
-    """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
-    with contextlib.suppress(OSError):
-        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
-    return False
+        return "" if self.output is None else reports.refusal(self.output, self.paths)
 
 
 class Interrupted(KeyboardInterrupt):

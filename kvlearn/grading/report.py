@@ -4,9 +4,12 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -16,6 +19,7 @@ from rich.text import Text
 
 from kvlearn import html
 from kvlearn.grading.score import STATUSES
+from kvlearn.grading.submission import notebooks
 
 BAR = 8  # characters of a unit's bar: the table fits 80 columns
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a cell begins with that spreadsheets may calculate
@@ -61,6 +65,28 @@ class Report:
         head = {"student": self.student, "unit": self.unit, "file": self.file}
         points = {"score": self.score, "max_score": self.max_score}
         return {**head, **points, "exercises": [asdict(exercise) for exercise in self.exercises]}
+
+
+def refusal(output: Path, paths: Iterable[Path]) -> str:
+    """Why a report must not or cannot be written to ``output``, in a line; empty if it can be. ``paths`` are
+    those of the notebooks that it is about."""
+    folder = output.absolute().parent
+    if output.is_dir():
+        return f"{output}: is a folder; give the report a file name"
+    if output.suffix == ".ipynb" or _same(output, paths):
+        return f"{output}: is a notebook, and a report would replace it; give the report another name"
+    if not folder.is_dir():
+        return f"{output}: no such folder as {folder}"
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        return f"{output}: cannot be written"
+    return ""
+
+
+def _same(output: Path, paths: Iterable[Path]) -> bool:
+    """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
+    with suppress(OSError):
+        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
+    return False
 
 
 def to_json(reports: Iterable[Report]) -> str:
