@@ -146,9 +146,9 @@ def test_a_run_that_was_interrupted_goes_on_and_what_is_unchanged_does_not_run(
 def test_parts_of_an_array_job_share_a_folder_and_none_is_run_twice(solutions: Path, runs: Runs) -> None:
     for i in range(5):
         put(f"s{i}", double=f"return x + x  # {i}")
-    for k in (1, 2, 3):
+    for k, students in enumerate((["s0", "s3"], ["s1", "s4"], ["s2"]), 1):
         assert kvlearn("grade", "all", "--part", f"{k}/3", "--keep", "kept").exit_code == 0
-    assert runs.take() == ["s0", "s1", "s2", "s3", "s4"]
+        assert runs.take() == students
     result = kvlearn("grade", "all", "--keep", "kept", "--csv", "-o", "grades.csv")
     assert (result.exit_code, runs.take()) == (0, [])
     assert scores("grades.csv") == {f"s{i}": 3 for i in range(5)}
