@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import patience
 import psutil
 import pytest
 import small_unit as small
@@ -402,7 +403,7 @@ def test_a_class_of_mixed_quality_has_the_same_grades_whatever_runs_beside_it(
     for student, answers in MIXED.items():
         put(student, **answers)
     small.write({"cells": [1]}, Path(f"all/damaged/{U}/{U}.ipynb"))
-    limits, store = Limits(seconds=2, grace=1), Kept()
+    limits, store = patience.limits(2), Kept()
     graded = [commands.grade([Path("all")], Grader(limits=limits, jobs=3))[0]]
     graded.append(commands.grade([Path("all")], Grader(limits=limits, jobs=1, kept=store))[0])
     tables = [
