@@ -27,7 +27,7 @@ export IPYTHONDIR := $(CURDIR)/.jupyter
 
 JUPYTER := $(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval
+.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval format coverage site
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,14 @@ test: lint unit nbval ## everything: lint, types, tests, every notebook run afre
 quick: lint ## lint, types and unit tests, no notebooks: under 3 minutes
 	@$(PYTEST) -m "not slow"
 
+format: $(READY) ## let ruff format the code and mend what it can
+	@$(BIN)/ruff check -q --fix
+	@$(BIN)/ruff format -q
+
+coverage: $(READY) ## which lines the unit tests run (ARGS="tests/model": those tests alone)
+	@$(SHARE) OMP_NUM_THREADS=1 $(BIN)/coverage run --source kvlearn -m pytest -q $(ARGS)
+	@$(BIN)/coverage report --skip-covered --show-missing
+
 grade: $(READY) ## grade your exercises in work/ (ARGS="--json")
 	@$(BIN)/kvlearn grade $(ARGS)
 
@@ -69,11 +77,16 @@ exercises: $(READY) ## generate exercises/ from solutions/ (a file you changed s
 	@$(BIN)/python -m kvlearn.grading.release
 
 # nvidia-* and cuda-* stay out: torch pins its own, and a CPU build of torch wants none of them.
+site: $(READY) ## the course as a web site, in site/html (outputs as they are committed)
+	@$(BIN)/python docs/source.py site/source
+	@$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -b html site/source site/html
+	@echo "kvlearn: open site/html/index.html"
+
 lock: ## renew requirements.txt from pyproject.toml (needs uv; ARGS=--upgrade for newer versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	@uv pip compile pyproject.toml --universal --all-extras --no-annotate --no-header --quiet -o requirements.txt $(ARGS)
 	@{ echo "# The one pinned list, made by \`make lock\`: Linux and macOS, Python 3.11 to 3.14."; \
-	   echo "-e .[lab,test,teach]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
+	   echo "-e .[lab,test,teach,site]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
 	@mv requirements.txt.new requirements.txt
 
 clean: ## remove .venv and caches; your exercises stay
@@ -90,10 +103,38 @@ unit: $(READY)
 nbval: $(READY)
 	@$(SHARE) $(NO_WORK) $(BIN)/pytest -q $(NBVAL) notebooks solutions
 
+# Makes .venv anew, with the first Python that fits. --clear removes what an interrupted set-up has left.
+define MAKE_VENV
+for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14); do \
+  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && break; python=; done; \
+if [ -z "$$python" ]; then \
+  echo "kvlearn needs Python 3.11 to 3.14, and $(or $(PYTHON),python3) is not one: install one, or name yours: make env PYTHON=/path/to/python3.12" >&2; \
+  exit 1; fi; \
+said=$$("$$python" -m venv --clear $(VENV) 2>&1) || { rm -rf $(VENV); \
+  echo "kvlearn: $$python cannot make a virtual environment ($$(echo "$$said" | grep . | tail -1)): check the disk and its venv module (Debian, Ubuntu: apt install python3-venv), then run make again" >&2; \
+  exit 1; }
+endef
+
+# pip starts, runs in .venv and has all its files: a set-up that was killed can leave python without it.
+PIP_WORKS := $(BIN)/python -c 'import sys, importlib.metadata as m, pip; sys.exit(sys.prefix == sys.base_prefix or \
+  any(f.suffix != ".pyc" and not f.locate().exists() for f in m.files("pip")) and "files of pip are missing")'
+
+# One small package, asked for once: pip itself would repeat each of its requests for minutes.
+ONLINE := $(BIN)/python -m pip install --disable-pip-version-check --dry-run --ignore-installed --no-deps \
+  --no-cache-dir --retries 0 --timeout 10 -vv "$$(grep -m1 '^typing-extensions==' requirements.txt)" \
+  $(if $(INDEX),--extra-index-url "$(INDEX)") >$(VENV)/install.log 2>&1
+WHY := grep -E '^ *(Could not fetch URL|ERROR:|[A-Za-z]+Error:)' $(VENV)/install.log | head -1 | sed 's/.*\(\[Errno\)/\1/'
+
 # The stamp is written last, so an interrupted or failed set-up is taken up again by the next `make`.
 $(READY): requirements.txt pyproject.toml $(BIN)/python
 	@rm -f $(READY)
+	@said=$$($(PIP_WORKS) 2>&1) || { \
+	  echo "kvlearn: pip in $(VENV) does not work ($$(echo "$$said" | tail -1)): making $(VENV) anew"; \
+	  rm -rf $(VENV); $(MAKE_VENV); }
 	@echo "$(INDEX)" >$(VENV)/.torch-index
+	@$(ONLINE) || { \
+	  echo "kvlearn: pip cannot fetch packages ($$($(WHY))): check network and disk, then run make again; all of it in $(VENV)/install.log" >&2; \
+	  exit 1; }
 	@echo "kvlearn: installing requirements.txt into $(VENV), 2 to 5 minutes (log: $(VENV)/install.log)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
 	  $(if $(INDEX),--extra-index-url "$(INDEX)") >$(VENV)/install.log 2>&1 || { \
@@ -105,11 +146,4 @@ $(READY): requirements.txt pyproject.toml $(BIN)/python
 
 # A dangling link (its interpreter was upgraded away) counts as missing, so .venv is then made anew.
 $(BIN)/python:
-	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14); do \
-	  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && break; python=; done; \
-	if [ -z "$$python" ]; then \
-	  echo "kvlearn needs Python 3.11 to 3.14, and $(or $(PYTHON),python3) is not one: install one, or name yours: make env PYTHON=/path/to/python3.12" >&2; \
-	  exit 1; fi; \
-	"$$python" -m venv --clear $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
-	  echo "kvlearn: $$python cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv), then run make again" >&2; \
-	  exit 1; }
+	@$(MAKE_VENV)

@@ -44,6 +44,14 @@ def main(
     ] = False,
 ) -> None:
     """Options that come before a command."""
+    import sys
+
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # where names and signs have no character, "?" is better than an end
+        if not (stream.encoding or "").lower().startswith("utf") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(reason: object, code: int = 1) -> NoReturn:
@@ -356,14 +364,34 @@ def grade(
     as_csv: Annotated[bool, typer.Option("--csv", help="one row per exercise, for a spreadsheet")] = False,
     as_html: Annotated[bool, typer.Option("--html", help="a page that needs nothing else")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="a file to write to")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="again whenever the notebook is saved")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again whenever a notebook is saved")] = False,
     jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
     timeout: Annotated[float, typer.Option(min=1, help="seconds for one exercise")] = 60,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="keep each notebook's results there as they come, and run no notebook again that is as it "
+            "was; with -o and several notebooks it is FILE.kept unless told",
+        ),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="run them all; replace what was kept")] = False,
+    part: Annotated[
+        str, typer.Option(metavar="K/N", help="only the K-th of N parts of the notebooks, for a cluster")
+    ] = "1/1",
+    container: Annotated[
+        str,
+        typer.Option(
+            metavar="IMAGE",
+            help="each notebook in a container of this image (podman or docker): no network, read-only",
+        ),
+    ] = "",
 ) -> None:
     """Run the answers in a notebook afresh and print their score. The notebook itself stays as it is."""
     styles = [style for style, asked in (("json", as_json), ("csv", as_csv), ("html", as_html)) if asked]
     if len(styles) > 1:
         raise typer.BadParameter("expected at most one of --json, --csv and --html")
+    k, n = _part(part)
     _need_jupyter()
     from kvlearn.grading.course import chosen
     from kvlearn.grading.folders import solutions_root
@@ -379,13 +407,31 @@ def grade(
         raise typer.Exit(1)
     from kvlearn.grading import commands
 
-    request = commands.Request(asked, styles[0] if styles else "table", output, jobs, timeout)
+    style = styles[0] if styles else "table"
+    request = commands.Request(asked, style, output, jobs, timeout, None, (k, n), container)
     if request.refusal:
         _fail(request.refusal, 2)
-    if watch:
-        commands.watch(request)
-    elif commands.grade_and_show(request):
-        raise typer.Exit(1)
+    if keep is None and output is not None and len(found) > 1 and (output.is_file() or not output.exists()):
+        keep = output.with_name(f"{output.name}.kept")
+    try:
+        request = request.keeping(keep, again=again)
+    except OSError as error:
+        _fail(f"{keep}: {error.strerror or error}", 2)
+    try:
+        if watch:
+            commands.watch(request)
+        elif commands.grade_and_show(request):
+            raise typer.Exit(1)
+    except commands.Interrupted as interrupted:
+        raise typer.Exit(128 + interrupted.number) from None
+
+
+def _part(text: str) -> tuple[int, int]:
+    """K and N of "K/N"."""
+    first, _, last = text.partition("/")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise typer.BadParameter(f"expected K/N with 1 ≤ K ≤ N; got {text!r}", param_hint="--part")
 
 
 @app.command()

@@ -4,8 +4,11 @@ Each function returns the value it was given, or raises an error with the argume
 expected one: ``ValueError`` for a wrong value, ``TypeError`` for a wrong type.
 """
 
+import math
 import operator
 from collections.abc import Collection
+from contextlib import suppress
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ def positive(name: str, value: Any) -> int:
 
 def at_least(name: str, value: Any, least: int) -> int:
     """An integer of at least ``least``."""
-    if not isinstance(value, int) and hasattr(value, "__index__"):
-        value = operator.index(value)  # numpy's integers become Python's
+    if not isinstance(value, int | Tensor) and hasattr(value, "__index__"):
+        with suppress(TypeError):  # of an array with several numbers
+            value = operator.index(value)  # numpy's integers become Python's
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} ({value!r})")
     if value < least:
@@ -42,9 +46,40 @@ def divides(name: str, value: int, whole_name: str, whole: int) -> int:
     return value
 
 
+def finite(name: str, value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer that no float holds
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return number
+
+
+def in_fp32(name: str, value: Any) -> float:
+    """A finite number that fp32 can hold."""
+    if abs(finite(name, value)) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a number that fp32 can hold, got {value}")
+    return float(value)
+
+
+def above(name: str, value: Any, bound: float) -> float:
+    """A finite number above ``bound``."""
+    if finite(name, value) <= bound:
+        raise ValueError(f"{name}: expected a number above {bound}, got {value}")
+    return float(value)
+
+
 def one_of(name: str, value: Any, options: Collection[Any]) -> Any:
     """One of ``options``."""
-    if value not in options:
+    try:
+        known = value in options
+    except (RuntimeError, TypeError, ValueError):  # a list has no hash, an array no truth
+        known = False
+    if not known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}; got {value!r}")
     return value
 
@@ -82,8 +117,32 @@ def tensor(
     return value
 
 
-def floating(name: str, dtype: torch.dtype) -> torch.dtype:
+def integers(name: str, value: Tensor) -> Tensor:
+    """A tensor of integers: not floating-point or complex numbers, and not a mask."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {value.dtype}")
+    return value
+
+
+def floating(name: str, dtype: Any) -> torch.dtype:
     """A floating-point dtype."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {type(dtype).__name__} ({dtype!r})")
     if not dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point type, got {dtype}")
     return dtype
+
+
+def device(name: str, value: Any) -> torch.device:
+    """A device, or what ``torch.device`` reads as one: "cpu", "cuda:0"."""
+    try:
+        return torch.device(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}: expected a device such as 'cpu' or 'cuda:0', got {value!r}") from error
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether a check may look at the values of ``x``: not on a GPU, where it would wait for the results of
+    all earlier operators, and not while ``torch.compile`` traces, when there are none yet."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -12,6 +12,7 @@ The model, the measurements and the tests use only these methods. Every class in
 by tests/attention/test_contract.py.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,9 +30,14 @@ class Cache(ABC):
 
     Rows of a batch may differ in length: prompts of different lengths are padded on the right, fed together,
     and cut back to their own lengths by ``trim``.
+
+    Once it holds tokens it belongs to the layer that was called with it, ``writer``, and another layer
+    refuses it. An empty one belongs to none, nor does a copy (by copy, deepcopy or pickle) until its next
+    call. A copy of a layer is another layer: it continues a copy of the cache.
     """
 
     can_trim = True  # False where past tokens cannot be removed: a state, a ring that has overwritten some
+    writer: "weakref.ref[Mechanism] | None" = None  # weak: a cache that is kept does not keep its model alive
 
     def __init__(self, batch: int, max_len: int, device: torch.device | str) -> None:
         self.batch = validate.positive("batch", batch)
@@ -86,9 +92,7 @@ class Cache(ABC):
                 f"cache: a {type(self).__name__} cannot forget what it has seen, not even "
                 "padding: feed prompts of different lengths each with a cache of its own"
             )
-        validate.tensor("lengths", lengths, (self.batch,))
-        if lengths.is_floating_point():
-            raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+        validate.integers("lengths", validate.tensor("lengths", lengths, (self.batch,)))
         lengths = lengths.to(self.device, torch.int64, copy=True)
         current = torch.full_like(lengths, self.length) if self.lengths is None else self.lengths
         if (lengths < 0).any() or (lengths > current).any():
@@ -102,6 +106,17 @@ class Cache(ABC):
         self.length, self.lengths = 0, None
         for t in self.tensors():
             t.zero_()
+
+    def check_writer(self, layer: "Mechanism") -> None:
+        """Raise ValueError if another layer than ``layer`` has written the tokens in it."""
+        if self.length and self.writer is not None and self.writer() is not layer:
+            raise ValueError(
+                "cache: expected one that this layer alone has used, got one that holds another layer's "
+                "tokens; each layer needs its own, by new_cache"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "writer"}
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,11 @@ class Mechanism(nn.Module, ABC):
     Every constructor takes ``d_model`` and ``n_heads``, then its own options; among them, if they apply,
     ``head_dim`` (d_model / n_heads unless given) and ``rope`` (None: no positions). Raises ValueError or
     TypeError that names the argument.
+
+    ``torch.compile(fullgraph=True)`` captures a training pass as one graph, and a step of one token with a
+    cache as one graph for all lengths, after one for the first length; a ring that becomes full and a block
+    that a step completes have graphs of their own. Prompts are fed uncompiled: to which slots of a ring many
+    tokens go depends on values.
     """
 
     name: str  # in the registry
@@ -232,7 +252,10 @@ class Mechanism(nn.Module, ABC):
     def __call__(self, x: Tensor, cache: Cache | None = None, source: KV | None = None) -> Tensor:
         """``forward``; with a cache no gradient is computed, since a cache is written in place."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            return super().__call__(x, cache, source)
+            y = super().__call__(x, cache, source)
+        if cache is not None:
+            cache.writer = weakref.ref(self)
+        return y
 
     @abstractmethod
     def naive(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
@@ -287,7 +310,10 @@ class Mechanism(nn.Module, ABC):
         """The given dtype and device, or else those of the weights."""
         weight = first_weight(self)
         assert weight is not None
-        return dtype or weight.dtype, weight.device if device is None else torch.device(device)
+        return (
+            weight.dtype if dtype is None else validate.floating("dtype", dtype),
+            weight.device if device is None else validate.device("device", device),
+        )
 
     def to_bytes(self, numbers: int, batch: int, dtype: torch.dtype | None) -> int:
         """Bytes of ``numbers`` cached per row, in ``dtype`` or in the weights' dtype."""
@@ -304,10 +330,12 @@ class Mechanism(nn.Module, ABC):
             raise TypeError(f"source: a layer of kind {self.name!r} reads no other layer's keys and values")
         dtype, device = self.dtype_and_device()
         validate.tensor("x", x, ("batch", "time", self.d_model), dtype=dtype, device=device)
+        validate.at_least("x.shape[0] (batch)", x.shape[0], 1)
         validate.at_least("x.shape[1] (time)", x.shape[1], 1)
         if cache is None:
             return
         validate.instance("cache", cache, kind)
+        cache.check_writer(self)
         if cache.batch != len(x):
             raise ValueError(f"x: expected the cache's batch of {cache.batch}, got {len(x)}")
         if cache.device != device:

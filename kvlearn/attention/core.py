@@ -9,7 +9,7 @@ Letters, here and in every file of kvlearn:
 A mask is boolean and True means *may attend*. A query that may attend to nothing gets 0, never NaN.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -107,9 +107,10 @@ def _parts(pools: int, heads: int, device: torch.device) -> int:
     """The number of query matrices for the ``heads`` of each pool in a step.
 
     One, except on a CPU with more threads than pools. There SDPA gives each thread a matrix; with a single
-    matrix all threads would share every small product, and wait for each other every time.
+    matrix all threads would share every small product, and wait for each other every time. (One in a compiled
+    graph too: the number of threads is not part of it.)
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():
         return 1
     wanted = min(-(-torch.get_num_threads() // pools), heads)
     return next(parts for parts in range(wanted, heads + 1) if heads % parts == 0)
@@ -225,9 +226,11 @@ class MaskRule(Protocol):
         """The positions that at least one of the queries first … last attends to, in order."""
 
 
-def rule_mask(rule: MaskRule, queries: Int[Tensor, "T"], keys: Int[Tensor, "S"]) -> Bool[Tensor, "T S"]:
+def rule_mask(
+    rule: MaskRule, queries: Int[Tensor, "*#B T"], keys: Int[Tensor, "*#B S"]
+) -> Bool[Tensor, "*#B T S"]:
     """True where the rule lets a query attend: to no later key, and to no empty slot (position -1)."""
-    i, j = queries[:, None], keys[None]
+    i, j = queries[..., :, None], keys[..., None, :]
     return (j >= 0) & (j <= i) & rule.visible(i, j)
 
 
@@ -243,8 +246,13 @@ def attend_blockwise(
     No other key is computed: time O(T · keys of a block), and no T x S matrix. Keys are in the order of their
     positions, empty slots first; for a single query in any order. A query without visible keys gets 0. Rows
     of a batch that differ in their positions are computed one by one.
+
+    While ``torch.compile`` traces, no position can be read. All keys are then computed for all queries at
+    once, and the mask selects: one graph, the same numbers, and a T x S mask.
     """
     positions, key_positions = kv.positions, kv.key_positions
+    if has_no_values(positions):
+        return attend(q, kv.k, kv.v, rule_mask(rule, positions, key_positions)[:, None])
     if max(len(positions), len(key_positions)) > 1:
         each = (q, kv.k, kv.v, positions.expand(len(q), -1), key_positions.expand(len(q), -1))
         rows = zip(*(x.split(1) for x in each), strict=True)
@@ -332,12 +340,14 @@ def attend_to_blocks(
 
     ``selected`` is per query head, or per KV head and so for all its query heads. A KV head reads each block
     that any of its queries here has selected, once, and no other key or value. Every query must have selected
-    its own block.
+    its own block. (While ``torch.compile`` traces, the selection cannot be read: it then reads all blocks,
+    and the mask selects.)
     """
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     rows = selected.unflatten(1, (G, -1)).expand(-1, -1, H // G, -1, -1).flatten(2, 3)  # (B, G, H/G · T, N)
     union = rows.any(2)
-    blocks = union.sort(dim=-1, descending=True, stable=True).indices[..., : int(union.sum(-1).max())]
+    n_read = union.shape[-1] if has_no_values(union) else int(union.sum(-1).max())
+    blocks = union.sort(dim=-1, descending=True, stable=True).indices[..., :n_read]
     live = union.gather(-1, blocks)  # the unions of some KV heads are smaller
     blocks = torch.where(live, blocks, blocks[..., :1])  # padding: a block that is read anyway
     slots = (blocks[..., None] * block + torch.arange(block, device=q.device)).flatten(2)
@@ -368,6 +378,33 @@ def by_tiles(
     return torch.cat(tiles, dim=-2)
 
 
+class Constants:
+    """Numbers that a layer computes with and does not learn: as Python's, and as a fp64 tensor on any device.
+
+    Not a buffer. So neither the default dtype nor a cast of the model rounds them; and a layer that is built
+    on the device "meta" and then gets its weights, by whatever way, has them too.
+    """
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self.numbers = tuple(numbers)
+        self.tensors: dict[torch.device, Tensor] = {}
+        self.on(torch.device("cpu"))
+
+    def on(self, device: torch.device) -> Float[Tensor, "n"]:
+        """The numbers on ``device``; copied there once."""
+        if device not in self.tensors:
+            self.tensors[device] = torch.tensor(self.numbers, dtype=torch.float64, device=device)
+        return self.tensors[device]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Constants, (self.numbers,)  # copied and pickled without its tensors
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether the values of ``x`` cannot be read: ``torch.compile`` traces, or it is on the device "meta"."""
+    return torch.compiler.is_compiling() or x.is_meta
+
+
 def upcast(x: Tensor) -> Tensor:
     """To fp32, unless it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -375,8 +412,8 @@ def upcast(x: Tensor) -> Tensor:
 
 def rms_norm_naive(x: Float[Tensor, "... N"], norm: nn.RMSNorm) -> Float[Tensor, "... N"]:
     """x / √(mean(x²) + eps) · w in fp32 at least, written out for ``naive`` forms."""
-    eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
-    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * upcast(norm.weight)
+    assert norm.eps is not None
+    return x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * upcast(norm.weight)
 
 
 def finite(lse: Tensor) -> Tensor:

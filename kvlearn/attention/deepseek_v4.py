@@ -184,16 +184,19 @@ class Entries:
         self, compressor: Compressor, x: Float[Tensor, "B T M"], length: int
     ) -> Float[Tensor, "B E D"]:
         """Append the tokens after the first ``length``; return a view of all complete entries."""
-        first, waiting = divmod(length, self.rate)
-        tokens = torch.cat((self.waiting[:, :waiting].to(x.dtype), compressor.project(x)), dim=1)
-        n_blocks, left = divmod(tokens.shape[1], self.rate)
-        if n_blocks:
-            complete = tokens[:, : n_blocks * self.rate]
-            previous = self.previous.to(x.dtype) if compressor.overlap and first else None
-            new = compressor.compress(complete, previous, first)
-            self.entries[:, first : first + n_blocks] = new.to(self.entries.dtype)
-            if compressor.overlap:
-                self.previous.copy_(complete[:, -self.rate :, :, : compressor.width])
+        first, waiting = length // self.rate, length % self.rate  # (torch.compile has no divmod)
+        new = compressor.project(x).detach()
+        if waiting + x.shape[1] < self.rate:  # the block is not complete yet: its tokens wait
+            self.waiting.narrow(1, waiting, x.shape[1]).copy_(new)
+            return self.entries[:, :first]
+        tokens = torch.cat((self.waiting[:, :waiting].to(x.dtype), new), dim=1)
+        n_blocks, left = tokens.shape[1] // self.rate, tokens.shape[1] % self.rate
+        complete = tokens[:, : n_blocks * self.rate]
+        previous = self.previous.to(x.dtype) if compressor.overlap and first else None
+        entries = compressor.compress(complete, previous, first).detach()
+        self.entries[:, first : first + n_blocks] = entries.to(self.entries.dtype)
+        if compressor.overlap:
+            self.previous.copy_(complete[:, -self.rate :, :, : compressor.width])
         self.waiting[:, :left] = tokens[:, tokens.shape[1] - left :].to(self.waiting.dtype)
         return self.entries[:, : first + n_blocks]
 
@@ -285,7 +288,7 @@ class HeavilyCompressedAttention(Mechanism):
         validate.at_most("rope_dim", self.rope_dim, self.head_dim, "head_dim")
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim: expected an even number, got {rope_dim}")
-        self.rope_config, self.norm_eps = rope, norm_eps
+        self.rope_config, self.norm_eps = rope, validate.above("norm_eps", norm_eps, 0)
         self.q_rank = None if q_rank is None else validate.positive("q_rank", q_rank)
         if self.q_rank is not None:
             self.q_down = nn.Linear(d_model, self.q_rank, bias=False)

@@ -31,6 +31,7 @@ from kvlearn.attention.recurrent import (
     by_form,
     check_log_decay,
     check_recurrence,
+    drawn,
     expand_heads,
     l2_normalize,
     load_state,
@@ -61,10 +62,10 @@ def delta_rule(
     """
     state = check_recurrence(q, k, v, state)
     validate.tensor("beta", beta, q.shape[:3], device=q.device)
-    if beta.device.type == "cpu" and not bool(beta.isfinite().all()):  # a GPU would synchronise
+    if validate.may_read(beta) and not bool(beta.isfinite().all()):
         raise ValueError("beta: expected finite numbers, got NaN or infinity among them")
     if log_decay is None:
-        log_decay = torch.zeros((), device=q.device).expand(q.shape[:3])
+        log_decay = torch.zeros((), dtype=state.dtype, device=q.device).expand(q.shape[:3])
     check_log_decay(log_decay, q.shape[:3], q.device)
     return by_form(form, delta_parallel, delta_recurrent, (q, k, v, beta, log_decay), state, chunk)
 
@@ -299,7 +300,7 @@ class DeltaNet(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "DeltaNet":
@@ -353,7 +354,7 @@ class GatedDeltaNet(DeltaNet):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        self.A_log.uniform_(0.01, 16).log_()
+        self.A_log.copy_(drawn((self.n_heads,), 0.01, 16.0).log())
         self.dt_bias.copy_(step_biases(self.n_heads))
 
     def forward(
@@ -441,7 +442,7 @@ class KimiDeltaAttention(Mechanism):
     @torch.no_grad()
     def initialise(self) -> None:
         """A uniform in (1, 16), steps log-uniform in (0.001, 0.1): log a from -1.6 to -0.001 at first."""
-        self.A_log.uniform_(1, 16).log_()
+        self.A_log.copy_(drawn((self.n_heads,), 1.0, 16.0).log())
         self.dt_bias.copy_(step_biases(len(self.dt_bias)))
 
     def forward(
@@ -496,7 +497,7 @@ class KimiDeltaAttention(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "KimiDeltaAttention":
@@ -505,7 +506,7 @@ class KimiDeltaAttention(Mechanism):
 
 def check_beta_max(beta_max: float) -> float:
     """Raise ValueError unless the rule is stable: the eigenvalues of I - β k kᵀ are within [-1, 1]."""
-    if not 0 < beta_max <= 2:
+    if validate.above("beta_max", beta_max, 0) > 2:
         raise ValueError(f"beta_max: expected a number above 0 and at most 2, got {beta_max}")
     return float(beta_max)
 

@@ -125,7 +125,7 @@ class LightningIndexer(nn.Module):
         self.rope = Rope(rope_dim, rope)
         self.q_proj = nn.Linear(query_width, self.index_heads * self.index_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.index_dim, bias=False)
-        self.k_norm = nn.LayerNorm(self.index_dim, eps=norm_eps)
+        self.k_norm = nn.LayerNorm(self.index_dim, eps=validate.above("norm_eps", norm_eps, 0))
         self.weight_proj = nn.Linear(d_model, self.index_heads, bias=False)
 
     def query(
@@ -258,7 +258,10 @@ class DeepSeekSparseAttention(Mechanism):
         self.rope_dim = rotary_width(rope_dim, self.head_dim, rope)
         if rope is not None and self.rope_dim == 0:
             raise ValueError("rope_dim: expected at least 2 with rope, got 0")
-        self.scale = (self.head_dim + self.rope_dim) ** -0.5 if scale is None else float(scale)
+        self.scale = (self.head_dim + self.rope_dim) ** -0.5
+        if scale is not None:
+            self.scale = validate.finite("scale", scale)
+        validate.above("norm_eps", norm_eps, 0)
         self.rope = Rope(self.rope_dim, rope)
         self.kv_up = nn.Linear(self.rank, width, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.v_head_dim, d_model, bias=False)

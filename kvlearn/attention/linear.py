@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.attention.base import KV, Cache, Mechanism, register
-from kvlearn.attention.core import merge_heads, rms_norm_naive, split_heads, upcast
+from kvlearn.attention.core import Constants, merge_heads, rms_norm_naive, split_heads, upcast
 from kvlearn.attention.recurrent import (
     FORMS,
     GatedNorm,
@@ -152,7 +152,7 @@ def normalised(sums: Float[Tensor, "B H T V1"]) -> Float[Tensor, "B H T V"]:
     below 0: features that let this happen make no weights.
     """
     out, total = sums[..., :-1], sums[..., -1:]
-    if total.device.type == "cpu" and not bool((total >= 0).all()):  # a GPU would synchronise
+    if validate.may_read(total) and not bool((total >= 0).all()):
         least = float(total.detach().min())
         raise ValueError(f"q, k: expected features whose products sum to at least 0, got {least:.3g}")
     return out / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -249,7 +249,7 @@ class LinearAttention(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "LinearAttention":
@@ -285,7 +285,6 @@ class Retention(Mechanism):
     forms = FORMS
     form = "chunked"
     chunk = 64
-    log_decay: Float[Tensor, "H"]
 
     def __init__(
         self,
@@ -302,9 +301,7 @@ class Retention(Mechanism):
         if rope is not None and self.key_dim % 2:
             raise ValueError(f"key_dim: expected an even number for RoPE, got {self.key_dim}")
         self.decay = None if decay is None else tuple(map(float, validate.instance("decay", decay, Iterable)))
-        self.log_decays = log_decays(self.n_heads, self.decay)
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("log_decay", torch.tensor(self.log_decays, dtype=wide), persistent=False)
+        self.log_decay = Constants(log_decays(self.n_heads, self.decay))
         self.rope = Rope(self.key_dim, rope)
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
@@ -312,13 +309,6 @@ class Retention(Mechanism):
         self.g_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         self.norm = GatedNorm(self.head_dim)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Retention":
-        """Moves with its model, but is fp32 at least: a decay near 1, rounded, would be another half-life."""
-        super()._apply(fn, recurse)
-        wide = torch.promote_types(self.log_decay.dtype, torch.float32)
-        self.log_decay = torch.tensor(self.log_decays, dtype=wide, device=self.log_decay.device)
-        return self
 
     def forward(
         self, x: Float[Tensor, "B T M"], cache: Cache | None = None, source: KV | None = None
@@ -331,7 +321,7 @@ class Retention(Mechanism):
         # The state's keys are rotated relative to its newest token, which has position 0 here.
         positions = torch.arange(1, T + 1, device=x.device)[None]
         q, k = self.rope(q, positions), self.rope(k, positions)
-        log_decay = self.log_decay[:, None].expand(len(x), -1, T)
+        log_decay = self.log_decay.on(x.device).to(state["memory"].dtype)[:, None].expand(len(x), -1, T)
         heads, memory = linear_attention(q, k, v, log_decay, state["memory"], form=form, chunk=self.chunk)
         y = self.o_proj(merge_heads(self.norm(heads, gate)).to(x.dtype))
         store_state(cache, {"memory": self.rotate_back(memory, T)}, T)
@@ -383,7 +373,7 @@ class Retention(Mechanism):
         return self.to_bytes(numbers, batch, state_dtype(self, dtype))
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Retention":
@@ -568,7 +558,7 @@ class GatedLinearAttention(Mechanism):
         return self.to_bytes(numbers, batch, state_dtype(self, dtype))
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "GatedLinearAttention":

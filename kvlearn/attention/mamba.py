@@ -32,6 +32,7 @@ from kvlearn.attention.recurrent import (
     ShortConvolution,
     StateCache,
     check_state,
+    drawn,
     expand_heads,
     load_state,
     naive_softplus,
@@ -101,14 +102,15 @@ def segment_states(
     A: Float[Tensor, "N E"],
     B: Float[Tensor, "B L N"],
     before: Float[Tensor, "B N E"],
-) -> tuple[Float[Tensor, "B L N E"], Float[Tensor, "B L1 N E"]]:
-    """The decays of a segment, and its states: the one before it, then one per token."""
+) -> tuple[Float[Tensor, "L B N E"], Float[Tensor, "L1 B N E"]]:
+    """The decays of a segment, and its states: the one before it, then one per token. Time is in front."""
+    dt_x, dt, B = (x.transpose(0, 1) for x in (dt_x, dt, B))
     decay = (dt[:, :, None] * A).exp_()
-    h = before.new_empty(len(before), dt.shape[1] + 1, *A.shape)
-    h[:, 0] = before
-    torch.mul(dt_x[:, :, None], B[..., None], out=h[:, 1:])
-    states = h.unbind(1)
-    for t, a in enumerate(decay.unbind(1)):
+    h = before.new_empty(len(dt) + 1, *before.shape)
+    h[0] = before
+    torch.mul(dt_x[:, :, None], B[..., None], out=h[1:])
+    states = h.unbind()
+    for t, a in enumerate(decay.unbind()):
         states[t + 1].addcmul_(a, states[t])  # all that is done per token: one operator, in place
     return decay, h
 
@@ -137,8 +139,8 @@ class SegmentedScan(torch.autograd.Function):
             if keep:
                 starts.append(state)
             _, h = segment_states(u, d, A, b, state)
-            torch.matmul(c[:, :, None], h[:, 1:], out=out[:, :, None])
-            state = h[:, -1].clone()  # not a view, which would keep all of the segment
+            out.copy_((c.transpose(0, 1)[:, :, None] @ h[1:])[:, :, 0].transpose(0, 1))
+            state = h[-1].clone()  # not a view, which would keep all of the segment
         ctx.save_for_backward(dt_x, dt, A, B, C, *starts)
         ctx.chunk = chunk
         return y, state
@@ -155,17 +157,20 @@ class SegmentedScan(torch.autograd.Function):
         )
         for u, d, b, c, grad, grad_u, grad_d, grad_b, grad_c, before in reversed(list(segments)):
             decay, h = segment_states(u, d, A, b, before)
-            g = c[..., None] * grad[:, :, None]
-            g[:, -1] += grad_state
-            steps, decays = g.unbind(1), decay.unbind(1)
+            u, d, b, c, grad, grad_u, grad_d, grad_b, grad_c = (
+                x.transpose(0, 1) for x in (u, d, b, c, grad, grad_u, grad_d, grad_b, grad_c)
+            )
+            g = torch.mul(c[..., None], grad[:, :, None], out=torch.empty_like(h[1:]))
+            g[-1] += grad_state
+            steps, decays = g.unbind(), decay.unbind()
             for t in range(len(steps) - 1, 0, -1):
                 steps[t - 1].addcmul_(decays[t], steps[t])
             grad_state = decays[0] * steps[0]
-            torch.matmul(b[:, :, None], g, out=grad_u[:, :, None])
-            torch.matmul(g, u[..., None], out=grad_b[..., None])
-            torch.matmul(h[:, 1:], grad[..., None], out=grad_c[..., None])
-            exponent = decay.mul_(h[:, :-1]).mul_(g)  # the gradient of dt A; h and g are free from here on
-            torch.sum(torch.mul(exponent, A, out=g), dim=2, out=grad_d)
+            grad_u.copy_((b[:, :, None] @ g)[:, :, 0])
+            grad_b.copy_((g @ u[..., None])[..., 0])
+            grad_c.copy_((h[1:] @ grad[..., None])[..., 0])
+            exponent = decay.mul_(h[:-1]).mul_(g)  # the gradient of dt A; h and g are free from here on
+            grad_d.copy_(torch.mul(exponent, A, out=g).sum(dim=2))
             grad_A += exponent.mul_(d[:, :, None]).sum(dim=(0, 1))
         grad_u, grad_d, grad_b, grad_c = grads
         return grad_u, grad_d, grad_A, grad_b, grad_c, grad_state, None, None
@@ -176,6 +181,7 @@ def check_scan(
 ) -> Float[Tensor, "B E N"]:
     """Check the inputs of the scan; returns the state in the dtype of its sums, zeros for None."""
     validate.tensor("x", x, ("batch", "time", "channels"))
+    validate.at_least("x.shape[0] (batch)", x.shape[0], 1)
     validate.at_least("x.shape[1] (time)", x.shape[1], 1)
     rows, time, E = x.shape
     N = validate.tensor("A", A, (E, "state"), device=x.device).shape[1]
@@ -183,7 +189,7 @@ def check_scan(
     validate.tensor("B", B, (rows, time, N), device=x.device)
     validate.tensor("C", C, (rows, time, N), device=x.device)
     validate.tensor("D", D, (E,), device=x.device)
-    if x.device.type == "cpu":  # a GPU would synchronise
+    if validate.may_read(x):
         if not bool((dt >= 0).all()):  # NaN fails too
             raise ValueError(f"dt: expected at least 0, got {float(dt.detach().min())}")
         least, most = (float(bound) for bound in A.detach().aminmax())
@@ -237,6 +243,7 @@ class Mamba(Mechanism):
         self.conv = ShortConvolution(self.d_inner, validate.at_least("conv", conv, 2), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         sizes = {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state}
+        validate.above("norm_eps", norm_eps, 0)
         self.norms = nn.ModuleDict({k: nn.RMSNorm(n, norm_eps) for k, n in sizes.items()}) if norms else None
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state))
@@ -247,9 +254,10 @@ class Mamba(Mechanism):
     @torch.no_grad()
     def initialise(self) -> None:
         """A = -1 … -N in every channel, D = 1, and steps dt that begin between 0.001 and 0.1."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        most = self.dt_rank**-0.5
+        self.dt_proj.weight.copy_(drawn((self.d_inner, self.dt_rank), -most, most))
         self.dt_proj.bias.copy_(step_biases(self.d_inner))
-        self.A_log.copy_(torch.arange(1, self.d_state + 1).log())
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float64).log())
         nn.init.ones_(self.D)
 
     def forward(
@@ -311,7 +319,7 @@ class Mamba(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Mamba":
@@ -328,7 +336,7 @@ class GateAndNorm(nn.Module):
         super().__init__()
         self.kind = validate.one_of("norm", kind, ("gate_norm", "norm_gate", "gate"))
         self.weight = None if kind == "gate" else nn.Parameter(torch.ones(width))
-        self.n_groups, self.eps = n_groups, eps
+        self.n_groups, self.eps = n_groups, validate.above("norm_eps", eps, 0)
 
     def forward(self, y: Float[Tensor, "B T E"], gate: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
         y, gate = upcast(y), F.silu(upcast(gate))
@@ -401,7 +409,7 @@ class Mamba2(Mechanism):
     def initialise(self) -> None:
         """A between -16 and -1, D = 1, and steps dt that begin between 0.001 and 0.1."""
         self.dt_bias.copy_(step_biases(self.n_heads))
-        self.A_log.copy_(torch.empty(self.n_heads).uniform_(1, 16).log())
+        self.A_log.copy_(drawn((self.n_heads,), 1.0, 16.0).log())
         nn.init.ones_(self.D)
 
     def forward(
@@ -475,7 +483,7 @@ class Mamba2(Mechanism):
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """All of the state, once. (A step also writes all of it, which no mechanism counts here.)"""
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Mamba2":

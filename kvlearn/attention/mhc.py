@@ -218,10 +218,11 @@ class HeadCompressor(nn.Module):
     def __init__(self, n_vectors: int, head_dim: int, rank: int) -> None:
         super().__init__()
         self.which = nn.Parameter(torch.randn(n_vectors, head_dim) * 0.02)
-        self.attention_norm = nn.RMSNorm(head_dim)
+        eps = torch.finfo(torch.float32).eps  # in half precision too, whose own is 1000 times as large
+        self.attention_norm = nn.RMSNorm(head_dim, eps)
         self.qkv_proj = nn.Linear(head_dim, 3 * head_dim, bias=False)
         self.mix_proj = nn.Linear(head_dim, head_dim, bias=False)
-        self.mlp_norm = nn.RMSNorm(head_dim)
+        self.mlp_norm = nn.RMSNorm(head_dim, eps)
         self.widen_proj = nn.Linear(head_dim, 4 * head_dim, bias=False)
         self.narrow_proj = nn.Linear(4 * head_dim, head_dim, bias=False)
         self.latent_proj = nn.Linear(n_vectors * head_dim, rank, bias=False)

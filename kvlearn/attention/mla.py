@@ -207,7 +207,10 @@ class MultiHeadLatentAttention(Mechanism):
         width = self.n_heads * (self.head_dim + self.v_head_dim)
         self.rank = check_rank(min(4 * self.head_dim, width) if rank is None else rank, width)
         self.rope_dim = rotary_width(rope_dim, self.head_dim, rope)
-        self.scale = (self.head_dim + self.rope_dim) ** -0.5 if scale is None else float(scale)
+        self.scale = (self.head_dim + self.rope_dim) ** -0.5
+        if scale is not None:
+            self.scale = validate.finite("scale", scale)
+        validate.above("norm_eps", norm_eps, 0)
         self.rope = Rope(self.rope_dim or self.head_dim, rope)
         self.kv_up = nn.Linear(self.rank, width, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.v_head_dim, d_model, bias=False)

@@ -155,7 +155,7 @@ class NSACache(Cache):
     def append_compressed(self, new: Float[Tensor, "2 B G n D"]) -> Float[Tensor, "2 B G C D"]:
         """Write the newest compressed keys and values; return a view of all that are complete."""
         complete = self.compressed[:, :, :, : self.sizes.complete(self.length)]
-        complete[:, :, :, complete.shape[3] - new.shape[3] :] = new.to(complete.dtype)
+        complete[:, :, :, complete.shape[3] - new.shape[3] :] = new.detach().to(complete.dtype)
         return complete
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvlearn import validate
-from kvlearn.attention.core import rule_mask
+from kvlearn.attention.core import has_no_values, rule_mask
 from kvlearn.attention.window import SlotCache
 
 
@@ -251,6 +251,9 @@ class Random(Pattern):
         return sorted(random.Random(f"{self.seed}/{number}").sample(among, min(self.n_blocks, len(among))))
 
     def visible(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        if has_no_values(queries):
+            options = (self.n_blocks, self.block, self.skip_first, self.skip_last, self.seed)
+            return random_visible(queries, keys, *options)
         query_blocks, key_blocks = queries // self.block, keys // self.block
         visible = torch.zeros_like(queries + keys, dtype=torch.bool)
         for number in query_blocks.unique().tolist():
@@ -270,6 +273,19 @@ class Random(Pattern):
         for number in range(n_blocks):
             last[self.draw(number)] = min((number + 1) * self.block, n_tokens) - 1
         return last.flatten()[:n_tokens]
+
+
+@torch.library.custom_op("kvlearn::random_visible", mutates_args=())
+def random_visible(
+    queries: Tensor, keys: Tensor, n_blocks: int, block: int, skip_first: int, skip_last: int, seed: int
+) -> Tensor:
+    """``Random.visible`` as an operator that ``torch.compile`` does not trace: Python makes the draw."""
+    return Random(n_blocks, block, skip_first, skip_last, seed).visible(queries, keys)
+
+
+@random_visible.register_fake
+def _(queries: Tensor, keys: Tensor, *options: int) -> Tensor:
+    return torch.empty_like(queries + keys, dtype=torch.bool)
 
 
 PRIMITIVES: dict[str, type[Pattern]] = {
@@ -415,4 +431,6 @@ class PatternCache(SlotCache):
         return self.slot_of[positions]
 
     def used(self, length: int) -> int:
+        if torch.compiler.is_compiling():  # one graph for all lengths: empty slots are masked
+            return self.n_slots
         return int(self.allocation.used[length - 1])

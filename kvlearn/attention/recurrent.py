@@ -59,7 +59,7 @@ class StateCache(Cache):
         """Store the state after ``n_tokens`` more."""
         self.advance(n_tokens)
         for name, new in state.items():
-            self.state[name].copy_(new)
+            self.state[name].copy_(new.detach())
 
     def reset(self) -> None:
         super().reset()
@@ -139,6 +139,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 def check_recurrence(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Float[Tensor, "B H K V"]:
     """Check that queries, keys and values fit each other; returns the state as ``check_state`` does."""
     validate.tensor("q", q, ("batch", "heads", "time", "features"))
+    validate.at_least("q.shape[0] (batch)", q.shape[0], 1)
     validate.at_least("q.shape[2] (time)", q.shape[2], 1)
     B, H, T, K = q.shape
     validate.tensor("k", k, (B, H, T, K), dtype=q.dtype, device=q.device)
@@ -159,7 +160,7 @@ def check_state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> T
 def check_log_decay(log_decay: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise ValueError unless these are logarithms of decays in (0, 1]."""
     validate.tensor("log_decay", log_decay, shape, device=device)
-    if log_decay.device.type == "cpu":  # on a GPU reading the values would synchronise
+    if validate.may_read(log_decay):
         least, most = (float(bound) for bound in log_decay.detach().aminmax())
         if not (-math.inf < least and most <= 0):  # NaN fails too
             raise ValueError(f"log_decay: expected logarithms of decays in (0, 1], got {least} to {most}")
@@ -187,8 +188,13 @@ def step_biases(n: int) -> Float[Tensor, "{n}"]:
     At first a token then changes each state by a thousandth to a tenth. Source: the code published with
     Mamba (2023); section 3.6 of the paper has the step itself uniform.
     """
-    dt = torch.empty(n).uniform_(math.log(0.001), math.log(0.1)).exp()
+    dt = drawn((n,), math.log(0.001), math.log(0.1)).exp()
     return dt + torch.log(-torch.expm1(-dt))  # log(e^dt - 1), the inverse of softplus
+
+
+def drawn(shape: tuple[int, ...], least: float, most: float) -> Tensor:
+    """Numbers drawn uniformly, in fp32: half precision would have 256 of them between any two."""
+    return torch.empty(shape, dtype=torch.float32).uniform_(least, most)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -199,7 +205,7 @@ class HeadNorm(nn.RMSNorm):
     """
 
     def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
-        super().__init__(head_dim, eps)
+        super().__init__(head_dim, validate.above("norm_eps", eps, 0))
 
     def forward(self, heads: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T D"]:
         return F.rms_norm(upcast(heads), self.normalized_shape, upcast(self.weight), self.eps)
@@ -323,7 +329,7 @@ class ShortConvolutionMixer(Mechanism):
         return self.to_bytes(numbers, batch, state_dtype(self, dtype))
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "ShortConvolutionMixer":

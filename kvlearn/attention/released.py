@@ -10,6 +10,7 @@
 Without options it is ``gqa``, and with a window it is ``window``; full.py and window.py explain those two.
 """
 
+import math
 import sys
 from typing import Literal
 
@@ -105,12 +106,16 @@ class ReleasedAttention(Mechanism):
         if rotary_dim is not None and rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number, got {rotary_dim}")
         self.window = None if window is None else validate.positive("window", window)
-        self.scale = D**-0.5 if scale is None else float(scale)
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap: expected a number above 0, got {softcap}")
-        if query_growth is not None and not (len(query_growth) == 3 and query_growth[1] > 0):
-            raise ValueError(f"query_growth: expected (β, F, o) with F above 0, got {query_growth}")
-        self.softcap, self.query_growth = softcap, query_growth
+        self.scale = D**-0.5 if scale is None else validate.finite("scale", scale)
+        self.softcap = None if softcap is None else validate.above("softcap", softcap, 0)
+        if query_growth is not None and not (
+            len(query_growth) == 3 and query_growth[1] > 0 and all(map(math.isfinite, query_growth))
+        ):
+            raise ValueError(
+                f"query_growth: expected (β, F, o), finite and with F above 0, got {query_growth}"
+            )
+        self.query_growth = query_growth
+        validate.above("norm_eps", norm_eps, 0)
         self.qk_norm = validate.one_of("qk_norm", qk_norm, (None, "head", "width"))
         self.q_proj = nn.Linear(d_model, H * D, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, G * D, bias=qkv_bias)
@@ -139,7 +144,8 @@ class ReleasedAttention(Mechanism):
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         if self.query_growth is not None:
             beta, every, offset = self.query_growth
-            growth = 1 + beta * torch.log1p(torch.floor((positions + offset) / every))  # (#B, T)
+            periods = torch.div(positions + offset, every, rounding_mode="floor")  # (#B, T)
+            growth = 1 + beta * torch.log1p(periods.to(torch.promote_types(q.dtype, torch.float32)))
             q = (q * growth[:, None, :, None]).to(q.dtype)
 
         kv = cache.append(k, v) if isinstance(cache, KVCache | RingCache) else KV(k, v, positions)
@@ -247,7 +253,7 @@ class ReleasedAttention(Mechanism):
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · G · min(max_len, W) · (D + Dv) · bytes per number."""
-        return self.read_bytes(max_len, batch=batch, dtype=dtype)
+        return self.read_bytes(validate.positive("max_len", max_len), batch=batch, dtype=dtype)
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """B · G · min(length, W) · (D + Dv) · bytes per number: all that is kept."""

@@ -23,7 +23,7 @@ from kvlearn.attention.base import (
     register,
     token_positions,
 )
-from kvlearn.attention.core import causal_attention, merge_heads, split_heads, upcast
+from kvlearn.attention.core import causal_attention, has_no_values, merge_heads, split_heads, upcast
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 
@@ -177,7 +177,8 @@ class RoutedAttention(PooledAttention):
     ) -> Float[Tensor, "B T M"]:
         kv = self.own_or_source(x, cache, source)  # (B, G, S, D) each
         q = self.rope(split_heads(self.q_proj(x), self.n_heads), kv.positions)  # (B, H, T, D)
-        if torch.is_grad_enabled():  # the choice is part of the graph, which costs H heads of K and V
+        # Where the choice is part of the graph, it costs H heads of K and V.
+        if torch.is_grad_enabled() or has_no_values(x):
             choice = one_hot_choice(self.route_logits).to(q.dtype)  # (H, G)
             k, v = (torch.einsum("hg, bgsd -> bhsd", choice, pool.to(q.dtype)) for pool in (kv.k, kv.v))
             heads = self.attend(q, KV(k, v, kv.positions), cache)

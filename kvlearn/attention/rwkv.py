@@ -31,7 +31,7 @@ def shift_tokens(x: Float[Tensor, "B T M"], last: Float[Tensor, "B M"]) -> Float
 
 def rising(channels: int, power: float) -> Float[Tensor, "M"]:
     """(i / channels)^power, from 0 to nearly 1: a start in which channels differ from each other."""
-    return (torch.arange(channels) / channels) ** power
+    return (torch.arange(channels, dtype=torch.float64) / channels) ** power
 
 
 class Sums(NamedTuple):
@@ -81,12 +81,13 @@ def wkv(
     Source: Peng et al. (2023), on the WKV operator, and the appendix on its form as an RNN.
     """
     validate.tensor("k", k, ("batch", "time", "channels"))
+    validate.at_least("k.shape[0] (batch)", k.shape[0], 1)
     validate.at_least("k.shape[1] (time)", k.shape[1], 1)
     B, T, M = k.shape
     validate.tensor("v", v, (B, T, M), dtype=k.dtype, device=k.device)
     for name, x in (("w", w), ("u", u)):
         validate.tensor(name, x, (M,), device=k.device)
-    if w.device.type == "cpu" and not bool(((w >= 0) & w.isfinite()).all()):  # a GPU would synchronise
+    if validate.may_read(w) and not bool(((w >= 0) & w.isfinite()).all()):
         raise ValueError(f"w: expected finite numbers of at least 0, decays e^-w in (0, 1], got {w.tolist()}")
     validate.one_of("form", form, ("recurrent", "chunked"))
     validate.positive("chunk", chunk)
@@ -185,7 +186,7 @@ class Rwkv4(Mechanism):
     @torch.no_grad()
     def initialise(self) -> None:
         """The published code's start, at half the depth: decays from slow, e^-5 per token, to fast, e^3."""
-        channels = torch.arange(self.d_model)
+        channels = torch.arange(self.d_model, dtype=torch.float64)
         depth = 0.5
         self.time_mix_key.copy_(rising(self.d_model, 1 - depth))
         self.time_mix_value.copy_(rising(self.d_model, 1 - depth) + 0.3 * depth)
@@ -251,7 +252,7 @@ class Rwkv4(Mechanism):
         return self.to_bytes(4 * self.d_model, batch, state_dtype(self, dtype))
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Rwkv4":
@@ -335,7 +336,7 @@ class Rwkv4ChannelMix(Mechanism):
         return self.to_bytes(self.d_model, batch, state_dtype(self, dtype))
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Rwkv4ChannelMix":
@@ -410,9 +411,9 @@ class Rwkv7(Mechanism):
         D, depth = self.head_dim, 0.5
         for mix, power in zip(self.time_mix, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
             mix.copy_(1 - rising(self.d_model, power * (1 - depth)))
-        part = torch.linspace(0, 1, self.n_heads * D)
-        in_head = torch.linspace(-1, 1, D).repeat(self.n_heads) if D > 1 else torch.zeros(self.n_heads)
-        zigzag = in_head * in_head.abs()
+        part = torch.linspace(0, 1, self.n_heads * D, dtype=torch.float64)
+        in_head = torch.linspace(-1, 1, D, dtype=torch.float64) if D > 1 else torch.zeros(1)
+        zigzag = (in_head * in_head.abs()).repeat(self.n_heads)
         self.decay_up.bias.copy_(-5.5 + 6 * part ** (1 + depth**0.3) + 2.5 * zigzag)
         self.rate_up.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (part - 0.5))
         pairs = [
@@ -426,7 +427,8 @@ class Rwkv7(Mechanism):
         for down, up in pairs:
             nn.init.zeros_(down.weight)
             gain = 0.1 * max(1.0, up.in_features / up.out_features) ** 0.5
-            up.weight.copy_(nn.init.orthogonal_(upcast(up.weight), gain))  # no half precision in its QR
+            wide = torch.empty_like(up.weight, dtype=torch.float32)  # no half precision in the QR
+            up.weight.copy_(nn.init.orthogonal_(wide, gain))
         self.removal_scale.copy_(0.71 - 0.1 * (part - 0.5))
         self.rate_in_key.fill_(1.02)
         self.bonus.fill_(-0.04)
@@ -538,7 +540,7 @@ class Rwkv7(Mechanism):
         return self.to_bytes(numbers, batch, state_dtype(self, dtype))
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
-        return self.cache_bytes(length, batch=batch, dtype=dtype)
+        return self.cache_bytes(validate.positive("length", length), batch=batch, dtype=dtype)
 
     @classmethod
     def tiny(cls) -> "Rwkv7":

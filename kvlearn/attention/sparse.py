@@ -19,6 +19,7 @@ from kvlearn.attention.core import (
     Partial,
     attend_blockwise,
     grouped_partial,
+    has_no_values,
     merge_all,
     merge_heads,
     split_heads,
@@ -52,7 +53,7 @@ def attend_pattern(
     """
     strided = [part for part in primitives(pattern) if isinstance(part, Strided)]
     rows_differ = max(len(kv.positions), len(kv.key_positions)) > 1
-    if not strided or rows_differ or q.shape[2] == 1:
+    if not strided or rows_differ or q.shape[2] == 1 or has_no_values(q):
         return attend_blockwise(q, kv, pattern, block)
     done = [part for part in primitives(pattern) if not isinstance(part, Strided)]
     results = [_attend_partial(q, kv, Union(tuple(done)), block)] if done else []
@@ -159,7 +160,8 @@ class SparseAttention(Mechanism):
             kind = NoCache if self.reader else PatternCache
             kv = self.check_source(x, cache, kind, source, self.n_kv_heads)
         q = self.rope(split_heads(self.q_proj(x), self.n_heads), kv.positions)  # (B, H, T, D)
-        if self.decode is not None and cache is not None and x.shape[1] == 1:
+        by_function = self.decode is not None and not has_no_values(x)  # it takes no mask
+        if by_function and cache is not None and x.shape[1] == 1:
             heads = attend_blockwise(q, kv, self.pattern, 1, self._decode_visible)
         else:
             heads = self.attend(q, kv)

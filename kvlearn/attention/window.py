@@ -343,6 +343,7 @@ class WindowAttention(Mechanism):
 
     def cache_bytes(self, max_len: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """2 · B · G · min(max_len, n_sinks + W) · D · bytes per number; 0 for a reader."""
+        validate.positive("max_len", max_len)
         return 0 if self.reader else self.read_bytes(max_len, batch=batch, dtype=dtype)
 
     def read_bytes(self, length: int, *, batch: int = 1, dtype: torch.dtype | None = None) -> int:

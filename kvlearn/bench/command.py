@@ -154,7 +154,7 @@ def measured_rows(
 
     def on_end() -> None:
         row = common.missing(part, f"still running {GRACE} s after the end of {seconds:g} s: ended")
-        console.print(f"{row.case}: {row.reason}", style="red", soft_wrap=True)
+        console.print(f"{row.case}: {row.reason}", style="red", markup=False, soft_wrap=True)
         if recorder is not None:
             recorder.add(row)
 

@@ -19,12 +19,14 @@ import io
 import linecache
 import math
 import os
+import re
 import site
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, TextIO
 
@@ -34,10 +36,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvlearn
+from kvlearn.grading.folders import MARK
 
 HOME = os.path.dirname(os.path.abspath(kvlearn.__file__))
 FREE = tuple(os.path.join(HOME, name) for name in ("grading", "teaching", "_solutions", "validate.py"))
 UNIT_FOLDERS: set[str] = set()  # of the units loaded: their code is ours as the package's is
+UNITS = "kvlearn_units"  # the package of the units' modules, and the module of our solutions
+GRADING = MARK in os.environ  # a grader's kernel, where answers are a learner's and nobody else's
+PLAIN = (Tensor, torch.nn.Parameter)
+OURS_EDITED = re.compile(r"<\d\d\.\d+: ")  # the code of a known mistake
 LIBRARIES = (
     "<frozen ",
     *(os.path.join(path, "") for path in (HOME, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))),
@@ -77,8 +84,11 @@ class CallWrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = self._record
+        # A class is asked for under a name in capitals; a function that makes objects is as good.
+        makes_objects = self._name.rpartition(".")[2][:1].isupper()
         copies, kept = copy_tensors((args, kwargs))
         record.name = self._name
+        record.handed = record.handed or any(map(runs_code, [*args, *kwargs.values()]))
         record.borrowed = record.borrowed or self._borrowed()
         record.call = f"{self._name}({', '.join(map(brief, [*args, *kwargs.values()]))})"
         try:
@@ -92,11 +102,11 @@ class CallWrapper:
             if is_stub(error):
                 raise NotWritten from None
             raise Raised(error) from None
+        if dishonest := "" if makes_objects else disguised(result):
+            raise Raised(TypeError(f"the answer returned {dishonest}")) from None
         record.changed = record.changed or any(
             was.shape != is_.shape or differ(was, is_) for was, is_ in kept
         )
-        # A class is asked for under a name in capitals; a function that makes objects is as good.
-        makes_objects = self._name.rpartition(".")[2][:1].isupper()
         return CallWrapper(result, self._name, record) if makes_objects else result
 
     def __getattr__(self, name: str) -> Any:
@@ -105,11 +115,15 @@ class CallWrapper:
         except AttributeError as error:
             self._record.call = f"{self._name}.{name}"
             raise Raised(error) from None
+        if dishonest := disguised(value):
+            raise Raised(TypeError(f"{self._name}.{name} is {dishonest}")) from None
         return CallWrapper(value, f"{self._name}.{name}", self._record) if callable(value) else value
 
     def _borrowed(self) -> str:
         """The name of the thing itself, if it is one of ours handed in as it stands."""
         module = str(getattr(self._target, "__module__", ""))
+        if GRADING and module.startswith(UNITS) and not self._record.ours:
+            return f"{getattr(self._target, '__name__', self._name)} of the unit's own code"
         free = module.startswith(("kvlearn.grading.", "kvlearn.teaching."))
         if self._record.may_use_kvlearn or not module.startswith("kvlearn.") or free:
             return ""
@@ -119,8 +133,12 @@ class CallWrapper:
 class CallRecord:
     """What was noted while an answer ran."""
 
-    def __init__(self, forbidden: dict[Callable[..., Any], str], may_use_kvlearn: bool) -> None:
+    def __init__(
+        self, forbidden: dict[Callable[..., Any], str], may_use_kvlearn: bool, ours: bool = False
+    ) -> None:
         self.forbidden, self.may_use_kvlearn = forbidden, may_use_kvlearn
+        self.ours = ours  # a known wrong answer of ours runs, to be compared
+        self.handed = False  # the check gave the answer something of its own to call
         self.name = ""  # of the last thing called
         self.call = ""  # the same, with the shapes of its arguments
         self.changed = False
@@ -139,6 +157,8 @@ def watched(record: CallRecord) -> Iterator[None]:
         elif event == "call" and not record.may_use_kvlearn and is_borrowed(frame.f_code):
             module = os.path.relpath(frame.f_code.co_filename, os.path.dirname(HOME)).removesuffix(".py")
             record.borrowed = record.borrowed or f"{module.replace(os.sep, '.')}.{frame.f_code.co_qualname}"
+        elif event == "call" and GRADING and not record.handed and is_reference(frame):
+            record.borrowed = record.borrowed or f"{frame.f_code.co_name} of the unit's own code"
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -150,6 +170,54 @@ def watched(record: CallRecord) -> Iterator[None]:
 
 def is_borrowed(code: CodeType) -> bool:
     return code.co_filename.startswith(os.path.join(HOME, "")) and not code.co_filename.startswith(FREE)
+
+
+def is_reference(frame: FrameType) -> bool:
+    """Has a learner's line called a function of a unit's checks or solutions?"""
+    code, caller = frame.f_code, frame.f_back
+    if code.co_name.startswith("__") or caller is None:  # torch calls __torch_function__ of a check's watch
+        return False
+    return is_units(code.co_filename) and is_learners(caller.f_code.co_filename)
+
+
+def is_units(filename: str) -> bool:
+    return filename.startswith((*UNIT_FOLDERS, "<solution ", "<set-up "))
+
+
+def is_learners(filename: str) -> bool:
+    """Is this file, or cell, neither ours nor a library's?"""
+    return not filename.startswith(LIBRARIES) and not is_units(filename) and not OURS_EDITED.match(filename)
+
+
+def runs_code(value: Any, depth: int = 2) -> bool:
+    """Can an answer that is handed this call code of the check's by it?"""
+    if isinstance(value, Tensor | int | float | str | torch.dtype | torch.device) or value is None:
+        return False
+    if type(value) in (tuple, list, dict) and depth:
+        return any(runs_code(each, depth - 1) for each in (value.values() if type(value) is dict else value))
+    return type(value) not in (tuple, list, dict, set)
+
+
+def disguised(value: Any, depth: int = 3) -> str:
+    """What is wrong with a value that would decide by itself how a check compares it; empty if nothing is.
+
+    A class of tensors answers for every function of torch that meets it (``__torch_function__``), and a class
+    with an ``__eq__`` of its own for every comparison.
+    """
+    kind = type(value)
+    if issubclass(kind, Tensor):
+        name = "" if kind in PLAIN else kind.__name__
+        return f"a {name}, which is a tensor class of its own: expected a plain torch.Tensor" if name else ""
+    if issubclass(kind, tuple | list | dict) and depth:
+        base = next(each for each in (tuple, list, dict) if issubclass(kind, each))
+        parts: Any = dict.values(value) if base is dict else base.__iter__(value)
+        found = next(filter(None, (disguised(part, depth - 1) for part in islice(parts, 1000))), "")
+        if found:
+            return found
+    own = [each for each in kind.__mro__ if each.__module__ == "__main__" and "__eq__" in vars(each)]
+    if own and not issubclass(kind, type) and "__dataclass_fields__" not in vars(own[0]):
+        return f"a {kind.__name__}, whose class says itself what it is equal to: expected a plain value"
+    return ""
 
 
 def copy_tensors(value: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:

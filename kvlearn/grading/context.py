@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvlearn.grading.calls import CallRecord, Raised, shorten
+from kvlearn.grading.calls import PLAIN, CallRecord, Raised, shorten
 
 # Wide enough for any sound order of operations, computed in the dtype itself; narrow beside any mistake.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -203,6 +203,8 @@ def compare(got: Any, want: Tensor, what: str = "", tolerance: float | None = No
     """None where ``got`` is as good as ``want``. Never shows a whole tensor."""
     if not isinstance(got, Tensor):
         return Difference(what, f"a tensor of shape {tuple(want.shape)}", describe(got))
+    if type(got) not in PLAIN:  # it would answer by itself to what is asked below
+        return Difference(what, "a plain torch.Tensor", f"a {type(got).__name__}")
     if got.shape != want.shape:
         return Difference(what, f"shape {tuple(want.shape)}", f"shape {tuple(got.shape)}")
     if got.dtype != want.dtype:

@@ -98,7 +98,11 @@ def survey(path: Path | None, jobs: int, *, as_json: bool = False, as_html: Path
     progress = overview(known, unit, found=session.results)
     written = as_html is None or write_page(as_html, progress, folder)
     if as_json:
-        print(json.dumps(progress.to_json(), indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                progress.to_json(), indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower()
+            )
+        )
         return bool(faults) or not written
     console = Console()
     if unit:

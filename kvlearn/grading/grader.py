@@ -8,14 +8,15 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from kvlearn.grading import submission
 from kvlearn.grading.folders import solutions_root
-from kvlearn.grading.integrity import LEAVING, OWN, SILENT, STATE, changed, relied_on, request
+from kvlearn.grading.integrity import LEAVING, OWN, READING, SILENT, STATE, changed, relied_on, request
+from kvlearn.grading.kept import Kept
 from kvlearn.grading.report import Report, Result
 from kvlearn.grading.sandbox import MIME, KernelLost, Limits, OverTime, Sandbox, TimedOut
 from kvlearn.grading.score import STATUSES
@@ -49,6 +50,10 @@ class Clock:
             if not self._running:
                 self._left -= time.monotonic() - self._since
 
+    def give(self, seconds: float) -> None:
+        """Time that does not count, since a kernel waited for a processor."""
+        self._left += seconds
+
     @property
     def end(self) -> float:
         """When time is up (of ``time.monotonic``), if a kernel runs from now on."""
@@ -58,7 +63,9 @@ class Clock:
 class Grader:
     """Grades notebooks with at most ``jobs`` kernels at a time. ``done`` is told of every exercise graded.
 
-    ``known`` gives, for the exercises of a notebook, the results that need no run, by exercise.
+    ``known`` gives, for the exercises of a notebook, the results that need no run, by exercise. ``kept``
+    holds the results of whole notebooks: one that is unchanged is not run again, and ``skipped`` is told its
+    results.
     """
 
     def __init__(
@@ -69,23 +76,39 @@ class Grader:
         solutions: Path | None = None,
         done: Callable[[Result], None] = lambda result: None,
         known: Callable[[str, list[Task]], dict[str, Result]] = lambda unit, tasks: {},
+        kept: Kept | None = None,
+        skipped: Callable[[list[Result]], None] = lambda results: None,
     ) -> None:
         self.limits = limits or Limits()
         self.jobs = jobs
         self.solutions = (solutions or solutions_root()).resolve()
         self.done = done
         self.known = known
+        self.kept, self.skipped = kept, skipped
 
     def read(self, file: Path, unit: str) -> list[Task]:
         """The unit's exercises with a notebook's answers in them; or ``Unusable``."""
         tasks, places = submission.tasks_of(unit, self.solutions)
-        submission.fill_in(tasks, places, submission.load(file))
+        submission.fill_in(tasks, places, submission.submitted(file, self.solutions))
         return tasks
 
     async def grade(self, submitted: Submission, kernels: asyncio.Semaphore) -> Report:
         """The report on a notebook; ``Unusable`` or ``NoKernel`` if there can be none."""
         unit = submitted.unit
         tasks = self.read(submitted.file, unit)
+        key = self.kept.key(unit, self.solutions, tasks, self.limits) if self.kept else ""
+        exercises = self.kept.get(key, tasks) if self.kept else None
+        if exercises is not None:
+            self.skipped(exercises)
+        else:
+            exercises = await self.run(submitted, tasks, kernels)
+            if self.kept:
+                self.kept.put(key, exercises)
+        return Report(submitted.student, unit, exercises, submitted.shown)
+
+    async def run(self, submitted: Submission, tasks: list[Task], kernels: asyncio.Semaphore) -> list[Result]:
+        """The results of a notebook's exercises, in order."""
+        unit = submitted.unit
         known = self.known(unit, tasks)
         results = {task.id: self._tell(_untouched(task)) for task in tasks if task.untouched}
         results |= {name: self._tell(result) for name, result in known.items() if name not in results}
@@ -107,11 +130,15 @@ class Grader:
                 )
             )
             results |= {result.id: result for result in alone}
-        exercises = [results[task.id] for task in tasks]
-        return Report(submitted.student, unit, exercises, submitted.shown)
+        return [results[task.id] for task in tasks]
 
-    def _sandbox(self) -> Sandbox:
-        return Sandbox(self.limits, {"KVLEARN_SOLUTIONS": str(self.solutions)})
+    @asynccontextmanager
+    async def _sandbox(self, clock: Clock) -> AsyncIterator[Sandbox]:
+        async with Sandbox(self.limits, {"KVLEARN_SOLUTIONS": str(self.solutions)}) as box:
+            try:
+                yield box
+            finally:
+                clock.give(box.waited)
 
     async def _together(
         self, unit: str, tasks: list[Task], clock: Clock, known: dict[str, Result]
@@ -121,7 +148,7 @@ class Grader:
         Those in ``known`` are left out, and then what reads the answers to others too: it comes alone.
         """
         results: dict[str, Result] = {}
-        async with self._sandbox() as box:
+        async with self._sandbox(clock) as box:
             baseline: State = {}
             for task in tasks:
                 try:
@@ -155,7 +182,7 @@ class Grader:
             if clock.end <= time.monotonic():
                 return self._tell(_zero(task, _no_time(self.limits)))
             with clock.running():
-                async with self._sandbox() as box:
+                async with self._sandbox(clock) as box:
                     try:
                         setup = [source for each in tasks for source in each.setup]
                         baseline = await self._set_up(box, unit, setup, {}, first=True)
@@ -190,22 +217,24 @@ class Grader:
 
     async def _attempt(self, box: Sandbox, unit: str, task: Task, baseline: State, clock: Clock) -> Result:
         """The answer and its check. ``Disturbed`` carries the result if the kernel must not be used again."""
-        until = clock.end
-        end = min(time.monotonic() + self.limits.seconds, until)
+        rest = clock.end - time.monotonic() + box.waited
+        end = box.now() + min(self.limits.seconds, rest)
         error = ""
         try:
             for source in task.pieces:
-                error = _error(await box.run(source, _left(end))) or error
+                error = _error(await box.run(source, _left(box, end))) or error
             touched = changed(baseline, await self._state(box, unit, self.limits.seconds))
             if LEAVING in touched:
                 raise Disturbed(_zero(task, "the answer ends the kernel: leave out exit() and quit()"))
-            outputs = await box.run(task.check, _left(end))
+            outputs = await box.run(task.check, _left(box, end))
             touched += changed(baseline, await self._state(box, unit, self.limits.seconds))
         except TimedOut:
-            return _zero(task, _too_long(self.limits) if end < until else _no_time(self.limits))
+            return _zero(
+                task, _too_long(self.limits) if self.limits.seconds < rest else _no_time(self.limits)
+            )
         guilty = sorted(name for name in touched if relied_on(name, self.solutions / unit))
         if guilty:
-            raise Disturbed(_zero(task, f"the answer changes {guilty[0]}, which the checks rely on"))
+            raise Disturbed(_zero(task, _accused(guilty)))
         result = _score(task, outputs, error)
         if touched:
             raise Disturbed(result)
@@ -220,16 +249,30 @@ class Grader:
         return result
 
 
-def _left(end: float) -> float:
-    left = end - time.monotonic()
+def _left(box: Sandbox, end: float) -> float:
+    left = end - box.now()
     if left <= 0:
         raise TimedOut
     return left
 
 
 def _untouched(task: Task) -> Result:
+    if task.turned:
+        return _zero(task, _turned(task))
     message = "the answer cell is missing" if task.missing else ""
     return Result(task.id, 0.0, task.points, "not attempted", message)
+
+
+def _accused(guilty: list[str]) -> str:
+    if READING in guilty:
+        return "the answer reads solutions/, where our own answers are"
+    return f"the answer changes {guilty[0]}, which the checks rely on"
+
+
+def _turned(task: Task) -> str:
+    if not task.turned:
+        return ""
+    return f"the answer is in a {task.turned} cell, which does not run: make it a code cell (Esc, then Y)"
 
 
 def _zero(task: Task, message: str) -> Result:
@@ -264,7 +307,7 @@ def _score(task: Task, outputs: list[dict[str, Any]], error: str) -> Result:
     """The points that the check's own result carries, if it is one and in order."""
     found = [output for output in outputs if MIME in output.get("data", {})]
     if not found:
-        return _zero(task, error or _error(outputs) or "the check gave no score")
+        return _zero(task, _turned(task) or error or _error(outputs) or "the check gave no score")
     score = found[0]["data"][MIME]
     if len(found) > 1 or found[0]["output_type"] != "execute_result" or not isinstance(score, dict):
         return _zero(task, "the check's output holds a score that is not the check's")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -17,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kvlearn import html
+from kvlearn.grading.score import STATUSES
 from kvlearn.grading.submission import notebooks
 
 BAR = 8  # characters of a unit's bar: the table fits 80 columns
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a cell begins with that spreadsheets may calculate
 COLOURS = {"passed": "green", "partial": "yellow", "not attempted": "dim", "wrong": "red", "error": "red"}
 
 
@@ -32,6 +35,13 @@ class Result:
     max_score: float
     status: str
     message: str
+
+    def is_of(self, exercise: str, points: float) -> bool:
+        """Is this a result of that exercise, in order? It may come from a file or a process of others."""
+        score: Any = self.score
+        number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        named = (self.id, self.max_score) == (exercise, points) and self.status in STATUSES
+        return number and named and 0 <= score <= points and isinstance(self.message, str)
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def to_json(reports: Iterable[Report]) -> str:
 
 
 def to_csv(reports: Iterable[Report]) -> str:
-    """One row an exercise. A cell that a spreadsheet would take for a formula gets an apostrophe."""
+    """One row per exercise. A cell that a spreadsheet would take for a formula gets an apostrophe."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["student", "unit", "exercise", "score", "max_score", "status", "message", "file"])
@@ -103,8 +113,13 @@ def to_csv(reports: Iterable[Report]) -> str:
                 e.message,
                 report.file,
             ]
-            rows.writerow([f"'{cell}" if cell[:1] in ("=", "+", "-", "@") else cell for cell in cells])
+            rows.writerow(map(_cell, cells))
     return text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """A cell that is no formula, and whose line breaks are those that csv puts into quotes."""
+    return ("'" if text.startswith(FORMULA) else "") + text.replace("\r", "\n")
 
 
 def to_table(report: Report) -> Group:

@@ -221,7 +221,7 @@ def run_requirement(
     observation that ``contradicts``."""
     outcome, start = Outcome(), time.process_time()
     for round in range(requirement.rounds if rounds is None else rounds):
-        record = CallRecord(exercise.forbidden, exercise.may_use_kvlearn)
+        record = CallRecord(exercise.forbidden, exercise.may_use_kvlearn, ours=contradicts is not None)
         context = CheckContext(seed, round, record, requirement.rounds, contradicts)
         raised = run_round(requirement, context, answers, exercise.answers)
         outcome.trace.append(context.observations)

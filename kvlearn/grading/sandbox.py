@@ -6,6 +6,7 @@ files and network.
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,16 @@ from nbclient.exceptions import DeadKernelError
 from kvlearn.grading import launcher
 from kvlearn.grading.folders import MARK
 from kvlearn.grading.score import MIME
+
+# What code in a kernel may know of the environment: where things are, the language, threads, devices. All
+# else stays out: it may hold tokens and passwords, which an error message would carry into a report.
+ALLOWED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|LANG|LANGUAGE|LC_\w+|LD_LIBRARY_PATH|LD_PRELOAD|DYLD_\w+|VIRTUAL_ENV|CONDA_PREFIX"
+    r"|XDG_\w+_(HOME|DIR)|PYTHON(PATH|HOME|HASHSEED|UTF8|IOENCODING|WARNINGS|DONTWRITEBYTECODE|PYCACHEPREFIX)"
+    r"|(OMP|GOMP|KMP|MKL|OPENBLAS|VECLIB|NUMEXPR|CUDA|NVIDIA|NCCL|GLOO|TORCH|PYTORCH|TORCHINDUCTOR|TRITON)_\w+"
+    r"|MPLBACKEND|MPLCONFIGDIR|CC|CXX|JUPYTER_PREFER_ENV_PATH|JUPYTER_PLATFORM_DIRS|KVLEARN_\w+"
+)
+SECRET = re.compile(r"(?i)token|secret|passw|credential|(^|_)(api|access|auth|private)_?key")
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class _Client(NotebookClient):
 class Sandbox:
     """A kernel of the running interpreter in an empty directory: ``async with Sandbox(limits) as box``.
 
-    ``environment`` holds variables that the kernel has beside those of this process.
+    ``environment`` holds variables that the kernel has beside those of this process that are ``ALLOWED``. The
+    kernel ends with the process that started it, however that ends.
     """
 
     def __init__(self, limits: Limits, environment: Mapping[str, str] | None = None) -> None:
@@ -83,6 +95,7 @@ class Sandbox:
         self.environment = dict(environment or {})
         self._deadline = float("inf")
         self._interrupted = False
+        self.waited = 0.0  # seconds in which the kernel was ready to run and had no processor
         self._end: KernelLost | None = None
         self._tree: ProcessTree | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -114,7 +127,9 @@ class Sandbox:
         )
         spec = self._manager.kernel_spec
         assert spec is not None
-        spec.argv = [sys.executable, "-I", "-S", launcher.__file__, str(self.limits.memory), *spec.argv]
+        mark = uuid.uuid4().hex
+        watched = [str(os.getpid()), str(home), f"{MARK}={mark}", str(self.limits.memory)]
+        spec.argv = [sys.executable, "-I", "-S", launcher.__file__, *watched, *spec.argv]
         self._client = _Client(
             nbformat.v4.new_notebook(),
             km=self._manager,
@@ -126,9 +141,8 @@ class Sandbox:
         self._client.log.setLevel("CRITICAL")
         for name in ("work", "ipython", "tmp"):
             (home / name).mkdir()
-        mark = uuid.uuid4().hex
         environment = (
-            {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"}
+            allowed(os.environ)
             | self.environment
             | {
                 "IPYTHONDIR": str(home / "ipython"),  # the user's own start-up files stay out
@@ -159,12 +173,18 @@ class Sandbox:
             self._client.kc.stop_channels()
         self._folder.cleanup()
 
+    def now(self) -> float:
+        """The kernel's own clock, in seconds: it stands still while the kernel waits for a processor, so that
+        limits, and with them grades, do not depend on how many kernels share the machine."""
+        return time.monotonic() - self.waited
+
     async def _watch(self) -> None:
         """Interrupt at the deadline, kill after the grace, kill what holds too much memory."""
         assert self._tree is not None
         while True:
             await asyncio.sleep(0.1)
-            late = time.monotonic() - self._deadline
+            self.waited = self._tree.waited()
+            late = self.now() - self._deadline
             if self._tree.resident(self.limits.memory) > self.limits.memory:
                 self._end = KernelLost(f"it used more than {self.limits.memory / 2**30:.1f} GiB of memory")
             elif late > self.limits.grace:
@@ -184,7 +204,7 @@ class Sandbox:
         if self._end is not None:
             raise self._end
         self._interrupted = False
-        self._deadline = time.monotonic() + seconds
+        self._deadline = self.now() + seconds
         try:
             yield
         finally:
@@ -249,6 +269,8 @@ class ProcessTree:
     def __init__(self, pid: int, mark: str) -> None:
         self.root = psutil.Process(pid)
         self.mark = mark
+        self._first: psutil.Process | None = None  # the kernel, the first child of its launcher
+        self._waited = 0.0
         self._seen = {self.root}
 
     def members(self) -> list[psutil.Process]:
@@ -258,6 +280,15 @@ class ProcessTree:
                 self._seen.update(process.children(recursive=True))
         self._seen = {p for p in self._seen if p.is_running()}
         return list(self._seen)
+
+    def waited(self) -> float:
+        """Seconds in which the kernel was ready to run and had no processor; 0 where the system, other than
+        Linux, does not say."""
+        with suppress(psutil.Error, OSError, IndexError, ValueError):
+            self._first = self._first or self.root.children()[0]
+            nanoseconds = int(Path(f"/proc/{self._first.pid}/schedstat").read_text().split()[1])
+            self._waited = max(self._waited, nanoseconds / 1e9)
+        return self._waited
 
     def resident(self, enough: int) -> int:
         """Bytes of memory held; shared pages count once as soon as the plain sum exceeds ``enough``."""
@@ -283,6 +314,15 @@ class ProcessTree:
             with suppress(psutil.Error, OSError):
                 if process.environ().get(MARK) == self.mark:
                     yield process
+
+
+def allowed(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that learners' code may see."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if ALLOWED.fullmatch(name) and not SECRET.search(name)
+    }
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -5,9 +5,13 @@ between (check cells deleted, edited or doubled, cells split, renamed or moved),
 are the original ones; only answers and added cells are the learner's.
 """
 
+import ast
+import codecs
 import json
 import os
 import re
+import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvlearn.grading.folders import KEPT, STATE, nbgrader_of, read_source, shows_only, unit_names
+from kvlearn.grading.folders import (
+    KEPT,
+    STATE,
+    nbgrader_of,
+    read_source,
+    shows_only,
+    unit_names,
+    work_root,
+)
 from kvlearn.grading.release import stub
 
 CHECK = re.compile(r"""kvlearn\.check\(\s*["'](\d\d\.\d+)["']""")
@@ -31,6 +43,10 @@ COPY = re.compile(r"(?i)(copy|kopie)\d*|final|solved|new|late|v\d+|\(?\d{1,2}\)?
 COPY_OF = re.compile(r"(?i)copy( of)?|kopie( von)?|final|my")
 # Moodle's "Ada Byron_123_assignsubmission_file_", Canvas's "byronada_LATE_123_456_".
 HAND_IN = re.compile(r"(?i)(_\d+)+_assignsubmission_.*|(_late)?_\d+_\d+$")
+
+CONTROLS = ("Cc", "Zl", "Zp")  # control characters and separators of lines, by Unicode's categories
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+LARGEST = 32 * 2**20  # bytes of a notebook file that are read; those of the course have less than 1 MiB
 
 
 class Unusable(Exception):
@@ -52,35 +68,56 @@ class Submission:
 
 
 def readable(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()
+    """A name as text to be shown: "?" stands for what is no UTF-8, moves a cursor or turns the direction of
+    writing."""
+    text = name.encode("utf-8", "replace").decode()
+    return "".join("?" if unicodedata.category(c) in CONTROLS or c in DIRECTIONS else c for c in text)
 
 
 def notebooks(path: Path) -> tuple[list[Path], list[str]]:
-    """The notebook at this path, or all below it, and a line for each folder that cannot be read.
+    """The notebook at this path, or all below it, and a line for each folder that is not read.
 
-    Hidden files and folders are left out; links are followed, but not back to where they come from.
+    Hidden files and folders are left out. Links to folders are not followed, since they may lead to other
+    people's work and to solutions/; only in the learner's own work/ they are, but not back to where they come
+    from. (A notebook that is a link is found, and ``submitted`` refuses it.)
     """
     if not path.is_dir():
-        return ([path] if path.exists() else []), []
+        return ([path] if os.path.lexists(path) else []), []
     found: list[Path] = []
-    errors: list[OSError] = []
-    for at, folders, names in os.walk(path, onerror=errors.append, followlinks=True):
+    faults: list[str] = []
+
+    def cannot(error: OSError) -> None:
+        faults.append(f"{readable(error.filename)}: {error.strerror}")
+
+    follow = is_own(path)
+    for at, folders, names in os.walk(path, onerror=cannot, followlinks=follow):
         here = os.path.realpath(at)
         ours = {KEPT} if STATE in folders else set()  # in work/: copies that kvlearn kept of the learner's
         below = [name for name in folders if not name.startswith(".") and name not in ours]
-        folders[:] = [n for n in below if not _is_within(here, os.path.realpath(os.path.join(at, n)))]
+        linked = [name for name in below if os.path.islink(os.path.join(at, name))]
+        if follow:
+            leave = {n for n in linked if _is_within(here, os.path.realpath(os.path.join(at, n)))}
+        else:
+            leave = set(linked)
+            faults += [f"{readable(os.path.join(at, n))}: a link to a folder, not followed" for n in linked]
+        folders[:] = [name for name in below if name not in leave]
         found += [Path(at, name) for name in names if name.lower().endswith(".ipynb") and name[0] != "."]
-    return sorted(found), [f"{readable(error.filename)}: {error.strerror}" for error in errors]
+    return sorted(found), faults
 
 
 def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
+def is_own(path: Path) -> bool:
+    """Is this the learner's own work/, or in it? What lies there was put there by the user who grades."""
+    return _is_within(os.path.abspath(path), os.path.abspath(work_root()))
+
+
 def find(path: Path, solutions: Path) -> tuple[list[Submission], list[str]]:
     """The submissions at or below a path, in whatever layout and under whatever names, and a line for each
     notebook that is no unit's. ``Unusable`` if there is no notebook."""
-    if not path.exists():
+    if not os.path.lexists(path):
         units = ", ".join(unit_names(solutions))
         raise Unusable(f"no such file, folder or unit; the units are {units}")
     files, faults = notebooks(path)
@@ -103,7 +140,7 @@ def find_all(paths: list[Path], solutions: Path) -> tuple[list[Submission], list
         try:
             here, unknown = find(path, solutions)
         except Unusable as error:
-            faults.append(f"{path}: {error}")
+            faults.append(f"{readable(str(path))}: {error}")
             continue
         faults += unknown
         for submission in here:
@@ -117,7 +154,7 @@ def unit_of(file: Path, solutions: Path) -> str:
     known = unit_names(solutions)
     named = next((unit for unit in known if unit in file.stem), "")
     try:
-        notebook = load(file)
+        notebook = submitted(file, solutions)
     except Unusable:
         folder = file.absolute().parent.name
         if named or folder in known:
@@ -127,8 +164,12 @@ def unit_of(file: Path, solutions: Path) -> str:
     ours = metadata.get("kvlearn") if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and ours.get("unit") in known:
         return str(ours["unit"])
-    cells = [name for cell in notebook["cells"] if isinstance(cell, dict) for name in names_of(cell)]
-    votes = Counter(unit for unit in known for name in cells if name in _known_cells(unit, solutions))
+    cells = [cell for cell in notebook["cells"] if isinstance(cell, dict)]
+    names = [name for cell in cells for name in names_of(cell)]
+    votes = Counter(unit for unit in known for name in names if name in _known_cells(unit, solutions))
+    if not votes:  # no ids: by the exercises that its checks name
+        called = [name.split(".")[0] for cell in cells for name in CHECK.findall(text_of(cell.get("source")))]
+        votes = Counter(unit for unit in known for number in called if unit.split("_")[0] == number)
     if votes or named:
         return max(votes, key=votes.__getitem__) if votes else named
     raise Unusable(f"not a unit of kvlearn; the units are {', '.join(known) or '(none found)'}")
@@ -152,7 +193,7 @@ def student_of(file: Path, unit: str, root: Path, found: Sequence[tuple[Path, st
     }
     if own and len(beside - {""}) > 1:
         return own
-    top = root.parent if root.is_file() else root
+    top = root if root.is_dir() else root.parent
     for name in reversed(file.parent.relative_to(top).parts):
         if name != unit and not _nobodys(name, OURS) and not _nobodys(name, BETWEEN):
             return _person(name)
@@ -197,6 +238,7 @@ class Task:
     check: str
     pieces: list[str] = field(default_factory=list)
     missing: bool = True  # no answer cell was found
+    turned: str = ""  # the type of an answer cell that is no code cell any more, as "Markdown"
     reads_answers: bool = False  # the check looks at the answers to the exercises before
 
     @property
@@ -236,18 +278,39 @@ def names_of(cell: dict[str, Any]) -> list[str]:
     return [f"{kind} {name}" for kind, name in marks.items() if name]
 
 
+def submitted(file: Path, solutions: Path) -> dict[str, Any]:
+    """``load`` for what somebody handed in: a regular file that lies where its path says, or ``Unusable``.
+
+    A link may lead to another's answers, and in the end to ours: it is refused by name, and so is a path
+    through linked folders that ends in solutions/. Links in the learner's own work/ are the user's own.
+    """
+    if is_own(file):
+        return load(file)
+    if file.is_symlink():
+        raise Unusable(f"a link (to {readable(os.readlink(file))}): hand in the notebook itself")
+    ours = os.path.realpath(solutions)
+    direct = any(_is_within(os.path.abspath(file), os.path.abspath(place)) for place in (ours, solutions))
+    if _is_within(os.path.realpath(file), ours) and not direct:
+        raise Unusable("a link leads from here into solutions/: hand in the notebook itself")
+    return load(file)
+
+
 def load(file: Path) -> dict[str, Any]:
-    """A notebook file as it is, however odd. ``Unusable`` if it is missing, not JSON or no notebook."""
+    """A notebook file as it is, however odd. ``Unusable`` if it is missing, no regular file, larger than
+    ``LARGEST``, not JSON or no notebook."""
     try:
-        content = file.read_bytes()
-        notebook = json.loads(content.decode("utf-8-sig"))
+        content = _read(file)
     except FileNotFoundError:
         raise Unusable("no such file") from None
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from None
+    try:
+        notebook = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if not content.strip():
             raise Unusable("the file is empty") from None
+        if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise Unusable("not JSON as notebooks have it: the text is UTF-16; save it as UTF-8") from None
         if re.search(rb"^(<<<<<<<|>>>>>>>) ", content, re.MULTILINE):
             raise Unusable("it holds git's merge conflict markers (<<<<<<<): keep one side of each") from None
         raise Unusable(f"damaged, not JSON: {error}") from None
@@ -258,22 +321,74 @@ def load(file: Path) -> dict[str, Any]:
     return notebook
 
 
+def _read(file: Path) -> bytes:
+    """The bytes of a regular file. A FIFO is opened without waiting for who writes to it, and not read."""
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise Unusable(f"{_kind(found.st_mode)}, not a regular file")
+        content = opened.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        size = f"{found.st_size / 2**20:.0f} MiB, more than the {LARGEST // 2**20} MiB that are read"
+        raise Unusable(f"{size}: clear its outputs and save it")
+    return content
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a FIFO"
+    return "a folder" if stat.S_ISDIR(mode) else "a device"
+
+
 def fill_in(tasks: list[Task], places: dict[str, tuple[str, int]], notebook: dict[str, Any]) -> None:
-    """Give every task its pieces: answer cells by grade id, else by cell id; added cells where they stand."""
+    """Give every task its pieces: answer cells by grade id, else by cell id; added cells where they stand.
+
+    In a notebook whose cells have lost their ids and metadata, checks and set-up are found by their text, and
+    all other code before a check is the answer to it.
+    """
+    cells = [cell for cell in notebook["cells"] if isinstance(cell, dict)]
+    named = any(name in places for cell in cells for name in names_of(cell))
     here = 0
-    recognised = False
-    for cell in notebook["cells"]:
-        if not isinstance(cell, dict):
-            continue
-        role, place = next((places[name] for name in names_of(cell) if name in places), ("added", here))
-        recognised = recognised or role != "added"
-        here = place + 1 if role == "check" else place
+    recognised = named
+    for cell in cells:
         source = text_of(cell.get("source"))
-        if role in ("answer", "added") and cell.get("cell_type") == "code" and place < len(tasks):
-            tasks[place].pieces.append(source)
-            tasks[place].missing = tasks[place].missing and role != "answer"
+        code = cell.get("cell_type") == "code"
+        role, place = next((places[name] for name in names_of(cell) if name in places), ("added", here))
+        if not named and code:
+            role, place = _by_text(source, tasks, here)
+            recognised = recognised or role == "check"
+        here = place + 1 if role == "check" else place
+        if role not in ("answer", "added") or place >= len(tasks):
+            continue
+        task = tasks[place]
+        if code:
+            task.pieces.append(source)
+            task.missing = task.missing and named and role != "answer"
+        elif role == "answer":
+            task.turned = "Markdown" if cell.get("cell_type") == "markdown" else "raw"
     if not recognised:
         raise Unusable("none of its cells are the unit's")
+
+
+def _by_text(source: str, tasks: list[Task], here: int) -> tuple[str, int]:
+    """The role and the exercise of a code cell that has neither id nor metadata."""
+    called = CHECK.search(source)
+    if called and _only_checks(source):
+        for place, task in enumerate(tasks):
+            if task.id == called.group(1):
+                return "check", place
+    if any(source.strip() == given.strip() for task in tasks for given in task.setup):
+        return "given", here
+    return "added", here
+
+
+def _only_checks(source: str) -> bool:
+    """Does a cell nothing but import and call? Then it is no answer with a check behind it."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(isinstance(line, ast.Import | ast.ImportFrom | ast.Expr) for line in body)
 
 
 def text_of(source: Any) -> str:

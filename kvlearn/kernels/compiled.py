@@ -66,7 +66,7 @@ def report(targets: tuple[int, ...] = tuple(CARDS), only: str = "") -> tuple[Com
     for target in targets:
         validate.one_of("target", target, CARDS)
     if not HAS_TRITON:
-        raise RuntimeError("compiled: expected Triton, of which this course installs the Linux package")
+        raise RuntimeError("compiled: needs Triton: pip install 'kvlearn[kernels]', on Linux")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return tuple(row for rows in pool.map(lambda target: _compile(target, only), targets) for row in rows)
 

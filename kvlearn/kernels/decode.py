@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from kvlearn import validate as checks
-from kvlearn.kernels.inputs import Request, check_shapes, check_values, split_scale, validate_tensors
+from kvlearn.kernels.inputs import (
+    Request,
+    check_caches,
+    check_memory,
+    check_shapes,
+    check_values,
+    number,
+    split_scale,
+    validate_tensors,
+)
 from kvlearn.kernels.launch import Workspace
 from kvlearn.kernels.operator import decode_operator, fill
 from kvlearn.kernels.options import Backend, DecodeOptions, LatentOptions
@@ -90,9 +99,11 @@ def decode_attention(
     Raises ValueError or TypeError that names the argument.
     """
     validate_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    check_caches(k_cache, v_cache)
     k_factor, k_scale = split_scale("k_scale", k_scale, k_cache)
     v_factor, v_scale = split_scale("v_scale", v_scale, v_cache)
-    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    checks.tensor("q", q, ("batch", "heads", "width"))
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else number("scale", scale)
     keys = (window, n_sinks, sink_logits, block_table, k_scale, v_scale)
     request = Request(q, None, k_cache, v_cache, lengths, scale * k_factor, *keys, out_scale=v_factor)
     return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
@@ -157,10 +168,8 @@ def decode_latent(
     """
     validate_tensors(q_latent=q_latent, q_rope=q_rope, lengths=lengths)
     cache = checks.tensor("cache", cache, ("rows", "slots", "width")).unsqueeze(1)
-    if isinstance(k_scale, Tensor) and k_scale.dim() == 2:
-        k_scale = k_scale.unsqueeze(1)
-    factor, k_scale = split_scale("k_scale", k_scale, cache)
-    scale = cache.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor, k_scale = split_scale("k_scale", k_scale, cache, latent=True)
+    scale = max(cache.shape[-1], 1) ** -0.5 if scale is None else number("scale", scale)
     keys = (window, n_sinks, sink_logits, block_table, k_scale, None)
     request = Request(q_latent, q_rope, cache, None, lengths, scale * factor, *keys, out_scale=factor)
     return _decode(request, num_splits, out, workspace, return_lse, backend, validate)
@@ -181,6 +190,7 @@ def validate_decode_inputs(
 ) -> None:
     """The checks of ``decode_attention`` with ``validate=True``; raises the same errors."""
     validate_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    check_caches(k_cache, v_cache)
     scales = (split_scale("k_scale", k_scale, k_cache)[1], split_scale("v_scale", v_scale, v_cache)[1])
     keys = (window, n_sinks, sink_logits, block_table, *scales)
     request = Request(q, None, k_cache, v_cache, lengths, 1.0, *keys)
@@ -199,6 +209,9 @@ def _decode(
     values_too: bool | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     on_cpu, tracing = request.q.device.type == "cpu", torch.compiler.is_compiling()
+    checks.instance("workspace", workspace, (Workspace, type(None)))
+    checks.instance("return_lse", return_lse, bool)
+    checks.instance("validate", values_too, (bool, type(None)))
     check_shapes(request)
     if values_too or (values_too is None and on_cpu and not tracing):
         check_values(request)
@@ -211,8 +224,8 @@ def _decode(
         out = request.q.new_empty(shape)
     else:
         checks.tensor("out", out, shape, dtype=request.q.dtype, device=request.q.device)
-        if 0 in out.stride() and out.numel() > 1:
-            raise ValueError(f"out: expected memory of its own for every number, got strides {out.stride()}")
+        if not tracing:
+            check_memory("out", out)
     rows = request.batch * request.n_heads
     if workspace is not None and not return_lse and workspace.lse.numel() >= rows:
         lse = workspace.lse[:rows].view(shape[:2])

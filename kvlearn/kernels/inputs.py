@@ -79,40 +79,71 @@ def validate_tensors(**arguments: object) -> None:
         validate.instance(name, value, Tensor)
 
 
+def check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Check the dimensions that scales are expanded to."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        validate.tensor(name, cache, ("rows or pages", "KV heads", "slots", "width"))
+
+
 def check_shapes(request: Request) -> None:
     """Check shapes, dtypes and devices. Raises ValueError or TypeError that names the argument."""
     q, k, device = request.q, request.k, request.q.device
-    validate.tensor("q", q, ("batch", "heads", "width"))
-    validate.one_of("q.dtype", q.dtype, FLOATS)
+    latent = request.v is None
+    q_name, k_name = ("q_latent", "cache") if latent else ("q", "k_cache")
+    validate.tensor(q_name, q, ("batch", "heads", "width"))
+    validate.one_of(f"{q_name}.dtype", q.dtype, FLOATS)
     batch, n_heads, width = q.shape
     for dimension, size in enumerate(q.shape):
-        validate.positive(f"q.shape[{dimension}]", size)
+        validate.positive(f"{q_name}.shape[{dimension}]", size)
     if request.q_rope is not None:
         rope = (batch, n_heads, "width")
         width += validate.tensor("q_rope", request.q_rope, rope, dtype=q.dtype, device=device).shape[2]
     rows: int | str = batch if request.block_table is None else "pages"
-    validate.tensor("k_cache", k, (rows, "KV heads", "slots", width), device=device)
-    validate.divides("k_cache.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
+    sizes = (rows, "slots", width) if latent else (rows, "KV heads", "slots", width)
+    cache = k[:, 0] if latent else k  # as it was given
+    validate.tensor(k_name, cache, sizes, device=device)
+    for dimension, size in enumerate(cache.shape[:-1]):
+        validate.positive(f"{k_name}.shape[{dimension}]", size)
+    validate.divides(f"{k_name}.shape[1] (KV heads)", k.shape[1], "heads", n_heads)
     if request.v is not None:
         validate.tensor("v_cache", request.v, (*k.shape[:3], "width"), dtype=k.dtype, device=device)
+        validate.positive("v_cache.shape[3]", request.v.shape[3])
     # fp32 holds every number of the other formats; fp16 does not hold all of bf16's.
     floats = FLOATS if q.dtype == torch.float32 else (q.dtype,)
-    validate.one_of("k_cache.dtype", k.dtype, (*floats, *QUANTISED))
-    for dimension in range(3):
-        validate.positive(f"k_cache.shape[{dimension}]", k.shape[dimension])
+    validate.one_of(f"{k_name}.dtype", k.dtype, (*floats, *QUANTISED))
     validate.tensor("lengths", request.lengths, (batch,), dtype=torch.int32, device=device)
     if request.window is not None:
         validate.positive("window", request.window)
     validate.at_least("n_sinks", request.n_sinks, 0)
     if request.sink_logits is not None:
         validate.tensor("sink_logits", request.sink_logits, (n_heads,), device=device)
+        validate.floating("sink_logits.dtype", request.sink_logits.dtype)
     if request.block_table is not None:
-        validate.tensor(
+        table = validate.tensor(
             "block_table", request.block_table, (batch, "pages"), dtype=torch.int32, device=device
         )
+        validate.positive("block_table.shape[1] (pages)", table.shape[1])
     for name, given in (("k_scale", request.k_scale), ("v_scale", request.v_scale)):
         if given is not None:
             validate.tensor(name, given, tuple(k.shape[:3]), device=device)
+            validate.floating(f"{name}.dtype", given.dtype)
+
+
+def check_memory(name: str, out: Tensor) -> None:
+    """Raise ValueError if two numbers of a tensor that is written to may share memory.
+
+    Taken by their strides, smallest first, each dimension must step over all that the ones before it reach.
+    Strides that interleave without a shared number, 2 and 3 say, are refused too.
+    """
+    reach = 0  # of the dimensions so far, in numbers from the first to the last
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError(
+                    f"{name}: expected memory of its own for every number, got shape {tuple(out.shape)} with "
+                    f"strides {out.stride()}"
+                )
+            reach += stride * (size - 1)
 
 
 def check_values(request: Request) -> None:
@@ -134,20 +165,32 @@ def check_values(request: Request) -> None:
                 )
 
 
-def split_scale(name: str, scale: float | Tensor | None, cache: Tensor) -> tuple[float, Tensor | None]:
+def number(name: str, value: float) -> float:
+    """A finite number; unchecked while ``torch.compile`` traces, when it may be a symbol."""
+    return float(value) if torch.compiler.is_compiling() else validate.in_fp32(name, value)
+
+
+def split_scale(
+    name: str, scale: float | Tensor | None, cache: Tensor, latent: bool = False
+) -> tuple[float, Tensor | None]:
     """``scale`` as (number, None), or as (1, a view in the cache's shape without its last dimension).
 
-    ``scale``: a number, one per KV head (G,), or one per key.
+    ``scale``: a number, one per KV head (G,), or one per key; of a ``latent`` cache, whose single KV head is
+    not a dimension that the caller knows, a number or one per key.
     """
     if scale is None and cache.dtype == torch.int8:
         raise ValueError(f"{name}: expected the scale of an int8 cache, got None")
     if not isinstance(scale, Tensor):
-        return 1.0 if scale is None else float(scale), None
+        return 1.0 if scale is None else number(name, scale), None
     shape = cache.shape[:3]
+    whole = (shape[0], shape[2]) if latent else tuple(shape)
+    at = 1 if scale.dim() == (2 if latent else 1) else None  # the dimension that it lacks
     try:
-        return 1.0, (scale[:, None] if scale.dim() == 1 else scale).expand(shape)
+        if latent and scale.dim() not in (0, 2):
+            raise RuntimeError
+        return 1.0, (scale if at is None else scale.unsqueeze(at)).expand(shape)
     except RuntimeError:
+        of_heads = "" if latent else f" ({shape[1]},) for the KV heads,"
         raise ValueError(
-            f"{name}: expected a number, ({shape[1]},) for the KV heads, or {tuple(shape)}; "
-            f"got shape {tuple(scale.shape)}"
+            f"{name}: expected a number,{of_heads} or {whole}; got shape {tuple(scale.shape)}"
         ) from None

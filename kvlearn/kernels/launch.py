@@ -31,6 +31,15 @@ class Workspace:
     tickets: Tensor
     lse: Tensor
 
+    def __post_init__(self) -> None:
+        for name, buffer in vars(self).items():
+            dtype = torch.int32 if name == "tickets" else torch.float32
+            validate.tensor(f"workspace.{name}", buffer, ("numbers",), dtype=dtype)
+            if not buffer.is_contiguous():
+                raise ValueError(
+                    f"workspace.{name}: expected a contiguous tensor, got stride {buffer.stride(0)}"
+                )
+
     @classmethod
     def new(
         cls, batch: int, n_heads: int, head_dim: int, max_splits: int, device: torch.device | str
@@ -39,6 +48,7 @@ class Workspace:
 
         A step uses at most ``max_splits`` splits per row.
         """
+        device = validate.device("device", device)
         validate.positive("batch", batch)
         validate.positive("n_heads", n_heads)
         slots = batch * n_heads * validate.positive("max_splits", max_splits)
@@ -53,7 +63,7 @@ class Workspace:
         """The most splits that fit this workspace."""
         rows, slots = request.batch * request.n_heads, min(self.tickets.numel(), self.part_lses.numel())
         most = min(slots // rows, self.parts.numel() // (rows * request.value_dim))
-        if most < 1 or {t.device for t in (self.parts, self.part_lses, self.tickets)} != {request.q.device}:
+        if most < 1 or {t.device for t in vars(self).values()} != {request.q.device}:
             raise ValueError(
                 f"workspace: expected room for {rows} rows of {request.value_dim} on {request.q.device}, got "
                 f"{slots} slots and {self.parts.numel()} numbers on {self.parts.device}"

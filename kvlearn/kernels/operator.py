@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvlearn.kernels.inputs import Request
+from kvlearn.kernels.inputs import Request, check_memory
 from kvlearn.kernels.launch import Workspace, launch
 from kvlearn.kernels.reference import decode_reference
 
@@ -50,7 +50,8 @@ def decode_operator(
     keys = (scale, window, n_sinks, sink_logits, block_table, k_scale, v_scale, out_scale)
     workspace = None
     if parts is not None and part_lses is not None and tickets is not None:
-        workspace = Workspace(parts, part_lses, tickets, lse)
+        workspace = Workspace(parts, part_lses, tickets, lse.flatten())
+    check_memory("out", out)  # strides may be symbols while the call is traced
     fill(Request(q, q_rope, k, v, lengths, *keys), out, lse, workspace, num_splits, backend)
 
 

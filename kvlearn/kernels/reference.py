@@ -41,7 +41,10 @@ def live_keys(request: Request, row: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def live_slots(request: Request, cache: Tensor, row: int, length: int) -> Tensor:
-    """``row``'s visible slots, in fp32: (G, N, …) from a cache (B, G, S, …) or pages (pages, G, page, …)."""
+    """``row``'s visible slots, in fp32: (G, N, …) from a cache (B, G, S, …) or pages (pages, G, page, …).
+
+    A page that does not exist counts as no slots.
+    """
     parts = []
     for live in request.live(length):
         if request.block_table is None or request.page is None:
@@ -49,7 +52,11 @@ def live_slots(request: Request, cache: Tensor, row: int, length: int) -> Tensor
         else:
             first = live.start // request.page
             pages = request.block_table[row, first : -(-live.stop // request.page)]
-            slots = cache.index_select(0, pages).transpose(0, 1).flatten(1, 2)
-            slots = slots[:, live.start - first * request.page : live.stop - first * request.page]
+            exists = (pages >= 0) & (pages < len(cache))  # no other row may be read through a wrong table
+            within = slice(live.start - first * request.page, live.stop - first * request.page)
+            slots = cache.index_select(0, pages.masked_fill(~exists, 0)).transpose(0, 1).flatten(1, 2)
+            slots = slots[:, within]
+            if not bool(exists.all()):
+                slots = slots[:, exists.repeat_interleave(request.page)[within]]
         parts.append(slots.float())
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

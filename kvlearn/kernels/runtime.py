@@ -29,7 +29,10 @@ ASSUMED_CAPABILITY = 90
 def require_triton() -> None:
     """Raise RuntimeError that says what to do, if kernels cannot run in this process."""
     if not HAS_TRITON:
-        raise RuntimeError("backend: expected 'torch', since Triton is not installed (pinned for Linux)")
+        raise RuntimeError(
+            "backend: expected 'torch', since Triton is not installed: "
+            "pip install 'kvlearn[kernels]', on Linux"
+        )
     if INTERPRETED:
         import triton.language as tl
         from triton.runtime.interpreter import InterpretedFunction

@@ -105,7 +105,6 @@ def choose_latent_tiling(
     return tiling
 
 
-@functools.lru_cache(4096)  # called at every step of every layer
 def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiprocessor: int = 2) -> int:
     """The number of splits of every row's context that keeps all multiprocessors reading.
 
@@ -115,12 +114,17 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
 
         waves · (tiles per split + START)
 
-    among those that fill one wave, and one more.
+    among those that fit one wave. (One more takes two waves of at least half the tiles, and START twice.)
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         validate.positive(name, value)
     slots = multiprocessors * validate.positive("per_multiprocessor", per_multiprocessor)
-    most = max(min(validate.at_least("tiles", tiles, 0), slots // programs + 1), 1)
+    return _choose_splits(programs, validate.at_least("tiles", tiles, 0), slots)
+
+
+@functools.lru_cache(4096)  # called at every step of every layer
+def _choose_splits(programs: int, tiles: int, slots: int) -> int:
+    most = max(min(tiles, slots // programs), 1)
 
     def time(splits: int) -> int:
         return -(-programs * splits // slots) * (-(-tiles // splits) + START)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvlearn import validate
+from kvlearn.extras import require
 from kvlearn.measure.cache_size import (
     LayerShape,
     ModelShape,
@@ -51,6 +52,8 @@ def design(layers: Sequence[str | LayerShape], model: ModelShape = MODELS["Llama
 
     The weights stay as many as they were; another mechanism's projections change them by a few percent.
     """
+    validate.instance("layers", layers, (list, tuple))
+    validate.instance("model", model, ModelShape)
     shapes = tuple(
         layer if isinstance(layer, LayerShape) else KINDS[validate.one_of("layers", layer, KINDS)]
         for layer in layers
@@ -62,6 +65,7 @@ def design(layers: Sequence[str | LayerShape], model: ModelShape = MODELS["Llama
 
 def stack(model: ModelShape) -> str:
     """How many layers of each kind: "24 state, 8 latent"."""
+    validate.instance("model", model, ModelShape)
     kinds = sorted(model.layer(i).kind for i in range(model.n_layers))
     counts = {kind: len(list(alike)) for kind, alike in groupby(kinds)}
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items(), key=lambda item: -item[1]))
@@ -74,6 +78,7 @@ def step_work(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dt
     6% too many for DeepSeek's); 2 · ``INDEX_HEADS`` per number of an index key; 4 per number of a state.
     Of a mixture of experts this counts all experts, as a large batch needs them.
     """
+    validate.instance("model", model, ModelShape)
     validate.positive("length", length)
     flops = 2.0 * model.n_parameters
     for layer in map(model.layer, range(model.n_layers)):
@@ -89,12 +94,13 @@ def step_work(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dt
 
 def step_seconds(model: ModelShape, length: int, device: Device, *, batch: int = 1) -> float:
     """The least time of one decode step: ``step_work`` on the roofline of ``device``."""
+    validate.instance("device", device, Device)
     return device.roofline.floor(step_work(model, length, batch=batch))
 
 
 def fits(model: ModelShape, length: int, memory: float, *, batch: int = 1) -> bool:
     """Whether weights and cache together need at most ``memory`` bytes."""
-    return weights_bytes(model) + cache_bytes(model, length, batch=batch) <= memory
+    return weights_bytes(model) + cache_bytes(model, length, batch=batch) <= validate.finite("memory", memory)
 
 
 def budget_table(model: ModelShape, length: int = 2**20, *, batch: int = 1) -> Table:
@@ -120,6 +126,7 @@ def budget_table(model: ModelShape, length: int = 2**20, *, batch: int = 1) -> T
 
 def budget() -> None:
     """Choose the layers, see the table: most layers are of one kind, every n-th is of another."""
+    require("ipywidgets", "budget")
     import ipywidgets as widgets
 
     lengths = [(f"{n // 1024}K" if n < 2**20 else f"{n // 2**20}M", n) for n in (2**p for p in range(12, 23))]

@@ -40,6 +40,8 @@ class LayerShape:
     beside: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("shared", "beside"):
+            validate.instance(name, getattr(self, name), bool)
         for name in ("window", "head_dim", "latent", "index_dim", "top_k", "state", "conv"):
             if (value := getattr(self, name)) is not None:
                 validate.positive(name, value)
@@ -67,7 +69,7 @@ def index_key_bytes(index_dim: int) -> int:
 
     Source: deepseek-ai/DeepSeek-V3.2-Exp, inference/model.py, Indexer.
     """
-    return index_dim + 4 * -(-index_dim // 128)
+    return validate.positive("index_dim", index_dim) + 4 * -(-index_dim // 128)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,13 @@ class ModelShape:
         for name in ("n_layers", "n_heads", "head_dim", "n_parameters", "context"):
             validate.positive(name, getattr(self, name))
         validate.divides("n_kv_heads", self.n_kv_heads, "n_heads", self.n_heads)
+        validate.instance("layers", self.layers, tuple)
         validate.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
+        for layer in self.layers:
+            validate.instance("layers", layer, LayerShape)
+        for name in ("name", "source"):
+            validate.instance(name, getattr(self, name), str)
+        validate.above("bytes_per_parameter", self.bytes_per_parameter, 0)
 
     def layer(self, index: int) -> LayerShape:
         """The shape of layer ``index``, counted from 0."""
@@ -108,6 +116,7 @@ def elements_per_token(model: ModelShape, length: int = 1) -> int:
     At the default, the first token: every layer that stores anything counts, 2 · L · G · D for plain layers.
     Numbers of index keys count too.
     """
+    validate.instance("model", model, ModelShape)
     validate.positive("length", length)
     numbers = [
         _size(model, n, "stored", lambda width: width, lambda index: index, 1) for n in (length, length - 1)
@@ -143,6 +152,7 @@ def state_bytes(model: ModelShape, *, batch: int = 1, dtype: torch.dtype = torch
 
 def weights_bytes(model: ModelShape) -> int:
     """Bytes of the released weights; of a mixture of experts, all experts."""
+    validate.instance("model", model, ModelShape)
     return round(model.n_parameters * model.bytes_per_parameter)
 
 
@@ -152,14 +162,18 @@ def users(model: ModelShape, device_bytes: float, length: int, *, dtype: torch.d
     0 where not even the weights and one sequence fit.
     """
     validate.positive("length", length)
-    left = device_bytes - weights_bytes(model)
-    return max(0, int(left // cache_bytes(model, length, dtype=dtype)))
+    left = validate.finite("device_bytes", device_bytes) - weights_bytes(model)
+    if not (stored := cache_bytes(model, length, dtype=dtype)):
+        raise ValueError("model: expected a layer that stores anything, got layers that are all shared")
+    return max(0, int(left // stored))
 
 
 def _bytes(
     model: ModelShape, length: int, what: Literal["stored", "read"], batch: int, dtype: torch.dtype
 ) -> int:
+    validate.instance("model", model, ModelShape)
     validate.at_least("length", length, 0)
+    validate.instance("dtype", dtype, torch.dtype)
     one = _size(
         model, length, what, lambda width: width * dtype.itemsize, index_key_bytes, torch.float32.itemsize
     )

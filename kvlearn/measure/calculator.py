@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from kvlearn import validate
+from kvlearn.extras import require
 from kvlearn.measure.cache_size import cache_bytes, elements_per_token, read_bytes, users, weights_bytes
 from kvlearn.measure.controls import table_with_controls
 from kvlearn.measure.models import MODELS
@@ -22,7 +24,11 @@ def memory_table(
     card: str = "80 GB",
 ) -> Table:
     """Weights and cache of ``n_users`` sequences of ``context`` tokens, and whether a card holds them."""
-    shape, dtype = MODELS[model], PRECISIONS[precision]
+    shape = MODELS[validate.one_of("model", model, MODELS)]
+    dtype = PRECISIONS[validate.one_of("precision", precision, PRECISIONS)]
+    validate.positive("context", context)
+    validate.positive("n_users", n_users)
+    validate.one_of("card", card, CARDS)
     weights = weights_bytes(shape)
     stored = cache_bytes(shape, context, batch=n_users, dtype=dtype)
     read = read_bytes(shape, context, batch=n_users, dtype=dtype)
@@ -45,6 +51,7 @@ def memory_table(
 
 def calculator() -> None:
     """Sliders above, a table below that follows them."""
+    require("ipywidgets", "calculator")
     import ipywidgets as widgets
 
     def powers(name: str, first: int, last: int, at: int) -> widgets.SelectionSlider:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvlearn.extras import require
 from kvlearn.measure.table import Table
 
 FALLBACK = "Run this cell for sliders that change the table."
@@ -15,6 +16,7 @@ def table_with_controls(controls: Mapping[str, Any], show: Callable[..., Table])
     is run, it is there as it was saved. In place of the controls GitHub shows one sentence; ipywidgets' own
     fallback is its representation as Python code.
     """
+    require("ipywidgets", "a table with controls")
     import ipywidgets as widgets
     from IPython.display import display
 

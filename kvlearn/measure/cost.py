@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlearn import validate
+from kvlearn.extras import require
 from kvlearn.measure.budget import step_work
 from kvlearn.measure.cache_size import ModelShape, cache_bytes, weights_bytes
 from kvlearn.measure.devices import DEVICES, Device
@@ -38,6 +39,11 @@ class Load:
     moved: float
     flops: float
 
+    def __post_init__(self) -> None:
+        for name in ("weights", "moved", "flops"):
+            at_least_zero(name, getattr(self, name))
+        validate.above("stored", self.stored, 0)
+
     @classmethod
     def of(cls, model: ModelShape, length: int) -> "Load":
         """By the formulas, with a 16-bit cache."""
@@ -47,9 +53,22 @@ class Load:
 
     def with_cache_divided(self, by: float) -> "Load":
         """The same model with a cache ``by`` times smaller, stored and moved; FLOPs as they were."""
-        if not by > 0:
-            raise ValueError(f"by: expected a positive number, got {by}")
+        validate.above("by", by, 0)
         return replace(self, stored=self.stored / by, moved=self.moved / by)
+
+
+def at_least_zero(name: str, value: Any) -> float:
+    """A finite number that is not negative."""
+    if validate.finite(name, value) < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return float(value)
+
+
+def part(name: str, value: Any) -> float:
+    """A part above 0, at most 1."""
+    if not 0 < validate.finite(name, value) <= 1:
+        raise ValueError(f"{name}: expected a part above 0, at most 1, got {value}")
+    return float(value)
 
 
 def measured_load(
@@ -65,14 +84,17 @@ def measured_load(
     the model, are those of ``model``, and so are the FLOPs outside the attention layers: 2 per parameter.
     Raises ValueError where the bytes were not measured at this length.
     """
+    validate.instance("model", model, ModelShape)
+    for row in validate.instance("rows", rows, (list, tuple)):
+        validate.instance("rows", row, Mapping)
     found = {
         row["what"]: row
         for row in rows
         if row.get("mechanism") == mechanism
         and row.get("length") == length
-        and row["what"] in ("stored", "read")
-        and of_model in (None, row["model"])
-        and row["measured"] is not None
+        and row.get("what") in ("stored", "read")
+        and of_model in (None, row.get("model"))
+        and row.get("measured") is not None
     }
     if len(found) < 2:
         raise ValueError(
@@ -87,16 +109,19 @@ def measured_load(
 
 def users_per_device(load: Load, memory: float, reserve: float = 0.1) -> int:
     """How many users fit beside the weights; a part ``reserve`` of the memory is left for everything else."""
-    if not 0 <= reserve < 1:
+    validate.instance("load", load, Load)
+    validate.finite("memory", memory)
+    if not 0 <= validate.finite("reserve", reserve) < 1:
         raise ValueError(f"reserve: expected a part from 0 to below 1, got {reserve}")
     return max(0, int((memory * (1 - reserve) - load.weights) // load.stored))
 
 
 def batch_step_seconds(load: Load, device: Device, users: int, efficiency: float = 1.0) -> float:
     """The least time of a step in which each of ``users`` gets one token."""
+    validate.instance("load", load, Load)
+    validate.instance("device", device, Device)
     validate.positive("users", users)
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency: expected a part above 0, at most 1, got {efficiency}")
+    part("efficiency", efficiency)
     moved = (load.weights + users * load.moved) / device.bandwidth
     return max(moved, users * load.flops / device.peak) / efficiency
 
@@ -115,22 +140,27 @@ def dollars_per_million(
 
     ``users`` served together: as many as fit unless given.
     """
-    if not 0 < busy <= 1:
-        raise ValueError(f"busy: expected a part above 0, at most 1, got {busy}")
+    validate.instance("device", device, Device)
+    at_least_zero("price", price)
+    part("busy", busy)
+    part("efficiency", efficiency)
     users = users_per_device(load, device.memory, reserve) if users is None else users
-    if users < 1:
+    if validate.at_least("users", users, 0) < 1:
         return float("inf")
     return price / 3600 * batch_step_seconds(load, device, users, efficiency) / (users * busy) * 1e6
 
 
 def devices_needed(load: Load, device: Device, users: int, reserve: float = 0.1) -> float:
     """How many devices hold so many users, each with all weights; infinite where none fits one."""
+    validate.instance("device", device, Device)
+    validate.positive("users", users)
     each = users_per_device(load, device.memory, reserve)
     return -(-users // each) if each else float("inf")
 
 
 def sharded(device: Device, n: int) -> Device:
     """``n`` devices as one: memory, bandwidth and peak added up. What they say to each other is free here."""
+    validate.instance("device", device, Device)
     validate.positive("n", n)
     return replace(
         device,
@@ -154,8 +184,13 @@ def cost_table(
 
     ``price``: dollars per hour of one device.
     """
-    card = sharded(DEVICES[validate.one_of("device", device, DEVICES)], n_devices)
-    load = Load.of(MODELS[validate.one_of("model", model, MODELS)], context)
+    card = DEVICES[validate.one_of("device", device, DEVICES)]
+    card = sharded(card, validate.positive("n_devices", n_devices))
+    shape = MODELS[validate.one_of("model", model, MODELS)]
+    load = Load.of(shape, validate.positive("context", context))
+    at_least_zero("price", price)
+    if not 1e-6 <= validate.finite("smaller", smaller) <= 1e6:
+        raise ValueError(f"smaller: expected a number from 1e-6 to 1e6, got {smaller}")
     rows = []
     for name, one in (("as it is", load), (f"{smaller:g} times smaller", load.with_cache_divided(smaller))):
         n = users_per_device(one, card.memory)
@@ -183,6 +218,7 @@ def costs() -> None:
 
     The table is an ordinary output: where no kernel runs, on GitHub for one, it stands as it was saved.
     """
+    require("ipywidgets", "costs")
     import ipywidgets as widgets
     from IPython.display import display
 
@@ -208,4 +244,8 @@ def costs() -> None:
 
 def saved_per_year(n_devices: int, price: float, part: float) -> float:
     """Dollars that a ``part`` fewer of ``n_devices`` save in a year at ``price`` dollars per hour each."""
+    validate.at_least("n_devices", n_devices, 0)
+    at_least_zero("price", price)
+    if not 0 <= validate.finite("part", part) <= 1:
+        raise ValueError(f"part: expected 0 to 1, got {part}")
     return n_devices * part * price * HOURS

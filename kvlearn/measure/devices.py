@@ -7,6 +7,7 @@ A data sheet's numbers are limits that no program reaches; what one does reach i
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvlearn import validate
 from kvlearn.measure.roofline import Roofline
 from kvlearn.measure.table import Table
 from kvlearn.measure.units import GB, TB, format_bytes_decimal, format_rate
@@ -21,6 +22,12 @@ class Device:
     bandwidth: float
     peak: float
     source: str
+
+    def __post_init__(self) -> None:
+        for name in ("name", "source"):
+            validate.instance(name, getattr(self, name), str)
+        for name in ("memory", "bandwidth", "peak"):
+            validate.above(name, getattr(self, name), 0)
 
     @property
     def roofline(self) -> Roofline:
@@ -62,6 +69,9 @@ DEVICES = {
 
 def device_table(devices: Sequence[Device] = tuple(DEVICES.values())) -> Table:
     """Memory, bandwidth, peak, the knee of the roofline and the source of each device."""
+    validate.positive("len(devices)", len(validate.instance("devices", devices, (list, tuple))))
+    for device in devices:
+        validate.instance("devices", device, Device)
     return Table(
         [
             {

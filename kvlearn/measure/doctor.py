@@ -95,7 +95,7 @@ def software() -> list[Finding]:
                 ("nbclient", f"for grading and checking notebooks: {where.env}"),
                 (
                     "transformers",
-                    "for the tests and the chapters that load real models: pip install transformers",
+                    "for the tests and the chapters that load real models: pip install 'kvlearn[hf]'",
                 ),
             )
         ),
@@ -136,6 +136,8 @@ def pins(root: Path | None = None) -> Finding:
     lines = (line.split(" #")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     pinned = [need for line in lines if line and line[0] not in "#-." and (need := parse(line)) is not None]
     unmet = [f"{n.name} {n.found or 'missing'} (pinned {n.versions})" for n in pinned if not n.met]
+    if not pinned:
+        return Finding("software", "pins", "not compared: the package packaging is not installed", "note")
     if not unmet:
         return Finding("software", "pins", f"all {len(pinned)} of requirements.txt met")
     more = f" and {len(unmet) - 3} more" if len(unmet) > 3 else ""
@@ -144,8 +146,13 @@ def pins(root: Path | None = None) -> Finding:
 
 
 def parse(line: str) -> Need | None:
-    """A line such as ``triton==3.7.1 ; sys_platform == 'linux'``; None where another system is meant."""
-    from packaging.requirements import Requirement  # comes with matplotlib
+    """A line such as ``triton==3.7.1 ; sys_platform == 'linux'``; None where another system is meant.
+
+    None as well without the package packaging, which compares versions.
+    """
+    if find_spec("packaging") is None:  # comes with JupyterLab, matplotlib and pytest
+        return None
+    from packaging.requirements import Requirement
 
     requirement = Requirement(line)
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -210,7 +217,7 @@ def kernels(triton: bool, cuda: bool, compiler: bool) -> Finding:
     """How chapter 11's Triton kernels run: compiled, interpreted, or not at all."""
     name = "chapter 11, kernels"
     if not triton:
-        value = "Triton is not there (the pinned one is for Linux): the cells without kernels run"
+        value = "Triton is missing (on Linux: pip install 'kvlearn[kernels]'): the cells without kernels run"
         return Finding("course", name, value)
     if not cuda:
         return Finding(

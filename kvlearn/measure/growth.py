@@ -35,6 +35,10 @@ def fit_exponent(
     √(Σ r² / (n - 2) / Σ (x - x̄)²), and of what ``errors`` say, √(Σ ((x - x̄) e / y)²) / Σ (x - x̄)². Raises
     ValueError for fewer than three points, values that are not positive, and lengths that are all the same.
     """
+    for name, given in (("lengths", lengths), ("values", values), ("errors", errors)):
+        if given is not None or name != "errors":
+            for number in validate.instance(name, given, Sequence):
+                validate.finite(name, number)
     validate.at_least("len(lengths)", len(lengths), 3)
     if len(values) != len(lengths):
         raise ValueError(f"values: expected {len(lengths)}, as many as lengths, got {len(values)}")
@@ -50,6 +54,8 @@ def fit_exponent(
     residuals = sum((b - middle_y - slope * (a - middle_x)) ** 2 for a, b in zip(x, y, strict=True))
     error = math.sqrt(residuals / (len(x) - 2) / spread)
     if errors is not None:
+        if len(errors) != len(values) or min(errors) < 0:
+            raise ValueError(f"errors: expected {len(values)} numbers of at least 0, got {list(errors)}")
         relative = [e / v for e, v in zip(errors, values, strict=True)]
         noise = math.sqrt(sum(((a - middle_x) * e) ** 2 for a, e in zip(x, relative, strict=True))) / spread
         error = max(error, noise)

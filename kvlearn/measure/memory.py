@@ -18,13 +18,16 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from kvlearn import validate
+
 # The profiler reads this when it first starts; below it, torch 2.13 writes a line to stderr at every start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Most bytes that ``fn()`` has allocated on ``device`` at any one moment; what it returns counts."""
-    device = torch.device(device)
+    validate.instance("fn", fn, Callable)
+    device = validate.device("device", device)
     if device.type == "cuda":
         return _peak_cuda(fn, device)
     if device.type != "cpu":

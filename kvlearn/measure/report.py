@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvlearn.measure.doctor import Finding
@@ -22,10 +23,12 @@ def print_findings(findings: Iterable[Finding], console: Console) -> None:
         if finding.section != section:
             section = finding.section
             table.add_row("", f"[bold]{section}[/]", "")
-        table.add_row(MARKS[finding.status], finding.name, finding.value)
+        table.add_row(MARKS[finding.status], escape(finding.name), escape(finding.value))
     console.print(table)
     for finding in findings:
         if finding.advice:
-            console.print(f"{MARKS[finding.status]} {finding.name}: {finding.advice}", soft_wrap=True)
+            console.print(
+                f"{MARKS[finding.status]} {escape(finding.name)}: {escape(finding.advice)}", soft_wrap=True
+            )
     if all(finding.status == "ok" for finding in findings):
         console.print("[green]Everything that the course needs is here.[/]")

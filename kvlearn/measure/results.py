@@ -9,15 +9,14 @@ leaves out, by name, what must not be compared.
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import kvlearn
+from kvlearn.files import read_json, replacing
 from kvlearn.measure.provenance import checkout, collect_provenance
 from kvlearn.measure.timing import Quartiles
 from kvlearn.measure.units import format_bytes, format_rate, format_seconds
@@ -166,17 +165,9 @@ def save(
             f"rows: expected numbers, strings, lists and dicts that JSON can hold: {error}"
         ) from None
     folder = folder or results_folders()[0]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{provenance['machine']}.json"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".json")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing("folder", path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 
@@ -266,10 +257,7 @@ def unfit_row(row: Mapping[str, Any], run: Recorded) -> str:
 
 def read(path: Path) -> Recorded:
     """One file of results, checked; ValueError names the file and what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name}: expected JSON, {error}") from None
+    content = read_json(path.name, path)
     validate(content, path)
     machine = content["provenance"]["machine"]
     if not path.stem.endswith(f"-{machine}"):

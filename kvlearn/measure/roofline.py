@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from kvlearn import validate
 from kvlearn.measure.units import GIB, MIB
 from kvlearn.measure.work import Work
 
@@ -27,6 +28,11 @@ class Roofline:
     bandwidth: float
     name: str = ""
 
+    def __post_init__(self) -> None:
+        validate.instance("name", self.name, str)
+        for name in ("peak", "bandwidth"):
+            validate.above(name, getattr(self, name), 0)
+
     @property
     def knee(self) -> float:
         """FLOPs per byte at which memory and arithmetic take equally long."""
@@ -34,10 +40,13 @@ class Roofline:
 
     def attainable(self, intensity: float) -> float:
         """The most FLOP/s at so many FLOPs per byte."""
+        if validate.finite("intensity", intensity) < 0:
+            raise ValueError(f"intensity: expected at least 0, got {intensity}")
         return min(self.peak, intensity * self.bandwidth)
 
     def floor(self, work: Work) -> float:
         """The least seconds that the work can take: all bytes moved, all FLOPs done, at the same time."""
+        validate.instance("work", work, Work)
         return max(work.flops / self.peak, work.nbytes / self.bandwidth)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvlearn import html
+from kvlearn import html, validate
 from kvlearn.measure.units import GIB, KIB
 from kvlearn.model import Decoder, ModelConfig, Spec
 
@@ -15,8 +15,11 @@ class Table:
     """Rows of text and numbers; numbers stand to the right. HTML in a notebook, text elsewhere."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
-        if not rows:
-            raise ValueError("rows: expected at least one, got none")
+        validate.positive("len(rows)", len(validate.instance("rows", rows, (list, tuple))))
+        for row in rows:
+            for column in validate.instance("rows", rows[0], Mapping):
+                if column not in validate.instance("rows", row, Mapping):
+                    raise ValueError(f"rows: expected a column {column!r} in each, got {row}")
         self.rows = [
             {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in row.items()}
             for row in rows
@@ -54,6 +57,7 @@ def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: in
     from the layers' own ``cache_bytes`` and ``read_bytes``, which the contract tests hold equal to what is
     allocated. The first two columns are what the second token of a text adds to a cache for one.
     """
+    validate.positive("len(mechanisms)", len(mechanisms))
     rows = []
     for given in mechanisms:
         pattern = given if isinstance(given, tuple) else (given,)

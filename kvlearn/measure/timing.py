@@ -29,8 +29,9 @@ class Quartiles:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quartiles":
         """Of a sequence of at least one value; between two values the quartiles interpolate linearly."""
-        if not values:
-            raise ValueError("values: expected at least one, got none")
+        validate.positive("len(values)", len(validate.instance("values", values, (list, tuple))))
+        for value in values:
+            validate.finite("values", value)
         q1, median, q3 = torch.tensor(values, dtype=torch.float64).quantile(
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
         )
@@ -38,6 +39,7 @@ class Quartiles:
 
     def scaled(self, factor: float) -> "Quartiles":
         """All three times a positive factor: a ratio of times becomes a ratio of rates."""
+        validate.above("factor", factor, 0)
         return Quartiles(self.median * factor, self.q1 * factor, self.q3 * factor, self.n)
 
 
@@ -60,6 +62,8 @@ class Comparison:
 
 def measure_time(fn: Callable[[], object], *, min_run_time: float = 0.2) -> Quartiles:
     """Seconds that one call of ``fn`` takes, from blocks of calls that fill ``min_run_time`` seconds."""
+    validate.instance("fn", fn, Callable)
+    validate.above("min_run_time", min_run_time, 0)
     # Timer would use one thread; a measurement uses what the program uses.
     clock = Timer(stmt="fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
     return Quartiles.of(clock.blocked_autorange(min_run_time=min_run_time).times)
@@ -79,8 +83,11 @@ def compare(
     The order turns from round to round, so that none always runs behind the same other.
     """
     validate.positive("rounds", rounds)
-    if not fns:
-        raise ValueError("fns: expected at least one function, got none")
+    validate.positive("len(fns)", len(validate.instance("fns", fns, Mapping)))
+    for fn in fns.values():
+        validate.instance("fns", fn, Callable)
+    if validate.finite("min_block_time", min_block_time) < 0:
+        raise ValueError(f"min_block_time: expected at least 0, got {min_block_time}")
     if calls is not None:
         validate.positive("calls", calls)
     times = {}

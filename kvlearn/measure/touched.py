@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from kvlearn import validate
+
 # Operators that copy a selection: they read as many numbers as they return.
 GATHERS = ("gather", "index", "index_select", "embedding", "take_along_dim")
 # Operators that write without reading what was there.
@@ -54,6 +56,11 @@ def touched(
     It runs without gradients. An operator that is compiled or called from elsewhere (a Triton kernel, numpy)
     is not seen.
     """
+    validate.instance("fn", fn, Callable)
+    cache, weights = (
+        [validate.instance(name, tensor, Tensor) for tensor in several(name, given)]
+        for name, given in (("cache", cache), ("weights", weights))
+    )
     counter = _Counter({"cache": cache, "weights": weights})
     # Not in inference mode, where operators are seen before they are taken apart into those that work.
     with torch.inference_mode(False), torch.no_grad(), counter:
@@ -67,6 +74,13 @@ def touched(
         counter.flops,
         counter.calls,
     )
+
+
+def several(name: str, given: Iterable[Tensor]) -> Iterable[Tensor]:
+    """``given``, if it is a collection; a tensor by itself would be taken apart."""
+    if isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected several tensors, got a Tensor")
+    return validate.instance(name, given, Iterable)
 
 
 def view_bytes(tensor: Tensor) -> int:

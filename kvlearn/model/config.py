@@ -119,6 +119,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
             validate.positive(name, getattr(self, name))
+        for name in ("embed_norm", "tied", "mlp_bias", "head_bias"):
+            validate.instance(name, getattr(self, name), bool)
+        for name, kind in (("rope", RopeConfig), ("experts", MoEConfig)):
+            validate.instance(name, getattr(self, name), (kind, type(None)))
         if self.head_dim is not None:
             validate.positive("head_dim", self.head_dim)
         if self.d_ff is not None:
@@ -126,12 +130,20 @@ class ModelConfig:
         validate.one_of("norm", self.norm, ("rms", "layer"))
         validate.one_of("norms", self.norms, ("pre", "post", "both"))
         validate.one_of("activation", self.activation, ACTIVATIONS)
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ValueError(f"logit_softcap: expected a number above 0, got {self.logit_softcap}")
+        if validate.finite("norm_eps", self.norm_eps) < 0:
+            raise ValueError(f"norm_eps: expected 0 or more, got {self.norm_eps}")
+        validate.in_fp32("embed_scale", self.embed_scale)
+        if self.logit_softcap is not None:
+            validate.above("logit_softcap", validate.in_fp32("logit_softcap", self.logit_softcap), 0)
+        if self.pad_token is not None:
+            _integer("pad_token", self.pad_token)
         for name in ("dense_layers", "stop_tokens"):
+            for number in _sequence(name, getattr(self, name)):
+                _integer(name, number)
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for layer in self.dense_layers:
             validate.one_of("dense_layers", layer, range(self.n_layers))
+        _sequence("layers", self.layers)
         validate.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
         pattern = tuple(layer if isinstance(layer, Spec) else Spec(layer) for layer in self.layers)
         if not pattern:
@@ -189,6 +201,15 @@ class ModelConfig:
             for name, options in plain["layers"]
         )
         return cls(**fields)
+
+
+def _sequence(name: str, value: Any) -> Sequence[Any]:
+    """A list or tuple; a text would be taken for its letters."""
+    return validate.instance(name, value, (list, tuple))
+
+
+def _integer(name: str, value: Any) -> int:
+    return validate.at_least(name, value, -(2**63))
 
 
 def _frozen(value: Any) -> Any:

@@ -5,7 +5,8 @@ the embedding. ``ModelConfig`` has what other models do instead. The cache of th
 layers' caches.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -101,6 +102,19 @@ class DecoderCache:
             cache.reset()
 
 
+def tie_loaded(decoder: nn.Module, _: Any) -> None:
+    """Called after ``load_state_dict``, which with ``assign=True`` replaces every parameter."""
+    assert isinstance(decoder, Decoder)
+    decoder.tie()
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; those on "meta" hold none."""
+    if a.is_meta or b.is_meta:
+        return True
+    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
 class Decoder(nn.Module):
     """Tokens in, logits of the next token out; with a cache, the tokens continue the sequence in it."""
 
@@ -126,8 +140,30 @@ class Decoder(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5)
         for mixer in self.mixers:
             mixer.initialise()
-        if config.tied:
+        self.tie()
+        self.register_load_state_dict_post_hook(tie_loaded)
+
+    def tie(self) -> None:
+        """Make output and embedding one matrix, if ``config.tied``; what replaces parameters parts them."""
+        if self.config.tied:
             self.head.weight = self.embed.weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """With ``config.tied`` the output's matrix may be missing; it may not differ from the embedding's."""
+        embed, head = (state_dict.get(f"{prefix}{name}.weight") for name in ("embed", "head"))
+        if self.config.tied and isinstance(embed, Tensor):
+            if isinstance(head, Tensor) and not equal(embed, head):
+                raise ValueError(
+                    "state_dict: expected head.weight equal to embed.weight, since config.tied makes them one"
+                )
+            state_dict[f"{prefix}head.weight"] = embed
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        """Moves or converts all tensors; ``to_empty`` makes a new parameter for each name of a shared one."""
+        super()._apply(fn, recurse)
+        self.tie()
+        return self
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -150,9 +186,8 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "B T M"]:
         """The last layer's output for each token, normalised: all of ``forward`` but ``logits``."""
         validate.tensor("tokens", tokens, ("batch", "time"), device=self.embed.weight.device)
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
-        if tokens.device.type == "cpu" and tokens.numel():  # elsewhere a look at the values would synchronise
+        validate.integers("tokens", tokens)
+        if tokens.numel() and validate.may_read(tokens):
             least, most = (int(bound) for bound in tokens.aminmax())
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(f"tokens: expected 0 to {self.config.vocab_size - 1}, got {least} to {most}")
@@ -163,7 +198,8 @@ class Decoder(nn.Module):
             lengths = [owner.length for owner in cache.owners]
             if len(set(lengths)) > 1:  # a forward was interrupted between two layers
                 raise ValueError(f"cache: expected layers of one length, got {lengths}; reset it")
-        x, shared = self.embed(tokens.long()), dict[int, KV]()
+        shared: dict[int, KV] = {}
+        x = self.embed(tokens.long())
         if self.config.embed_scale != 1:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded to it, as when trained
         x = self.embed_norm(x)
@@ -238,8 +274,18 @@ class Decoder(nn.Module):
         ]
         return BytesTable(layers, lengths)
 
-    def generate(self, tokens: Int[Tensor, "B T"], n_new: int, **options: Any) -> Int[Tensor, "B _"]:
-        """``tokens`` continued by up to ``n_new``; see ``kvlearn.model.generation`` for the options."""
+    @overload
+    def generate(self, tokens: Tensor, n: int, **options: Any) -> Tensor: ...
+
+    @overload
+    def generate(self, tokens: Sequence[Any], n: int, **options: Any) -> list[Tensor]: ...
+
+    def generate(self, tokens: Tensor | Sequence[Any], n: int, **options: Any) -> Tensor | list[Tensor]:
+        """``tokens``, or each prompt of a list, continued by up to ``n``: ``kvlearn.model.generate``.
+
+        Options: ``temperature``, ``top_k``, ``top_p``, ``stop``, ``seed``, ``chunk``, ``use_cache`` and
+        ``progress``.
+        """
         from kvlearn.model.generation import generate
 
-        return generate(self, tokens, n_new, **options)
+        return generate(self, tokens, n, **options)

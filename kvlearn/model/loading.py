@@ -5,7 +5,6 @@ files: nothing is copied but what is stored in another form, such as fused proje
 a model in memory are copied once, so that the two models are independent. Pickled weights are never loaded.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvlearn.extras import require
+from kvlearn.files import read_json
 from kvlearn.model.config import ModelConfig
 from kvlearn.model.decoder import Decoder
 from kvlearn.model.families import FAMILIES, Family, check_sizes
@@ -87,10 +88,11 @@ def read_folder(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"model_or_path: no folder at {folder}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model_or_path: no config.json in {folder}")
-    fields = read_json(folder / "config.json")
+    fields = read_object(folder / "config.json")
     check_family(fields.get("model_type"))
     if fields.get("quantization_config") is not None:
         raise ValueError("config.json: quantization_config is not supported, expected unquantised weights")
+    require("transformers", "from_transformers of a folder")
     from transformers import AutoConfig
 
     try:
@@ -98,7 +100,7 @@ def read_folder(folder: Path) -> Checkpoint:
     except Exception as error:  # their validation has many types of error
         raise ValueError(f"config.json: transformers refuses it: {error}") from error
     generation = folder / "generation_config.json"
-    ends = read_json(generation) if generation.is_file() else {}
+    ends = read_object(generation) if generation.is_file() else {}
     stop, pad = (ends.get(name, getattr(config, name, None)) for name in ("eos_token_id", "pad_token_id"))
     return Checkpoint(config, dict(read_files(files_of(folder))), stop, pad, False)
 
@@ -111,21 +113,19 @@ def stop_tokens(given: Any) -> tuple[int, ...]:
     return tokens
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: expected JSON: {error}") from error
+    content = read_json(f"model_or_path: {path}", path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name}: expected a JSON object, got {type(content).__name__}")
+        kind = type(content).__name__
+        raise ValueError(f"model_or_path: {path}: expected a JSON object, got {kind}")
     return content
 
 
 def files_of(folder: Path) -> list[Path]:
     """The safetensors files of a model: those that its index names, or all."""
     if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
+        names = read_object(folder / INDEX).get("weight_map")
         texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
         if not names or not texts:
             raise ValueError(f"{INDEX}: expected a weight_map of tensor names to files, got {names!r}")
@@ -322,9 +322,7 @@ def check_shape(source: str, piece: Tensor, expected: torch.Size) -> None:
 
 def assign(decoder: Decoder, weights: Mapping[str, Tensor]) -> Decoder:
     """``weights`` as the parameters of a decoder on "meta", without a copy."""
-    decoder.load_state_dict(dict(weights), strict=False, assign=True)  # strict would require the tied head
-    if decoder.config.tied:
-        decoder.head.weight = decoder.embed.weight
+    decoder.load_state_dict(dict(weights), assign=True)
     device = decoder.embed.weight.device
 
     def materialise(t: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("n_experts", "top_k", "d_ff", "n_groups", "topk_groups", "group_best"):
             validate.positive(name, getattr(self, name))
+        for name in ("normalise", "correction", "shared_gate", "bias"):
+            validate.instance(name, getattr(self, name), bool)
         validate.at_least("d_ff_shared", self.d_ff_shared, 0)
         validate.one_of("routing", self.routing, ("softmax", "sigmoid"))
         validate.divides("n_groups", self.n_groups, "n_experts", self.n_experts)
@@ -81,10 +83,12 @@ class MoEConfig:
         validate.at_most("top_k", self.top_k, self.topk_groups * in_group, "experts in the chosen groups")
         if self.shared_gate and not self.d_ff_shared:
             raise ValueError("shared_gate: expected d_ff_shared above 0 with it, got 0")
-        if not self.sum_eps >= 0:
+        for name in ("scaling", "alpha"):
+            object.__setattr__(self, name, validate.in_fp32(name, getattr(self, name)))
+        if validate.in_fp32("sum_eps", self.sum_eps) < 0:
             raise ValueError(f"sum_eps: expected at least 0, got {self.sum_eps}")
-        if self.limit is not None and self.limit <= 0:
-            raise ValueError(f"limit: expected a number above 0, got {self.limit}")
+        if self.limit is not None:
+            validate.above("limit", validate.in_fp32("limit", self.limit), 0)
 
 
 class ExpertLinear(nn.Module):
@@ -131,7 +135,8 @@ class MoE(nn.Module):
             return x
         flat = x.flatten(0, 1)
         weights, chosen = self.route(flat)
-        y = self.dispatch(flat, weights.to(x.dtype), chosen).view_as(x)
+        dispatch = self.dispatch_captured if torch.compiler.is_compiling() else self.dispatch
+        y = dispatch(flat, weights.to(x.dtype), chosen).view_as(x)
         if self.shared is None:
             return y
         shared = self.shared(x)
@@ -153,7 +158,7 @@ class MoE(nn.Module):
         chosen = choice.topk(c.top_k, dim=-1).indices
         if self.training:
             self.balance_loss = load_balancing_loss(scores, chosen)
-            self.load = chosen.flatten().bincount(minlength=c.n_experts)
+            self.load = tokens_per_expert(chosen, c.n_experts)
         weights = scores.gather(1, chosen)
         if c.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + c.sum_eps)
@@ -171,7 +176,29 @@ class MoE(nn.Module):
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (N, k, M)
         return (weights[:, None] @ y).squeeze(1)
 
-    def activate(self, gate_up: Float[Tensor, "n twoF"]) -> Float[Tensor, "n F"]:
+    def dispatch_captured(
+        self, x: Float[Tensor, "N M"], weights: Float[Tensor, "N k"], chosen: Int[Tensor, "N k"]
+    ) -> Float[Tensor, "N M"]:
+        """``dispatch`` in one graph, where the number of tokens per expert is not known.
+
+        As many tokens as a step has read the weights of their experts alone; with more, all experts compute
+        every token: n_experts / top_k times the FLOPs of ``dispatch``.
+        """
+        up, down, E = self.gate_up_proj, self.down_proj, self.config.n_experts
+        if chosen.numel() <= E:
+            gate_up = (up.weight[chosen] @ x[:, None, :, None]).squeeze(-1)  # (N, k, 2F)
+            gate_up = gate_up if up.bias is None else gate_up + up.bias[chosen]
+            out = (down.weight[chosen] @ self.activate(gate_up)[..., None]).squeeze(-1)
+            out = out if down.bias is None else out + down.bias[chosen]
+            return (weights[:, None] @ out).squeeze(1)
+        gate_up = x @ up.weight.mT  # (E, N, 2F)
+        gate_up = gate_up if up.bias is None else gate_up + up.bias[:, None]
+        out = self.activate(gate_up) @ down.weight.mT
+        out = out if down.bias is None else out + down.bias[:, None]
+        shares = weights.new_zeros(len(x), E).scatter(1, chosen, weights)
+        return torch.einsum("ne,enm->nm", shares, out)
+
+    def activate(self, gate_up: Float[Tensor, "... twoF"]) -> Float[Tensor, "... F"]:
         """silu(gate) · up, or its clamped form."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.config.limit is None:
@@ -237,6 +264,12 @@ class MoE(nn.Module):
         self.correction += rate * (load.mean() - load).sign()
 
 
+def tokens_per_expert(chosen: Int[Tensor, "N k"], n_experts: int) -> Int[Tensor, "E"]:
+    """How many tokens have chosen each expert."""
+    each = chosen.flatten()
+    return each.new_zeros(n_experts).scatter_add(0, each, torch.ones_like(each))
+
+
 def load_balancing_loss(scores: Float[Tensor, "N E"], chosen: Int[Tensor, "N k"]) -> Float[Tensor, ""]:
     """E · Σ_e f_e P_e: k if every expert has equally many tokens, E if one of them has all.
 
@@ -246,7 +279,7 @@ def load_balancing_loss(scores: Float[Tensor, "N E"], chosen: Int[Tensor, "N k"]
     equations 4 to 6, for one expert per token; for k as in Mixtral's code in transformers.
     """
     n_tokens, E = scores.shape
-    share = chosen.flatten().bincount(minlength=E).to(scores.dtype) / n_tokens
+    share = tokens_per_expert(chosen, E).to(scores.dtype) / n_tokens
     return E * (share * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
 
 
@@ -256,6 +289,7 @@ def balance_loss(model: nn.Module) -> Float[Tensor, ""]:
     A training loop adds it to its loss, times a small factor: 0.01 in Switch Transformers. Raises
     ValueError if there was no forward pass in training mode, or there is no mixture.
     """
+    validate.instance("model", model, nn.Module)
     losses = [part.balance_loss for part in model.modules() if isinstance(part, MoE)]
     if not losses or any(loss is None for loss in losses):
         raise ValueError("model: expected mixtures of experts after a forward pass in training mode")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kvlearn import validate
 from kvlearn.attention.core import Partial, finite, grouped_partial, merge, merge_heads, split_heads, upcast
@@ -105,7 +106,7 @@ class Attended:
 
     def __init__(self, q: Float[Tensor, "B H T D"], scale: float, block: int) -> None:
         self.q, self.scale, self.block = q, scale, block
-        self.out = torch.zeros_like(upcast(q))
+        self.out = wide_zeros(q)
         self.lse = torch.full(q.shape[:3], -torch.inf, dtype=self.out.dtype, device=q.device)
 
     def add(
@@ -146,7 +147,7 @@ class Gradients:
     ) -> None:
         self.q, self.lse, self.d_out, self.scale, self.block = q, finite(lse), upcast(d_out), scale, block
         self.delta = (self.d_out * out).sum(-1)
-        self.d_q = torch.zeros_like(upcast(q))
+        self.d_q = wide_zeros(q)
 
     def add(
         self,
@@ -176,6 +177,11 @@ class Gradients:
         return d_kv
 
 
+def wide_zeros(x: Tensor) -> Tensor:
+    """Zeros of the shape of ``x`` in fp32 at least, for a sum over many blocks."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def pool_rows(x: Float[Tensor, "B H T N"], n_kv_heads: int) -> Float[Tensor, "B G nT N"]:
     """The query heads of each KV head as the rows of one matrix."""
     return x.reshape(len(x), n_kv_heads, -1, x.shape[-1])
@@ -194,6 +200,7 @@ class _Blockwise(torch.autograd.Function):
         return attended.out.to(q.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *d_outs: Tensor) -> tuple[Any, ...]:
         queries, keys, rule, scale, block, lengths = ctx.options
         q, k, v, out, lse = ctx.saved_tensors
@@ -216,9 +223,10 @@ def blockwise_attention(
     """softmax(q kᵀ · scale) v over the keys that ``rule`` shows, a tile of ``block`` x ``block`` at a time.
 
     Keys are at positions 0 … S - 1, ``queries`` are the positions of the queries (the last T of S unless
-    given). ``lengths`` are the tokens of each row of the batch; what lies behind is padding. H query heads
-    read G KV heads; a query that sees no key gets 0. Memory beside inputs and outputs: O(block²), in the
-    gradient too. Raises ValueError that names the argument.
+    given; -1 is padding). ``lengths`` are the tokens of each row of the batch; what lies behind is padding.
+    Whatever padding holds, NaN too, has no effect, and its gradient is 0. H query heads read G KV heads; a
+    query that sees no key gets 0. Memory beside inputs and outputs: O(block²), in the gradient too (with
+    padding a copy of the inputs more). Raises ValueError that names the argument.
     """
     check_heads(q, k, v)
     S, T = k.shape[2], q.shape[2]
@@ -231,9 +239,28 @@ def blockwise_attention(
         validate.tensor("lengths", lengths, (len(q),))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys = torch.arange(S, device=k.device)
+    no_query, no_key = padding_at(queries, lengths), padding_at(keys, lengths)
+    q, k, v = without(q, no_query), without(k, no_key), without(v, no_key)
     options = queries, keys, rule or Rule(), scale, validate.positive("block", block), lengths
     out: Tensor = _Blockwise.apply(q, k, v, *options)
-    return out
+    return without(out, no_query)
+
+
+def padding_at(
+    positions: Int[Tensor, "T"], lengths: Int[Tensor, "B"] | None = None
+) -> Bool[Tensor, "#B 1 T 1"] | None:
+    """True in slots that hold no token of their row; None where every slot holds one."""
+    empty = (positions == PADDING)[None]
+    if lengths is not None:
+        empty = empty | (positions >= lengths[:, None])
+    return empty[:, None, :, None] if bool(empty.any()) else None
+
+
+def without(
+    x: Float[Tensor, "B H T D"], padding: Bool[Tensor, "#B 1 T 1"] | None
+) -> Float[Tensor, "B H T D"]:
+    """``x`` with 0 in its padding, and in the padding of its gradient: a weight of 0 times NaN is NaN."""
+    return x if padding is None else x.masked_fill(padding, 0.0)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -251,7 +278,8 @@ def blockwise_layer(layer: Block, x: Float[Tensor, "B T M"], block: int = 512) -
 
     The same numbers and gradients as ``layer(x, None, {})``. Keys and values of all tokens are kept; queries,
     scores and the hidden numbers of the feed-forward exist for one block, and are computed again for the
-    gradient. Raises TypeError for a layer whose mechanism is not ``full`` or ``gqa`` with its own keys.
+    gradient; gradients are summed in fp32 at least. A mixture of experts leaves the ``balance_loss`` of one
+    block only. Raises TypeError for a layer whose mechanism is not ``full`` or ``gqa`` with its own keys.
     Source: Liu & Abbeel, "Blockwise Parallel Transformer for Large Context Models" (2023), section 3.
     """
     mixer = layer.mixer
@@ -278,13 +306,14 @@ class _BlockwiseLayer(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     @torch.enable_grad()
     def backward(ctx: Any, *d_ys: Tensor) -> tuple[Any, ...]:
         layer, block, (d_y,) = ctx.layer, ctx.block, d_ys
         x, k, v, *weights = ctx.saved_tensors
         at = torch.arange(x.shape[1], device=x.device)
-        d_x, d_k, d_v = torch.zeros_like(x), torch.zeros_like(k), torch.zeros_like(v)
-        d_weights = [torch.zeros_like(weight) for weight in weights]
+        d_x, d_k, d_v = (wide_zeros(z) for z in (x, k, v))
+        d_weights = [wide_zeros(weight) for weight in weights]
 
         def add(
             outputs: Sequence[Tensor], d_outputs: Sequence[Tensor], to: Sequence[tuple[Tensor, Tensor]]
@@ -304,8 +333,9 @@ class _BlockwiseLayer(torch.autograd.Function):
             add([y], [d_y[:, b]], to)
         for b in slices(x.shape[1], block):
             part = x[:, b].detach().requires_grad_()
-            add(project(layer, part, at[b]), [d_k[:, :, b], d_v[:, :, b]], [(part, d_x[:, b])])
-        return None, None, d_x, *d_weights
+            d_kv = [z[:, :, b].to(k.dtype) for z in (d_k, d_v)]
+            add(project(layer, part, at[b]), d_kv, [(part, d_x[:, b])])
+        return None, None, *(d.to(z.dtype) for d, z in zip((d_x, *d_weights), (x, *weights), strict=True))
 
 
 def project(

@@ -55,8 +55,9 @@ def tree_merge(part: Partial, group: Any = None, log: Log | None = None) -> Part
 class ShardedKVCache(Cache):
     """This rank's part of a cache of keys and values.
 
-    The prompt's tokens lie as ``layout`` says; of the new ones each goes to the rank that has the fewest.
-    ``slot_positions`` says which token each slot holds, -1 for none.
+    The prompt's tokens lie as ``layout`` says; of the new ones each goes to the rank that has the fewest. All
+    are kept, whatever the window of the layer. ``slot_positions`` says which token each slot holds, -1 for
+    none.
     """
 
     can_trim = False
@@ -64,7 +65,7 @@ class ShardedKVCache(Cache):
     def __init__(
         self,
         batch: int,
-        n_heads: int,
+        n_kv_heads: int,
         max_len: int,
         head_dim: int,
         layout: Layout,
@@ -76,7 +77,7 @@ class ShardedKVCache(Cache):
         validate.at_most("layout.n_tokens", layout.n_tokens, max_len, "max_len")
         self.layout, self.rank, self.counts = layout, rank, layout.world * [0]
         slots = max(layout.per_rank, -(-max_len // layout.world))
-        self.k = torch.zeros(batch, n_heads, slots, head_dim, dtype=dtype, device=device)
+        self.k = torch.zeros(batch, n_kv_heads, slots, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.slot_positions = torch.full((slots,), PADDING, device=device)
 
@@ -94,6 +95,8 @@ class ShardedKVCache(Cache):
             raise ValueError(f"cache: expected an empty one for the prompt, got {self.length} tokens")
         positions = [self.layout.positions(rank) for rank in range(self.layout.world)]
         C = self.layout.per_rank
+        for name, x in (("k", k), ("v", v)):
+            validate.tensor(name, x, tuple(self.k[:, :, :C].shape))
         self.k[:, :, :C], self.v[:, :, :C] = k.detach(), v.detach()
         self.slot_positions[:C] = positions[self.rank]
         self.counts = [int((at > PADDING).sum()) for at in positions]
@@ -102,6 +105,8 @@ class ShardedKVCache(Cache):
     def append(self, k: Float[Tensor, "B G 1 D"], v: Float[Tensor, "B G 1 D"]) -> None:
         """Write one new token, on the rank that has the fewest; the others only count it."""
         self.check_room(1)
+        for name, x in (("k", k), ("v", v)):
+            validate.tensor(name, x, tuple(self.k[:, :, :1].shape))
         taker = self.counts.index(min(self.counts))
         if taker == self.rank:
             slot = self.counts[taker]

@@ -26,7 +26,9 @@ class ParallelDecoder(nn.Module):
     """``decoder`` with its tokens spread over the ranks of ``group``.
 
     Takes layers of ``full``, ``gqa`` and ``window`` (without sinks), each with keys of its own. Every rank
-    gets all ``tokens`` and computes its slots of them. Raises ValueError that names the first other layer.
+    gets all ``tokens`` and computes its slots of them. The cache of a window layer keeps all tokens here, and
+    the ``balance_loss`` of a mixture of experts is not added up. Raises ValueError that names the first
+    other layer.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class ParallelDecoder(nn.Module):
         """Logits of this rank's slots of all ``tokens``; with empty ``caches`` it also fills these."""
         layout = self.layout(tokens.shape[1])
         positions = layout.positions(self.rank).to(tokens.device)
-        x = self.decoder.embed_norm(self.decoder.embed(layout.shard(tokens, self.rank)))
+        x = self.embed(layout.shard(tokens, self.rank))
         for number, block in enumerate(self.blocks):
             mixer: Any = block.mixer
             q, k, v = heads_of(mixer, block.mixer_norm(x), positions.clamp_min(0))
             if caches is not None:
+                if caches[number].layout != layout:
+                    raise ValueError(f"caches: expected {layout}, got {caches[number].layout}")
                 caches[number].append_prompt(k, v)
             options = {"block": self.block, "group": self.group, "log": self.log}
             heads = ring_attention(q, k, v, layout, rule_of(mixer), **options)
@@ -72,10 +76,17 @@ class ParallelDecoder(nn.Module):
             x = feed_forward(block, x)
         return self.decoder.logits(self.decoder.norm(x))
 
+    def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        """What the first layer gets, as in ``Decoder.hidden``."""
+        x, scale = self.decoder.embed(tokens.long()), self.decoder.config.embed_scale
+        if scale != 1:
+            x = x * torch.tensor(scale, dtype=x.dtype)
+        return self.decoder.embed_norm(x)
+
     def loss(self, tokens: Int[Tensor, "B N"]) -> Float[Tensor, ""]:
         """This rank's share of the mean cross-entropy of all next tokens, in nats; the shares add up."""
-        layout = self.layout(tokens.shape[1])
-        at = layout.positions(self.rank)
+        validate.at_least("tokens.shape[1] (time)", tokens.shape[1], 2)
+        at = self.layout(tokens.shape[1]).positions(self.rank).to(tokens.device)
         has_next = (at > PADDING) & (at < tokens.shape[1] - 1)
         logits = self(tokens)[:, has_next]
         targets = tokens[:, at[has_next] + 1]
@@ -83,13 +94,18 @@ class ParallelDecoder(nn.Module):
         return total / (len(tokens) * (tokens.shape[1] - 1))
 
     def backward(self, tokens: Int[Tensor, "B N"]) -> float:
-        """Gradients of the mean loss, summed over the ranks, in every weight; returns the loss."""
+        """Add the gradients of the mean loss, summed over the ranks, to every weight's; returns the loss."""
         loss = self.loss(tokens)
-        loss.backward()
-        shown = loss.detach().clone()
-        for x in (shown, *(p.grad for p in self.parameters() if p.grad is not None)):
-            dist.all_reduce(x, group=self.group)
-        return float(shown)
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, grad in zip(weights, grads, strict=True):
+            if grad is not None:
+                grad = grad.contiguous()
+                dist.all_reduce(grad, group=self.group)
+                weight.grad = grad if weight.grad is None else weight.grad + grad
+        whole = loss.detach().clone()
+        dist.all_reduce(whole, group=self.group)
+        return float(whole)
 
     def new_caches(self, batch: int, max_len: int, n_prompt: int) -> list[ShardedKVCache]:
         """Empty caches for this rank's part of ``max_len`` tokens, the first ``n_prompt`` fed together."""
@@ -113,8 +129,8 @@ class ParallelDecoder(nn.Module):
         n_prompt = tokens.shape[1]
         caches = self.new_caches(len(tokens), n_prompt + n_new, n_prompt)
         logits = self(tokens, caches)
-        last = self.layout(n_prompt).positions(self.rank) == n_prompt - 1
-        new = torch.zeros(len(tokens), 1, dtype=tokens.dtype)
+        last = (self.layout(n_prompt).positions(self.rank) == n_prompt - 1).to(tokens.device)
+        new = torch.zeros_like(tokens[:, :1])
         if bool(last.any()):
             new = logits[:, last].argmax(-1).to(tokens.dtype)
         dist.all_reduce(new, group=self.group)  # all others have zeros
@@ -125,10 +141,11 @@ class ParallelDecoder(nn.Module):
 
     def step(self, new: Int[Tensor, "B 1"], caches: list[ShardedKVCache]) -> Float[Tensor, "B 1 V"]:
         """Logits after one new token per row, which every rank computes; only the cache is spread out."""
-        x = self.decoder.embed_norm(self.decoder.embed(new))
+        validate.tensor("new", new, ("batch", 1))
+        x = self.embed(new)
         for block, cache in zip(self.blocks, caches, strict=True):
             mixer: Any = block.mixer
-            q, k, v = heads_of(mixer, block.mixer_norm(x), torch.tensor([cache.length]))
+            q, k, v = heads_of(mixer, block.mixer_norm(x), torch.tensor([cache.length], device=new.device))
             cache.append(k, v)
             heads = cache.attend(q, rule_of(mixer), self.group, self.log)
             x = x + block.mixer_post_norm(mixer.o_proj(merge_heads(heads)))

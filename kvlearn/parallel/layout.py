@@ -79,6 +79,12 @@ class Layout:
         """The inverse of ``shard``: the slots of all ranks, in order of the tokens, without padding."""
         if len(parts) != self.world:
             raise ValueError(f"parts: expected {self.world}, one per rank, got {len(parts)}")
+        for rank, part in enumerate(parts):
+            if part.shape[dim] != self.per_rank:
+                raise ValueError(
+                    f"parts: expected {self.per_rank} slots on dimension {dim}, got {part.shape[dim]} "
+                    f"of rank {rank}"
+                )
         positions = torch.cat([self.positions(rank) for rank in range(self.world)])
         slots = positions.argsort(stable=True)[-self.n_tokens :]  # padding, -1, comes first
         return torch.cat(list(parts), dim).index_select(dim, slots.to(parts[0].device))

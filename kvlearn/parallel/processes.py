@@ -1,14 +1,14 @@
 """Start processes that work together, from a notebook or a test, and end all of them when one fails.
 
 ``torchrun`` does this on the command line. Here the processes are children of the notebook's kernel: each
-imports ``function`` by name, meets the others through a file, and gives back what the function returns.
+imports ``function`` by name, meets the others through a file, and gives back what the function returns. They
+are forked from a server that has imported kvlearn and computed nothing, so that only the first run pays for
+the import.
 """
 
-import ctypes
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import time
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ import torch.distributed as dist
 
 from kvlearn import validate
 from kvlearn.parallel.ring import PeerLost
+
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PRELOADED = ["kvlearn.parallel.decoder", "kvlearn.parallel.demo"]
 
 
 class RankFailed(RuntimeError):
@@ -35,10 +39,16 @@ def launch(function: Callable[..., Any], world: int, *args: Any, seconds: float 
 
     ``function`` must be importable (not defined in a notebook), ``args`` picklable. A rank that does not
     answer another for ``seconds`` ends the run, and so does one that dies: RankFailed names the first cause,
-    after all processes have ended. ``seconds`` also bounds the start.
+    after all processes have ended. ``seconds`` also bounds the start. The environment of the processes is
+    that of the first run. Raises ValueError for a function of a notebook.
     """
     validate.positive("world", world)
-    context = multiprocessing.get_context("spawn")
+    if function.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+        raise ValueError(
+            f"function: expected one that other processes can import, got {function.__name__} of a notebook"
+        )
+    context: Any = multiprocessing.get_context(METHOD)
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
@@ -88,7 +98,10 @@ def _collect(pipes: Sequence[Connection], processes: Sequence[Any]) -> list[Any]
             end = time.monotonic() + 1.0
     if not failures:
         return [results[rank] for rank in range(len(pipes))]
-    rank, (_, message) = min(failures.items(), key=lambda item: item[1][0])
+    rank, (distance, message) = min(failures.items(), key=lambda item: item[1][0])
+    silent = ", ".join(f"rank {other}" for other in open_pipes.values())
+    if distance == 2 and silent:  # all others only say that they have waited in vain
+        raise RankFailed(f"{silent}: no answer within the time; rank {rank}: {message}")
     raise RankFailed(f"rank {rank}: {message}")
 
 
@@ -104,17 +117,18 @@ def _work(
     def say(kind: str, value: Any) -> None:
         pipe.send_bytes(pickle.dumps((kind, value)))  # a tensor by value: this process ends at once
 
-    die_with_parent()
+    end_with_parent()
     torch.set_num_threads(1)
     try:
         start(rank, world, seconds, f"file://{folder / 'meet'}")
         result = function(*args)
         dist.barrier()
         say("result", result)
-    except PeerLost as error:
-        say("lost", str(error))
     except BaseException as error:
-        say("error", "".join(traceback.format_exception_only(error)).strip())
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        lost = isinstance(error, PeerLost) or os.path.join("torch", "distributed") in where
+        told = str(error) if isinstance(error, PeerLost) else traceback.format_exception_only(error)
+        say("lost" if lost else "error", "".join(told).strip())
     pipe.close()
     os._exit(0)  # the group's threads may wait for a rank that is gone
 
@@ -132,11 +146,12 @@ def start(rank: int, world: int, seconds: float, init_method: str = "env://") ->
         raise PeerLost(f"not all of {world} ranks came within {seconds:g} s: {error}") from error
 
 
-def die_with_parent() -> None:
-    """Let the system end this process when its parent ends, however that ends (Linux only)."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:  # it ended before
-            os._exit(1)
+def end_with_parent() -> None:
+    """Let this process end when the one that launched it ends, however that ends."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

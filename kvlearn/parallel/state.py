@@ -22,18 +22,18 @@ def pass_state(
 ) -> Float[Tensor, "B C M"]:
     """``layer`` on a sequence in contiguous order, of which each rank has its part ``x``; no gradient.
 
-    Every rank but the last sends its state once. Raises TypeError for a layer whose cache is not a state.
+    The parts may differ in length, and be empty. Every rank but the last sends its state once. Raises
+    TypeError for a layer whose cache is not a state, and PeerLost.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     messages, log = Messages(group), log or Log()
-    cache = layer.new_cache(len(x), world * x.shape[1])
+    cache = layer.new_cache(len(x), max(1, x.shape[1]))  # for this part: a state has no positions
     if not isinstance(cache, StateCache):
         raise TypeError(f"layer: expected a recurrence, got {layer.label}")
     if rank:
-        cache.advance(rank * x.shape[1])
         for tag, part in enumerate(cache.tensors()):
             part.copy_(messages.receive(part, rank - 1, tag)())
-    y = layer(x, cache)
+    y = layer(x, cache) if x.shape[1] else x
     if rank + 1 < world:
         for tag, part in enumerate(cache.tensors()):
             log.add("send", rank, rank, messages.send(part, rank + 1, tag))

@@ -26,6 +26,7 @@ from kvlearn.study.quality import (
     Compared,
     best_recall,
     compare,
+    final_runs,
     paired_values,
     summarise,
     visible_difference,
@@ -117,16 +118,9 @@ def stored_bytes(budget: str) -> dict[str, int]:
     }
 
 
-def finished(rows: Iterable[Row], budget: str = "cpu") -> list[Row]:
-    """The language rows of ``budget``, or none as long as no run of all of its steps is among them."""
-    own = [row for row in rows if row["kind"] == "language" and row["budget"] == budget]
-    steps = BUDGETS[budget].training.steps
-    return own if any(row["settings"]["training"]["steps"] == steps for row in own) else []
-
-
 def above_full(rows: Iterable[Row], budget: str = "cpu", **options: Any) -> dict[str, Point]:
     """Every trained design but full attention, beside it; ``options`` are those of ``compare``."""
-    items = {item.design: item for item in compare(finished(rows, budget), budget, **options)}
+    items = {item.design: item for item in compare(rows, budget, **options)}
     full, stored = items.pop("full", None), stored_bytes(budget)
     points = {}
     for design, item in items.items():
@@ -146,14 +140,14 @@ def loss_over_bytes(rows: Iterable[Row], *, budget: str = "cpu", claims: Sequenc
     """
     rows = list(rows)
     points, stored = above_full(rows, budget), stored_bytes(budget)
-    visible = visible_difference(finished(rows, budget), budget)
+    visible = visible_difference(rows, budget)
     share = {name: size / stored["full"] for name, size in stored.items()}
     claimed = {f"article: {claim.name}": claim for claim in claims}
     # Of a range, the least that is saved.
     left = {name: 1 - claim.saved[0] for name, claim in claimed.items()}
     places = {name: math.log2(at) for name, at in (left | share).items()}
     at = dict(zip(places, apart(list(places.values()), 0.105), strict=True))
-    lost = [item.design for item in compare(finished(rows, budget), budget) if item.summary.mean is None]
+    lost = [item.design for item in compare(rows, budget) if item.summary.mean is None]
     failed = [name for name in lost if name != "full"]
     pending = [name for name in stored if name not in points and name not in ("full", *failed)]
     marks = {name: name + (f", {p.diverged} diverged" if p.diverged else "") for name, p in points.items()}
@@ -345,13 +339,13 @@ def pareto(rows: Iterable[Row], *, budget: str = "cpu", lengths: Sequence[int] |
     simplest means), and dotted lines where several designs store the same.
     """
     rows = list(rows)
-    items = {item.design: item for item in compare(finished(rows, budget), budget)}
+    items = {item.design: item for item in compare(rows, budget)}
     items = {name: item for name, item in items.items() if item.summary.mean is not None}
     if not items:
         return not_yet("no language run of the whole budget", f"--preset {budget} --tier A")
     trained = BUDGETS[budget].training.length
     lengths = (trained, 32_768) if lengths is None else lengths
-    visible = visible_difference(finished(rows, budget), budget)
+    visible = visible_difference(rows, budget)
     fronts, drawn = {}, {}
     size = (5.2 * len(lengths), 4.6)
     with drawing(1, len(lengths), size=size, sharey=True, squeeze=False) as (figure, panels):
@@ -427,10 +421,11 @@ def above_by_position(rows: Iterable[Row], *, budget: str = "cpu", length: int |
 
     ``length`` is that of the contexts, the trained one unless given: longer ones are in the rows too.
     """
-    rows = finished(rows, budget)
+    rows = [*rows]
     trained = BUDGETS[budget].training.length
     length = trained if length is None else length
-    complete = [row for row in rows if row["loss"] is not None]
+    runs = final_runs(rows, budget).values()
+    complete = [row for own in runs for row in own if row["loss"] is not None]
     if not complete:
         return not_yet("no language run of the whole budget", f"--preset {budget} --tier A")
     buckets = [(bucket["from"], bucket["to"]) for bucket in _buckets(complete[0], length)]

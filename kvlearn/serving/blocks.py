@@ -84,13 +84,15 @@ def same_content(a: Entry | None, b: Entry | None) -> bool:
 class BlockTable:
     """The blocks of one sequence in order, and the tokens in them.
 
-    ``entries`` are those of the first full blocks, as far as they are cached.
+    ``entries`` are those of the first full blocks, as far as they are cached. ``room`` counts the tokens that
+    may be written before the next call of ``reserve``.
     """
 
     tenant: Tenant
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
+    room: int = 0
 
     @property
     def length(self) -> int:
@@ -180,6 +182,7 @@ class BlockPool:
 
         Raises OutOfBlocks, and then nothing has changed.
         """
+        validate.at_least("n_tokens", n_tokens, 0)
         last, filled = divmod(table.length, self.page)
         wanted = blocks_for(table.length + n_tokens, self.page) - len(table.blocks)
         shared = filled > 0 and self.references[table.blocks[last]] > 1
@@ -194,16 +197,18 @@ class BlockPool:
         elif filled:
             self._uncache(table.blocks[last])
         table.blocks += new
+        table.room = self.page * len(table.blocks) - table.length
 
     def commit(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Count ``tokens`` as written, and cache the blocks that they fill.
 
-        Content that another request has cached meanwhile is kept once.
+        Content that another request has cached meanwhile is kept once. Raises ValueError if there are more
+        than were reserved: nothing is for a fork and for a table that was trimmed.
         """
         page = self.page
-        room = page * len(table.blocks) - table.length
-        validate.at_most("len(tokens)", len(tokens), room, "the room that was reserved")
+        validate.at_most("len(tokens)", len(tokens), table.room, "the room that was reserved")
         table.tokens.extend(tokens)
+        table.room -= len(tokens)
         self.counts.computed += len(tokens)
         while self.share and (i := len(table.entries)) < table.length // page:
             content, block = tuple(table.tokens[i * page : (i + 1) * page]), table.blocks[i]
@@ -243,6 +248,7 @@ class BlockPool:
             raise ValueError(f"length: expected tokens that are still in the cache, got {length}")
         self._release_all(table.blocks[keep:])
         del table.blocks[keep:], table.tokens[length:], table.entries[length // self.page :]
+        table.room = 0
 
     def drop(self, table: BlockTable, position: int) -> None:
         """Release the blocks of tokens before ``position``, as a window does; their places stay in it."""
@@ -254,7 +260,7 @@ class BlockPool:
     def close(self, table: BlockTable) -> None:
         """Release everything that ``table`` holds; cached blocks stay cached until they are evicted."""
         self._release_all(table.blocks)
-        table.blocks, table.tokens, table.entries = [], [], []
+        table.blocks, table.tokens, table.entries, table.room = [], [], [], 0
 
     def available(self, tenant: str) -> int:
         """Blocks that ``tenant`` could get now, those included that would be evicted for it."""
@@ -357,7 +363,8 @@ class BlockPool:
         for table in tables:
             live = [block for block in table.blocks if block != DROPPED]
             assert len(set(live)) == len(live), "a block is twice in one table"
-            assert len(table.blocks) >= blocks_for(table.length, self.page), "tokens without a block"
+            needed = blocks_for(table.length + table.room, self.page)
+            assert len(table.blocks) >= needed, "tokens without a block"
             for block in live:
                 held[block] += 1
             for i, (block, entry) in enumerate(zip(table.blocks, table.entries, strict=False)):
@@ -393,6 +400,8 @@ def check_tenants(tenants: Sequence[Tenant], n_blocks: int) -> dict[str, Tenant]
     if not tenants or len(by_name) < len(tenants):
         names = [tenant.name for tenant in tenants]
         raise ValueError(f"tenants: expected at least one, with different names, got {names}")
+    for tenant in tenants:
+        validate.instance("salt", tenant.salt, bytes)
     quotas = [validate.positive("quota", t.quota) for t in tenants if t.quota is not None]
     if quotas:
         if len(quotas) < len(tenants):

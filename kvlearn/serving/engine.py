@@ -9,11 +9,11 @@ Management for Large Language Model Serving with PagedAttention" (2023), section
 al., "Sarathi-Serve" (2024), section 4 (chunked prefill beside decode).
 """
 
+import math
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from math import prod
 
 import torch
 from jaxtyping import Float
@@ -89,11 +89,13 @@ class Engine:
     running: list[Request] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        validate.positive("n_blocks", self.n_blocks)
+        validate.positive("page", self.page)
         validate.positive("max_batch", self.max_batch)
         validate.at_least("budget", self.budget, self.max_batch)
         mixers, weight = self.model.mixers, self.model.embed.weight
         self.layers = [paged_layer(i, mixer, self.page) for i, mixer in enumerate(mixers)]
-        widths = [prod(layer.shape) for layer in self.layers]
+        widths = [math.prod(layer.shape) for layer in self.layers]
         data = torch.zeros(self.n_blocks, sum(widths), dtype=weight.dtype, device=weight.device)
         self.pages = [
             part.unflatten(1, layer.shape)  # a view
@@ -130,9 +132,12 @@ class Engine:
     ) -> Request:
         """Put a request into the queue.
 
-        Raises OutOfBlocks if it would not fit even alone; requests that would have to wait are accepted.
+        Raises OutOfBlocks if its tokens would not fit even alone (all of them, also those that a window would
+        release); requests that would have to wait are accepted.
         """
         validate.positive("len(prompt)", len(prompt))
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
         tokens = [validate.at_least("prompt", token, 0) for token in prompt]
         vocabulary = self.model.config.vocab_size
         validate.at_most("prompt", max(tokens), vocabulary - 1, f"vocab_size={vocabulary}")
@@ -174,10 +179,18 @@ class Engine:
         return other
 
     def cancel(self, request: Request) -> None:
-        """End a request that waits or runs, and release its blocks. One that is done stays as it is."""
+        """End a request that waits or runs, and release its blocks. One that is done stays as it is.
+
+        Raises ValueError for a request of another engine.
+        """
+        if request.done:
+            return
         for place in (self.waiting, self.running):
             if request in place:
                 place.remove(request)
+                break
+        else:
+            raise ValueError("request: expected one that waits or runs in this engine")
         self.pool.close(request.table)
         request.done = True
 
@@ -198,16 +211,19 @@ class Engine:
         logits = self.forward([(r.table, r.tokens[r.table.length :][:n]) for r, n in work])
         updated = []
         for i, (request, n) in enumerate(work):
-            length = request.table.length
+            if request.done:
+                continue  # cancelled while it was computed
+            complete, length = request.pending == n, request.table.length
+            if complete:  # before anything changes, so that a step that fails here can be repeated
+                token = int(sample(logits[i : i + 1], request.temperature, 1.0, request.generator))
             self.pool.commit(request.table, request.tokens[length : length + n])
             if self.window is not None:
                 self.pool.drop(request.table, request.table.length + 1 - self.window)
-            if request.pending:
-                continue  # the prompt is not complete
-            token = sample(logits[i : i + 1], request.temperature, 1.0, request.generator)
-            request.tokens.append(int(token))
+            if not complete:
+                continue  # more of the prompt follows
+            request.tokens.append(token)
             updated.append(request)
-            if len(request.generated) == request.n_new or int(token) in self.model.config.stop_tokens:
+            if len(request.generated) == request.n_new or token in self.model.config.stop_tokens:
                 self.cancel(request)
         return updated
 
@@ -239,10 +255,11 @@ class Engine:
             whose = self._blocks_of(request)
             if whose in full:
                 continue
-            self._match(request)
+            found = self._match(request)
             others = [r for r in self.running if self._blocks_of(r) == whose]
             if sum(map(self._missing, [*others, request])) > self.pool.available(request.tenant):
-                self.pool.close(request.table)
+                self._release(request)
+                self.pool.counts.hits -= found  # it makes no use of them now
                 full.add(whose)
                 continue
             self.waiting.remove(request)
@@ -265,11 +282,12 @@ class Engine:
         kept = [(request, n) for request, n in work if request in self.running]
         return sorted(kept, key=lambda pair: pair[1] > 1)
 
-    def _match(self, request: Request) -> None:
+    def _match(self, request: Request) -> int:
         """Take what is cached of the next tokens, also what others have computed since the last step."""
         found = self.pool.match(request.table, request.tokens)
         if not request.generated:
             request.cached += found
+        return found
 
     def _make_room(self, request: Request, n_tokens: int) -> bool:
         """Reserve blocks; the last of those that use the same blocks gives up its own until there are enough.
@@ -286,10 +304,14 @@ class Engine:
                 if same[-1] is request:
                     return False
 
-    def _preempt(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
+        """Take its blocks back; what is cached of its prompt will be counted when it is found again."""
         self.pool.close(request.table)
         if not request.generated:
             request.cached = 0
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
         self.running.remove(request)
         insort(self.waiting, request, key=lambda r: r.number)
 

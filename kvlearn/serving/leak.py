@@ -183,6 +183,7 @@ def noise(
             raise ValueError(f"{name}: expected a positive number, got {value}")
     if not hits or not misses:
         raise ValueError("hits, misses: expected at least one time of each")
+    validate.at_least("n_candidates", n_candidates, 2)
     rng = random.Random(seed)
     saved = max(sum(misses) / len(misses) - sum(hits) / len(hits), 0.0)
     scale = saved / epsilon

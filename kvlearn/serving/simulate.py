@@ -92,11 +92,14 @@ def simulate(mix: Mix, n_requests: int, n_blocks: int, page: int = 16, sharing: 
     starts, waits until there are enough, and keeps them until its last token.
     """
     validate.one_of("sharing", sharing, ("none", "all", "salts", "quotas"))
+    validate.positive("n_requests", n_requests)
+    validate.positive("page", page)
     quota = n_blocks // mix.n_tenants if sharing == "quotas" else None
     salted = sharing in ("salts", "quotas")
     names = [str(i) for i in range(mix.n_tenants)]
     tenants = [Tenant(name, name.encode() if salted else b"", quota) for name in names]
-    validate.at_least("n_blocks", quota or n_blocks, blocks_for(mix.max_len, page))
+    name, most = ("n_blocks", n_blocks) if quota is None else ("n_blocks // n_tenants", quota)
+    validate.at_least(name, most, blocks_for(mix.max_len, page))
     pool = BlockPool(n_blocks, page, tenants, share=sharing != "none")
     running: list[tuple[float, int, BlockTable]] = []  # by the time at which they end
     start, prompts, hits, waited = time.perf_counter(), 0, 0, 0

@@ -45,6 +45,7 @@ class StatePrefixes:
     ) -> tuple[DecoderCache, Float[Tensor, "1 V"], int]:
         """A cache after ``prompt``, the logits of the next token, and how many tokens a snapshot had."""
         tokens = list(prompt)
+        validate.positive("len(prompt)", len(tokens))
         cache = self.model.new_cache(1, validate.at_least("max_len", max_len, len(tokens)))
         cached = self._longest(tokens, salt)
         if cached:

@@ -7,8 +7,8 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
+from kvlearn.extras import progress_bar
 from kvlearn.model import Spec
 from kvlearn.study.curve import mean_and_error
 from kvlearn.study.recall import HEAD, LIVE, TRAINING, Recall, train
@@ -59,7 +59,7 @@ def study_recall(
     ]
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         rows = map(_row, work) if jobs == 1 else pool.map(_row, work)  # in the order of ``work``
-        yield from tqdm(rows, desc="recall", unit="run", total=len(work), disable=not progress)
+        yield from progress_bar(rows, desc="recall", unit="run", total=len(work), disable=not progress)
 
 
 def _row(work: tuple[Recall, str, Spec, TrainConfig]) -> dict[str, Any]:

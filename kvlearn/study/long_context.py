@@ -16,7 +16,6 @@ Sources: Bai et al., "LongBench" (2023), section 4 and its evaluation program; H
 section 4.
 """
 
-import json
 import re
 import string
 from collections import Counter
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from kvlearn import validate
+from kvlearn.files import parse_json, read_json
 from kvlearn.model import Decoder
 
 Score = Callable[[str, str], float]
@@ -132,7 +132,8 @@ def read_folder(folder: str | Path) -> Iterator[Dataset]:
     if not paths:
         raise ValueError(f"folder: expected *.jsonl or TASK/validation.jsonl in {folder.name}, found none")
     for name, path in paths.items():
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = enumerate(path.read_bytes().splitlines(), 1)
+        lines = [parse_json(f"{path.name}, line {number}", line) for number, line in text if line.strip()]
         if not lines:
             raise ValueError(f"{path.name}: expected at least one example, got none")
         is_ruler = "outputs" in lines[0]
@@ -167,7 +168,7 @@ def plain_name(dataset: str) -> str:
 
 def _options(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path.name, path) if path.exists() else {}
 
 
 def score(data: Dataset, prediction: str, example: Example) -> float:

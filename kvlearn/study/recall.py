@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from kvlearn import validate
+from kvlearn.extras import progress_bar
 from kvlearn.model import Decoder, ModelConfig, Spec
 from kvlearn.study.training import TrainConfig
 
@@ -195,7 +195,7 @@ def train(
     generator = torch.Generator().manual_seed(training.seed)
     curve, since, started = list[Point](), list[tuple[float, float]](), time.perf_counter()
     name = ", ".join(spec.name for spec in model.config.specs[1:])
-    for step in tqdm(range(training.steps), desc=name, unit="step", disable=not progress):
+    for step in progress_bar(range(training.steps), desc=name, unit="step", disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = training.lr_at(step)
         loss, accuracy = answer(model, task.texts(training.batch, generator))

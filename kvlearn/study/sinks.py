@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kvlearn.attention import GroupedQueryAttention
 from kvlearn.attention.core import causal_mask, split_heads
+from kvlearn.extras import progress_bar
 from kvlearn.model import Decoder, Spec
 from kvlearn.study.base import base_model
 from kvlearn.study.curve import mean_and_error
@@ -90,7 +90,7 @@ def plant_sink(
     model = Decoder(base.config).train()
     model.load_state_dict(base.state_dict())
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
-    for step in tqdm(range(config.steps), desc="plant a sink", unit="step", disable=not progress):
+    for step in progress_bar(range(config.steps), desc="plant a sink", unit="step", disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(step)
         tokens = with_first(windows(text, config.batch, config.length, seed=config.seed, step=step))

@@ -1,4 +1,4 @@
-"""The corpus: the Python source of sympy, which torch installs. Real text with long reach, no download.
+"""The corpus: the Python source of sympy, which the extra ``study`` pins. Real text with long reach.
 
 Byte-level (a token is a byte, the vocabulary 256), split by file, so that training sees no validation text.
 sympy 1.14.0 is BSD-licensed. Its tests are left out, and its one file above 250 kB, a table of numbers that
@@ -54,7 +54,8 @@ def source_files(package: str, version: str, checksum: str) -> dict[str, bytes]:
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError(f"corpus: {package} is not installed; pip install {package}=={version}")
+        name = "'kvlearn[study]'" if package == "sympy" else f"{package}=={version}"
+        raise RuntimeError(f"corpus: {package} is not installed: pip install {name}")
     root = Path(spec.submodule_search_locations[0])
     files, total = dict[str, bytes](), hashlib.sha256()
     for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):

@@ -1,10 +1,11 @@
 """The training loop: AdamW, a cosine schedule, and checkpoints that make a killed run as good as a whole."""
 
 import hashlib
+import io
 import math
 import os
-import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kvlearn import validate
+from kvlearn.extras import progress_bar
+from kvlearn.files import replacing
 from kvlearn.model import Decoder
 from kvlearn.study.text import windows
 
@@ -88,10 +90,10 @@ def train(
 ) -> list[Step]:
     """Train ``model`` in place on random windows of ``text``; returns the history, a ``Step`` a step.
 
-    With ``checkpoint``, the state is written there every ``every`` steps, whole or not at all, and a later
-    call with the same model, text and configuration goes on from it. On the same machine, with as many
-    threads, the losses are those of an uninterrupted run. ``origin`` says what else makes a run this one: the
-    weights that it starts from, say.
+    With ``checkpoint``, the state is written there every ``every`` steps, whole or not at all (OSError says
+    why not), and its checksums are verified when it is read. A later call with the same model, text and
+    configuration goes on from it. On the same machine, with as many threads, the losses are those of an
+    uninterrupted run. ``origin`` says what else makes a run this one: the weights that it starts from, say.
 
     ``at_step(n)`` is called when n steps are done, with the model in evaluation mode. What it returns, if not
     None, is kept in the history and written at once; plain numbers, strings, lists and dicts.
@@ -100,7 +102,7 @@ def train(
     written and TrainingStopped raised: a later call goes on from there.
 
     Raises TrainingDiverged (a FloatingPointError) at the first loss or gradient that is not finite, before it
-    reaches a weight or the checkpoint; ValueError where the checkpoint belongs to another run.
+    reaches a weight or the checkpoint; ValueError where the checkpoint is damaged or belongs to another run.
     """
     validate.positive("every", every)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
@@ -109,7 +111,9 @@ def train(
         history = _resume(Path(checkpoint), model, optimizer, _identity(model, text, config, origin))
     tokens_per_step, started, first = config.batch * config.length, time.perf_counter(), len(history)
     model.train()
-    with tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress) as bar:
+    with progress_bar(
+        total=config.steps, initial=first, desc="train", unit="step", disable=not progress
+    ) as bar:
         for step in range(first, config.steps):
             try:
                 line = _step(model, optimizer, text, config, step)
@@ -189,29 +193,48 @@ def _write(
     identity: dict[str, Any],
     history: list[Step],
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     state = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-    torch.save({**state, "identity": identity}, partial)
-    partial.replace(path)
+    content = io.BytesIO()  # torch.save hides why a file cannot be written
+    torch.save({**state, "identity": identity}, content)
+    with replacing("checkpoint", path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def _resume(
     path: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
 ) -> list[Step]:
-    try:
-        state = torch.load(path, map_location=model.embed.weight.device, weights_only=True)
-        theirs, weights, moments, history = (
-            state[part] for part in ("identity", "weights", "optimizer", "history")
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint of a run: {error}") from error
+    state = _read(path, model.embed.weight.device)
     for name, value in identity.items():
-        if theirs.get(name) != value:
+        if (theirs := state["identity"].get(name)) != value:
             raise ValueError(
-                f"checkpoint: {path} is of another run: its {name} is {theirs.get(name)!r}, "
+                f"checkpoint: {path} is of another run: its {name} is {theirs!r}, "
                 f"this run's {value!r}; delete it or choose another path"
             )
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(moments)
-    return history
+    try:
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} does not fit this model: {error}") from error
+    return state["history"]
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state in a checkpoint, whose records have checksums (CRC-32): torch.save writes a zip archive."""
+    wanted = {"identity": dict, "weights": dict, "optimizer": dict, "history": list}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location=device, weights_only=True)
+        for part, kind in wanted.items():
+            if not isinstance(state, dict) or not isinstance(state.get(part), kind):
+                raise ValueError(
+                    f"expected a dictionary with {', '.join(wanted)}, got {type(state).__name__}"
+                )
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(error.errno, f"checkpoint: could not read {path}: {reason}") from error
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise ValueError(f"checkpoint: {path} is damaged, or no checkpoint: {error}") from error
+    return state

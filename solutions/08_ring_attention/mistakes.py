@@ -43,6 +43,13 @@ merge.mistakes(
     exp(lse) was computed as it stands. Above about 88 it is inf in fp32, below about −103 it is 0, and the
     logarithm does not bring it back. Take the larger lse out first, as torch.logaddexp does.
 
+    one maximum for all rows
+        both = torch.logaddexp(state[1], lse)
+            → top = torch.maximum(state[1].max(), lse.max())
+              both = top + torch.log(torch.exp(state[1] - top) + torch.exp(lse - top))
+    One number was subtracted in all rows. In rows whose scores are much smaller every exp is then 0, and the
+    logarithm of 0 is −inf. Each row needs its own maximum.
+
     the lse of the last part
         both = torch.logaddexp(state[1], lse)
             → both = lse
@@ -65,6 +72,32 @@ merge.mistakes(
     the newest part alone
         if state is None: → if True:
     What came before is forgotten: the state after a merge is the newest part alone.
+
+    an empty state that counts as a key
+        return out, lse → state = torch.zeros_like(out), torch.zeros_like(lse)
+    The state began with out = 0 and lse = 0. That is what one key of score 0 and value 0 gives, and nobody
+    has such a key: lse is −inf where there is none.
+
+    old sums not scaled to the new maximum
+        def merge(state, part):
+            out, lse = part[0].float(), part[1].float()
+            out = out.masked_fill((lse == -torch.inf)[..., None], 0.0)
+            if state is None:
+                return out, torch.where(lse == -torch.inf, 0.0, 1.0), lse
+            top = torch.maximum(state[2], lse)
+            new = torch.exp(lse - top.masked_fill(top == -torch.inf, 0.0))
+            return state[0] + new[..., None] * out, state[1] + new, top
+
+
+        def finish(state, dtype):
+            return (state[0] / state[1].clamp_min(1e-30)[..., None]).to(dtype), state[1].log() + state[2]
+    The new part was counted relative to the new maximum, the sums so far still relative to the old one. When
+    the maximum rises, multiply the old sums by exp(old maximum − new maximum).
+
+    the lse in the type of the output
+        return state[0].to(dtype), state[1] → return state[0].to(dtype), state[1].to(dtype)
+    The lse was converted to `dtype` as well. It stays in fp32: whoever merges this result with another one
+    needs its last digits.
 
     the result in fp32
         return state[0].to(dtype), state[1] → return state[0], state[1]
@@ -130,6 +163,25 @@ plan.mistakes(
         if i < 0 or j < 0: → if False:
     Slots of position −1 were compared like tokens. −1 is smaller than every position, so a causal mask shows
     them to everybody.
+
+    position 0 taken for padding
+        if i < 0 or j < 0: → if i <= 0 or j <= 0:
+    Position 0 was treated like padding. It is the first token; only −1 is padding. (`if not position` is true
+    for 0.)
+
+    the block shown wherever it passes
+        needed = [sees(queries[rank], keys[owner], causal, window) for rank, owner in enumerate(owners)]
+            → ways = hops(queries, keys, causal, window, direction)
+              needed = [step <= ways[owner] for owner in owners]
+    The timetable shows a block on every rank that it passes. A rank that only passes it on does not compute
+    with it: its entry is None.
+
+    the distance without the ring
+        ways.append(max(need, default=0))
+            → away = [abs((owner + direction * s) % P - owner) for s in need]
+              ways.append(max(away, default=0))
+    The way was measured as the difference of the ranks' numbers. Blocks move in one direction only: from rank
+    3 of 4 to rank 0 it is one hop, from 1 to 0 it is three.
 
     ranks compared in place of positions
         needed = [sees(queries[rank], keys[owner], causal, window) for rank, owner in enumerate(owners)]
@@ -203,6 +255,16 @@ count.mistakes(
         return batch * per_rank * 2 → return per_rank * 2
     The batch is missing: a block holds the tokens of all rows, and all of them travel in one message.
 
+    a rotated key for each head
+        (layer["rank"] + layer["rope"]) → (layer["rank"] + layer["n_heads"] * layer["rope"])
+    The rotated key was counted once per head. All heads share one: it is `rope` numbers per token.
+
+    what is received
+        return [sum((rank - owner) % len(hops) < hops[owner] for owner in ranks) for rank in ranks]
+            → return [sum(0 < (rank - owner) % len(hops) <= hops[owner] for owner in ranks) for rank in ranks]
+    The blocks that come to each rank were counted. All ranks together receive what they send, but each rank
+    sends what it holds, its own block first, and does not pass on what ends there.
+
     everything on the owner's account
         return [sum((rank - owner) % len(hops) < hops[owner] for owner in ranks) for rank in ranks]
             → return list(hops)
@@ -258,6 +320,17 @@ balance.mistakes(
               return [order[rank * each : (rank + 1) * each] for rank in range(world)]
     The ranks got contiguous pieces. In causal attention the last piece has the most work by far, and all wait
     for its rank.
+
+    the work alone
+        return [order[rank::world] for rank in range(world)]
+            → shares, work = [[] for _ in range(world)], [0] * world
+              for position in reversed(order):
+                  rank = work.index(min(work))
+                  shares[rank].append(position)
+                  work[rank] += costs[position]
+              return shares
+    Each token went to the rank with the least work so far. The work is balanced, but a rank with costly
+    tokens gets fewer of them, and every block of the ring has to hold as many tokens as the fullest.
 
     striped by position
         order = sorted(range(len(costs)), key=lambda position: costs[position])
@@ -354,6 +427,12 @@ deadlock.mistakes(
             → elif kind == "send":
     Every send ended at once, as if the network could take any number of messages. Then hardly anything gets
     stuck, and the program hangs with the first block that is too large.
+
+    room for one message more
+        sum(message[0] == rank for message in under_way) < room
+            → sum(message[0] == rank for message in under_way) <= room
+    A send ended at once although `room` messages were under way already. With room 0 no send ends before its
+    receiver takes the message.
 
     sends that only room can end
         elif kind == "send" and left[peer][:1] == [("recv", rank, block)]: → elif False:

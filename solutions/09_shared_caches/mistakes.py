@@ -68,6 +68,16 @@ tables.mistakes(
         real = slots >= 0 → real = slots > 0
     Slot 0 was taken for padding. It is a place as all others; only −1 means padding.
 
+    padding written to slot 0
+        real = slots >= 0 → slots, real = slots.clamp(min=0), slots >= -1
+    The row of slot −1 was written to slot 0. That is somebody's place too; a row of padding goes nowhere.
+
+    slots taken for rows of the memory
+        pages[slots[real] // page, :, slots[real] % page] = rows[real]
+            → pages.view(-1, *rows.shape[1:])[slots[real]] = rows[real]
+    The pages were seen as rows (slots, G, D). In a block the heads come before the places, so each row was
+    spread over places of one head.
+
     written into the input
         pages, page = pages.clone(), pages.shape[2] → pages, page = pages, pages.shape[2]
     The input was changed. The task asks for a new tensor: the caller may still need the old one.
@@ -105,6 +115,11 @@ cow.mistakes(
         list(table[: -(-length // page)]) → list(table)
     Reserved blocks went to the fork as well. Nothing is in them, and the first who writes there would have to
     replace them.
+
+    a block more where the last is full
+        table[: -(-length // page)] → table[: length // page + 1]
+    length // page + 1 is a block more than needed where the length is a multiple of the page: a reserved one,
+    if there is one.
 
     every shared block copied
         range(length // page, min(end, len(table))) → range(min(end, len(table)))
@@ -174,11 +189,22 @@ cow.mistakes(
         if len(replace) + n_new > len(free): → if n_new > len(free):
     Only the blocks at the end were counted. A copy needs a free block too.
 
+    nothing counted before
+        if len(replace) + n_new > len(free):
+        raise MemoryError("too few free blocks") →
+    Free blocks were taken until none was left. Count what is needed first, and raise MemoryError: the caller
+    waits for that, and not for an IndexError.
+
     written into the input
         pages.clone(), list(table), list(references), list(free)
             → pages, list(table), list(references), list(free)
     The pages of the caller were changed. The task asks for new objects; the caller may still refuse the
     step.
+
+    lists of the caller changed
+        list(table), list(references), list(free) → table, references, free
+    The table, the references or the free blocks of the caller were changed. The task asks for new objects; a
+    list that is handed to a function is not copied by that.
     """
 )
 
@@ -194,6 +220,12 @@ accounts.mistakes(
     never freed
         self.free += freed → pass
     The blocks were counted down and never given back. The server runs out of memory after some hours.
+
+    the name stays open
+        table = self.tables.pop(name, [])
+            → table = self.tables.get(name, [])
+              self.tables[name] = []
+    An empty table stayed under the name, so that it cannot be opened again.
 
     counted down below zero by a second cancel
         table = self.tables.pop(name, []) → table = self.tables.get(name, [])
@@ -217,6 +249,10 @@ accounts.mistakes(
         self.counts[block] += 1 → pass
     A shared block was put into the table without a reference. The first of the two that ends frees it under
     the other.
+
+    the shared blocks in place of the table
+        self.tables[name] = together → self.tables[name] = list(blocks)
+    The table was replaced by the shared blocks. They come at its end: the blocks that it had are lost.
 
     free blocks shared
         if any(self.counts[block] == 0 for block in blocks) or len(set(together)) < len(together):
@@ -346,6 +382,11 @@ prefix.mistakes(
     Parent and salt were written one after the other. A salt that begins with another's key makes the first
     block of a prompt the second one of another's.
 
+    a separator in place of the lengths
+        hash_function(sizes + salt + parent + content) → hash_function(salt + b"|" + parent + b"|" + content)
+    A separator was put between salt and parent. Both may hold any bytes, the separator too: then a longer
+    salt and no parent look like a shorter salt and a parent. Their lengths in front leave no doubt.
+
     a byte for each token
         token.to_bytes(4, "little") for token → bytes([token % 256]) for token
     Tokens above 255 were cut off. A vocabulary has more than 256 of them: 1 and 257 get the same key.
@@ -462,6 +503,12 @@ leak.mistakes(
         if max(right.values()) < 27: → if right["times"] < 27:
     Only the times were used. A server whose answers all take equally long may still report cached tokens.
 
+    the same server asked again
+        answers = {guess: ask(guess) for guess in candidates}
+            → answers = {guess: (ask(guess)[0], ask(guess)[1]) for guess in candidates}
+    A server was asked for each guess twice, once for each number. The second time every guess is in the
+    cache, because it was asked before, and the times tell nothing. Ask once and keep both numbers.
+
     closed if one attack fails
         if max(right.values()) < 27: → if min(right.values()) < 27:
     A server was called closed if one of the two attacks fails. The attacker chooses the one that succeeds.
@@ -521,6 +568,11 @@ quotas.mistakes(
     of equal ones the last
         quota[min(hungry, key=quota.get)] += 1 → quota[min(reversed(hungry), key=quota.get)] += 1
     Of several equal quotas the last got the block. The task asks for the first in the order of `minimum`.
+
+    of equal ones the first in the alphabet
+        quota[min(hungry, key=quota.get)] += 1 → quota[min(sorted(hungry), key=quota.get)] += 1
+    Of several equal quotas the first by name got the block. The task asks for the first in the order of
+    `minimum`.
 
     more than was asked for
         if quota[tenant] < demand[tenant]] → if True]
@@ -585,7 +637,8 @@ model.mistakes(
     r"""
     nothing is shared
         found = self.cache.find(prompt, salt) → found = []
-    The prefix cache was not asked. Every prompt is computed as a whole, and stored once more.
+    Nothing was ever found: `start` did not ask the prefix cache, or `commit` gave it nothing. Every prompt is
+    computed as a whole, and stored once more.
 
     found and not counted as written
         return len(self.tokens[name])
@@ -614,6 +667,18 @@ model.mistakes(
     The cache was given the new tokens, and the whole table. A block is found by all tokens from the start of
     the sequence.
 
+    the tokens replaced by the new ones
+        self.tokens[name] += tokens → self.tokens[name] = list(tokens)
+    The tokens of the sequence were replaced by the new ones. They follow after those before, and the length
+    is that of all.
+
+    cached before the tokens are there
+        self.tokens[name] += tokens
+        self.cache.add(self.tokens[name], self.salts[name], self.table(name))
+            → self.cache.add(self.tokens[name], self.salts[name], self.table(name))
+              self.tokens[name] += tokens
+    The cache was told before the new tokens were added, so it always lacks those of the last call.
+
     the fork without its parent's salt
         list(self.tokens[name]), self.salts[name] → list(self.tokens[name]), b""
     The fork's text is cached without a salt. It starts with the parent's prompt, and belongs to the same
@@ -627,6 +692,22 @@ model.mistakes(
         self.accounts.share(new, self.parts.fork_table(self.table(name), self.length(name), self.page))
             → self.accounts.grow(new, len(self.table(name)))
     The fork got blocks of its own, and nothing in them. It shares those of its parent until it writes.
+
+    the fork's blocks not counted
+        self.accounts.open(new)
+        self.accounts.share(new, self.parts.fork_table(self.table(name), self.length(name), self.page))
+            → parent = self.table(name)
+              self.accounts.tables[new] = self.parts.fork_table(parent, self.length(name), self.page)
+    The fork got its parent's blocks past the accounts, so their counts do not know it. Nobody sees that they
+    are shared: parent and fork write to the same place.
+
+    the fork starts like a new prompt
+        self.accounts.open(new)
+        self.accounts.share(new, self.parts.fork_table(self.table(name), self.length(name), self.page))
+        self.tokens[new], self.salts[new] = list(self.tokens[name]), self.salts[name]
+            → self.start(new, self.tokens[name], self.salts[name])
+    `start` finds full blocks only, and never the one with the last token. A fork has all tokens of its
+    parent, those of the last block too.
 
     no copy on write
         copies = [(*self.accounts.replace(name, i), kept) for i, kept in replace] → copies = []

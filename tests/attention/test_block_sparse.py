@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from attention_tools import Allocated, close, draw
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -80,7 +80,6 @@ def feed(layer: Layer, x: Tensor, cuts: list[int], cache: Cache) -> Tensor:
 
 
 @given(seed=st.integers(0, 999), n=st.integers(0, 6), N=st.integers(1, 7), ties=st.booleans())
-@settings(max_examples=60, deadline=None)
 def test_the_best_of_what_is_allowed(seed: int, n: int, N: int, ties: bool) -> None:
     scores, allowed = draw(2, 3, 2, N, seed=seed), draw(2, 1, 2, N, seed=seed + 1) > 0
     scores = scores.round() if ties else scores
@@ -228,7 +227,6 @@ def test_what_comes_later_changes_no_choice(kind: type[Layer], options: dict[str
 
 
 @every_layer
-@settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(1, 20), max_size=12))
 def test_the_cache_holds_the_same_however_the_sequence_was_cut(
     kind: type[Layer], options: dict[str, Any], cuts: list[int]
@@ -544,7 +542,6 @@ def test_never_nan(kind: type[Layer], options: dict[str, Any], case: str) -> Non
     assert feed(layer, x, list(range(1, x.shape[1])), layer.new_cache(2, x.shape[1])).isfinite().all()
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=3, max_size=3), cuts=st.lists(st.integers(1, 8), max_size=4)
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,7 +88,6 @@ def inputs(  # the arguments of both paths
 # The two paths
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     sizes=st.fixed_dictionaries(
         {name: st.integers(1, 9) for name in ("heads", "head_dim", "value_dim", "rank", "new")}
@@ -200,7 +199,6 @@ def test_the_paths_cross_where_the_formula_says(
     assert not absorbed_wins(*sizes, new=math.ceil(tokens), **past)
 
 
-@settings(max_examples=60, deadline=None)
 @given(head_dim=st.integers(1, 64), value_dim=st.integers(1, 64), cached=st.integers(1, 5000), data=st.data())
 def test_at_the_crossover_both_paths_do_as_many_flops(
     head_dim: int, value_dim: int, cached: int, data: st.DataObject

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -123,7 +123,6 @@ def test_turning_back_undoes_turning_and_leaves_the_leading_coordinates_alone(sc
 
 
 @every_kind
-@settings(max_examples=12, deadline=None)
 @given(cuts=st.lists(st.integers(1, TIME - 1), max_size=8), rate=st.integers(1, 6))
 def test_at_any_cut_the_cache_holds_what_tokens_one_by_one_leave(
     kind: str, cuts: list[int], rate: int

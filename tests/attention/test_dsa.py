@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -51,7 +51,6 @@ def tokens(time: int = 13, batch: int = 2, seed: int = 1) -> Tensor:
 # What is selected
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.fixed_dictionaries({n: st.integers(1, 6) for n in ("batch", "heads", "dim", "new", "top_k")}),
     cached=st.integers(0, 9),
@@ -126,7 +125,6 @@ def test_a_weight_may_count_against_a_token() -> None:
     assert indexer.select(IndexQuery(q, torch.full((1, 1, 1), -1.0)), keys, at).tolist() == [[[1, 3]]]
 
 
-@settings(max_examples=20, deadline=None)
 @given(cuts=st.lists(st.integers(1, 12), max_size=5), heads=st.integers(1, 2))
 def test_equal_scores_are_ordered_alike_however_a_sequence_is_cut(cuts: list[int], heads: int) -> None:
     """With one or two index heads many scores are 0."""

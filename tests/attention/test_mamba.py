@@ -156,10 +156,25 @@ def test_without_gradients_states_between_segments_are_not_kept() -> None:
     assert peak < 4 * time // chunk * channels * numbers  # what is kept for gradients
 
 
+def test_in_training_only_the_states_between_segments_are_kept() -> None:
+    """All that is alive at one time, not only its largest piece: a state that is a view keeps its segment."""
+    time, channels, numbers, chunk = 1024, 32, 64, 32
+    given = {name: t.requires_grad_() for name, t in inputs(time, 1, channels, numbers).items()}
+
+    def train() -> None:
+        y, last = selective_scan(**given, chunk=chunk)
+        (y.sum() + last.sum()).backward()
+
+    between, segment = time // chunk * channels * numbers, (chunk + 1) * channels * numbers
+    beside = 5 * time * (2 * channels + 2 * numbers)  # inputs, outputs and gradients
+    assert peak_memory(train) < 4 * (between + 4 * segment + beside) < 4 * time * channels * numbers
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "names"),
     [
         ({"x": draw(ROWS, TIME)}, ValueError, "x: expected shape"),
+        ({"x": draw(0, TIME, E)}, ValueError, r"x\.shape\[0\] \(batch\)"),
         ({"x": draw(ROWS, 0, E)}, ValueError, "time"),
         ({"dt": draw(ROWS, TIME, E + 1).abs()}, ValueError, "dt: expected shape"),
         ({"dt": -torch.ones(ROWS, TIME, E)}, ValueError, "dt: expected at least 0"),

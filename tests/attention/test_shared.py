@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_tools import Allocated, close, draw
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -195,7 +195,6 @@ def test_head_h_reads_pool_h_over_the_group(n_heads: int, n_kv_heads: int) -> No
 @given(
     group=st.integers(1, 5), pools=st.integers(1, 4), head_dim=st.sampled_from([2, 6, 8]), seed=st.integers(0)
 )
-@settings(max_examples=20, deadline=None)
 def test_any_ratio_is_full_attention_with_repeated_weights(
     group: int, pools: int, head_dim: int, seed: int
 ) -> None:

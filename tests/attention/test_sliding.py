@@ -113,6 +113,7 @@ def agrees(cache: RingCache, model: Model) -> None:
             assert (cache.v[row, :, slot] == -content(row, p)).all()
 
 
+@settings(max_examples=80)
 @given(
     window=st.integers(1, 7),
     extra=st.integers(0, 6),
@@ -123,7 +124,6 @@ def agrees(cache: RingCache, model: Model) -> None:
         max_size=4,
     ),
 )
-@settings(max_examples=150, deadline=None)
 def test_the_ring_holds_what_a_dictionary_would(
     window: int, extra: int, sizes: list[int], cuts: list[list[int]]
 ) -> None:

@@ -285,7 +285,7 @@ def test_a_run_that_is_killed_keeps_its_rows(
 ) -> None:
     code = RUN.format(stop=stop, seconds=seconds)
     arguments = [sys.executable, "-c", code, str(tmp_path), json.dumps(PROVENANCE)]
-    done = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stderr
     assert kept(tmp_path) == ["a", "b", "half", *([reason] if reason else [])]
     assert "gpu: 3 rows" in (tmp_path / "gpu-a-machine.txt").read_text() or reason

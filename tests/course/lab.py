@@ -115,12 +115,12 @@ def serve(folder: Path, home: Path, *, teach: bool = False) -> Iterator[Server]:
             server = psutil.Process(process.pid)
             started = [server, *server.children(recursive=True)]  # the kernels too
             server.terminate()
-            for survivor in psutil.wait_procs(started, timeout=10)[1]:
+            for survivor in psutil.wait_procs(started, timeout=30)[1]:
                 survivor.kill()
 
 
 def _wait_for(process: subprocess.Popen[bytes], runtime: Path, log: Path) -> Server:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         for file in runtime.glob("jpserver-*.json"):
             info = json.loads(file.read_text() or "{}")
@@ -139,11 +139,14 @@ def chromium() -> Iterator[Browser]:
 
 
 class Notebook:
-    """One notebook, open in a page."""
+    """One notebook, open in a page; ``beside`` others that were opened there before, which are closed."""
 
-    def __init__(self, page: Page, server: Server, path: str) -> None:
+    def __init__(self, page: Page, server: Server, path: str, *, beside: bool = False) -> None:
         self.page = page
-        page.goto(server.address(path))
+        if beside:
+            page.evaluate("() => panel.dispose()")
+        else:
+            page.goto(server.address(path))
         page.wait_for_function("() => window.jupyterapp !== undefined")
         page.evaluate(READY, path)
         self.wait_until_idle()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_a_fresh_clone_holds_every_folder_that_the_package_is_built_from() -> No
         assert f"\n{folder}/" in f"\n{kept.stdout}", f"{folder}/ is empty"
 
 
+# A network on which nobody answers.
+CLOSED = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "100", "PIP_FIND_LINKS": ""}
+
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 
 
@@ -98,7 +102,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -184,10 +188,32 @@ def test_a_missing_venv_module_gives_one_line(checkout: Path) -> None:
 
 @needs_make
 @pytest.mark.slow
+def test_a_set_up_that_was_killed_is_made_anew(checkout: Path) -> None:
+    """python is there, pip is not, or not all of it: a kill while .venv is being made leaves either."""
+    venv.create(checkout / ".venv", with_pip=False, symlinks=True)
+    offline = {**CLOSED, "PIP_CONFIG_FILE": os.devnull}
+    result = make(checkout, "env", f"PYTHON={sys.executable}", **offline)
+    assert "pip in .venv does not work (ModuleNotFoundError: No module named 'pip')" in result.stdout
+    assert "pip cannot fetch packages" in one_line(result)
+    result = make(checkout, "env", f"PYTHON={sys.executable}", **offline)
+    assert "does not work" not in result.stdout
+    (file,) = (checkout / ".venv").glob("lib/python*/site-packages/pip/_internal/req/constructors.py")
+    file.unlink()
+    fails = script(checkout, f'[ "$1" = -m ] && exit 1\nexec "{sys.executable}" "$@"')
+    result = make(checkout, "env", f"PYTHON={fails}", **offline)
+    assert "pip in .venv does not work (files of pip are missing)" in result.stdout
+    assert "cannot make a virtual environment" in one_line(result)
+    assert not (checkout / ".venv").exists()
+
+
+@needs_make
+@pytest.mark.slow
 def test_a_failed_download_gives_one_line_and_no_stamp(checkout: Path) -> None:
-    closed = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
-    result = make(checkout, "env", f"PYTHON={sys.executable}", **closed, PIP_CONFIG_FILE=os.devnull)
+    """In seconds, by one request; pip alone would repeat each of its own for minutes."""
+    result = make(checkout, "env", f"PYTHON={sys.executable}", **CLOSED, PIP_CONFIG_FILE=os.devnull)
     assert "check network and disk" in one_line(result)
+    assert "refused" in one_line(result)  # the reason
+    assert "installing" not in result.stdout
     assert not (checkout / ".venv/.ready").exists()
     assert "pip install" in make(checkout, "-n", "env").stdout
 
@@ -202,3 +228,17 @@ def test_every_make_target_a_reader_is_told_of_exists() -> None:
     for page in pages:
         for target in re.findall(r"`(?:[A-Z]+=\S+ )*make ([a-z]+)", page.read_text()):
             assert target in targets, f"{page.name} names `make {target}`, which the Makefile lacks"
+
+
+def test_the_package_that_is_asked_for_first_is_in_the_list() -> None:
+    (name,) = re.findall(r"grep -m1 '\^([\w-]+)==' requirements.txt", (ROOT / "Makefile").read_text())
+    assert name in PINS
+
+
+@needs_make
+def test_the_error_of_a_venv_that_cannot_be_made_is_said(checkout: Path) -> None:
+    full = script(
+        checkout,
+        f'[ "$1" = -m ] && echo "No space left on device" >&2 && exit 1\nexec "{sys.executable}" "$@"',
+    )
+    assert "(No space left on device)" in one_line(make(checkout, "env", f"PYTHON={full}"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import patience
 import psutil
 import pytest
 import small_unit as small
@@ -23,7 +24,8 @@ from kvlearn.grading.report import Report, Result
 from kvlearn.grading.sandbox import MIME, Limits, Sandbox
 from kvlearn.grading.submission import Submission
 
-QUICK = Limits(seconds=3, grace=1)
+# In the names of what this process starts: other runs of these tests may go on beside it.
+HERE = os.getpid()
 
 
 class Course:
@@ -33,10 +35,12 @@ class Course:
         self.solutions = small.write_solutions(folder / "solutions")
         self.file = folder / "exercises" / small.UNIT / f"{small.UNIT}.ipynb"
 
-    def grade(self, notebook: dict[str, Any], limits: Limits = QUICK) -> dict[str, Result]:
+    def grade(self, notebook: dict[str, Any], limits: Limits | None = None) -> dict[str, Result]:
         small.write(notebook, self.file)
         before = hashlib.sha256(self.file.read_bytes()).digest()
-        (report,), faults = grade([self.file], Grader(limits=limits, solutions=self.solutions))
+        (report,), faults = grade(
+            [self.file], Grader(limits=limits or patience.limits(3), solutions=self.solutions)
+        )
         assert not faults
         assert hashlib.sha256(self.file.read_bytes()).digest() == before
         assert sorted(p.name for p in self.file.parent.iterdir()) == [self.file.name]
@@ -67,9 +71,9 @@ def passed(results: dict[str, Result], *names: str) -> bool:
     return all((results[name].score, results[name].status) == (3, "passed") for name in names)
 
 
-DETACHING = (
-    "!import subprocess\nsubprocess.run('setsid sleep 303.7 &', shell=True)\ndef square(x): return x * x"
-)
+DETACHING = f"""!import subprocess
+subprocess.run('setsid sleep 303.{HERE} &', shell=True)
+def square(x): return x * x"""
 
 
 @pytest.mark.slow
@@ -81,14 +85,14 @@ def test_half_right_answers_get_part_of_the_points(course: Course) -> None:
     assert passed(results, "shift", "square")
     assert fails(results["negate"], "SyntaxError")
     assert (results["halve"].score, results["halve"].status) == (0, "not attempted")
-    assert not left_behind("303.7"), "what outlives a good answer must be ended too"
+    assert not left_behind(f"303.{HERE}"), "what outlives a good answer must be ended too"
 
 
 @pytest.mark.slow
 def test_loops_exits_and_huge_allocations_leave_the_others_their_points(course: Course) -> None:
     bad = {"double": "!while True: pass", "shift": "!raise SystemExit", "negate": "return bytearray(2**40)"}
     results = course.grade(small.answered(**small.ALL_RIGHT | bad | {"halve": "!exit()"}))
-    assert fails(results["double"], "longer than 3 s")
+    assert fails(results["double"], "longer than ")
     assert fails(results["shift"], "SystemExit")
     assert fails(results["negate"], "MemoryError")
     assert fails(results["halve"], "exit")
@@ -96,8 +100,8 @@ def test_loops_exits_and_huge_allocations_leave_the_others_their_points(course: 
 
 
 PARRICIDE = f"import os; assert os.getppid() != {os.getpid()}; os.kill(os.getppid(), signal); return x * 2"
-STUBBORN = """!import subprocess, time
-subprocess.run("setsid sleep 301.7 & setsid sleep 302.7 &", shell=True)
+STUBBORN = f"""!import subprocess, time
+subprocess.run("setsid sleep 301.{HERE} & setsid sleep 302.{HERE} &", shell=True)
 while True:
     try:
         time.sleep(60)
@@ -117,11 +121,11 @@ def test_what_ends_the_process_or_must_be_killed_leaves_the_others_their_points(
     results = course.grade(small.answered(**small.ALL_RIGHT | bad))
     assert fails(results["shift"], "ended the process with exit code 3")
     assert fails(results["negate"], "ended the process by SIGSEGV")
-    assert fails(results["halve"], "longer than 3 s")
+    assert fails(results["halve"], "longer than ")
     assert fails(results["square"], "ended the process by SIGKILL")
     assert passed(results, "double")
-    assert not left_behind("301.7")
-    assert not left_behind("302.7")
+    assert not left_behind(f"301.{HERE}")
+    assert not left_behind(f"302.{HERE}")
 
 
 @pytest.mark.slow
@@ -133,7 +137,7 @@ while True:
     while shared.tell() < 2**31:
         shared.write(b"x" * 2**24)"""
     results = course.grade(
-        small.answered(double=code, shift="return x + 1"), Limits(seconds=20, memory=10**9)
+        small.answered(double=code, shift="return x + 1"), Limits(seconds=120, memory=10**9)
     )
     assert fails(results["double"], "more than 0.9 GiB of memory")
     assert passed(results, "shift")
@@ -289,13 +293,13 @@ from kvlearn.cli import app
 app(["grade", str(root / "90_small")])
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "running").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     kernels = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
     assert kernels
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=120)
+    _, complaint = process.communicate(timeout=600)
     assert process.returncode != 0
     assert b"Traceback" not in complaint
     assert not [pid for pid in kernels if psutil.pid_exists(pid)]

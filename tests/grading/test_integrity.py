@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import small_unit as small
 
-from kvlearn.grading.integrity import STATE, changed, relied_on, request
+from kvlearn.grading.integrity import READING, STATE, changed, relied_on, request
 from kvlearn.grading.sandbox import Limits, Sandbox
 
 INNOCENT = [
@@ -32,6 +32,18 @@ MEDDLING = {
     "IPython's formatters of scores": "display = get_ipython().display_formatter\n"
     "display.mimebundle_formatter.for_type(float, repr)",
     "IPython's transformers": "get_ipython().ast_transformers.append(None)",
+    "IPython's transformers ": "get_ipython().input_transformers_cleanup.append(lambda lines: lines)",
+    "IPython's transformers  ": "get_ipython().input_transformer_manager.line_transforms.append(lambda x: x)",
+    "ZMQInteractiveShell.run_cell": "get_ipython().run_cell = get_ipython().run_cell",
+    "IPythonKernel.do_execute": "import ipykernel.ipkernel as k\nrun = k.IPythonKernel.do_execute\n"
+    "k.IPythonKernel.do_execute = lambda *a, **k: run(*a, **k)",
+    "kvlearn.grading.context.TOLERANCE[torch.float32]": "import kvlearn.grading.context as c\n"
+    "c.TOLERANCE[torch.float32] = 1e9",
+    f"kvlearn_units.u{small.UNIT}.checks.EXERCISES": "import sys\n"
+    f"sys.modules['kvlearn_units.u{small.UNIT}.checks'].EXERCISES = ()",
+    "kvlearn.grading.context.near": "import kvlearn.grading.context as c; c.near.__defaults__ = (1e9,)",
+    "torch's modes": "torch.device('cpu').__enter__()",
+    READING: "import os; open(os.path.join(os.environ['KVLEARN_SOLUTIONS'], '90_small/checks.py')).close()",
     "where exercises are found": "import os; os.environ['KVLEARN_SOLUTIONS'] = '.'",
 }
 
@@ -60,4 +72,4 @@ def test_only_what_checks_rely_on_is_held_against_an_answer(tmp_path: Path) -> N
     assert guilty[: len(INNOCENT)] == [[] for _ in INNOCENT]
     assert found[0], "what else changes is seen too: the kernel is not used again"
     for name, names in zip(MEDDLING, guilty[len(INNOCENT) :], strict=True):
-        assert name in names
+        assert name.strip() in names

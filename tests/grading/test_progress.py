@@ -55,7 +55,7 @@ def run_in_kernel(file: Path) -> list[str]:
     """Run a notebook as JupyterLab does, from its own folder; what its last cell shows, in lines."""
     notebook = nbformat.read(file, as_version=4)
     environment = os.environ | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(file.parent)}})
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(file.parent)}})
     with client.setup_kernel(env=environment):
         for i, cell in enumerate(notebook.cells):
             if cell.cell_type == "code":

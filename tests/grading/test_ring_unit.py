@@ -47,6 +47,25 @@ def test_the_state_may_be_sums_and_a_maximum_or_an_object() -> None:
     assert full_marks("08.1", merge, finish)
 
 
+def test_a_merge_that_overflows_in_fp64_or_writes_into_its_parts_loses_a_point() -> None:
+    merge, finish = ours("08.1")
+
+    def sums(state: Any, part: Any) -> Any:
+        weight = part[1].double().exp()
+        values = torch.where(part[1][..., None].isneginf(), 0.0, part[0].double()) * weight[..., None]
+        return (values, weight) if state is None else (state[0] + values, state[1] + weight)
+
+    def divided(state: Any, dtype: torch.dtype) -> Any:
+        return (state[0] / state[1].clamp_min(1e-300)[..., None]).to(dtype), state[1].log().float()
+
+    def overwriting(state: Any, part: Any) -> Any:
+        part[0][part[1].isneginf()] = 0.0
+        return merge(state, part)
+
+    assert earned(check("08.1", sums, divided)) == [2, 1, 1, 1, 0, 1, 1]
+    assert earned(check("08.1", overwriting, finish)) == [2, 1, 1, 0, 1, 1, 1]
+
+
 def test_kvlearns_own_merge_is_recognised() -> None:
     score = check("08.1", CHECKS.library_merge, CHECKS.library_finish)
     assert float(score) == 0
@@ -104,6 +123,7 @@ def test_tokens_may_be_dealt_forth_and_back_or_greedily() -> None:
         return [torch.tensor(share) for share in shares]
 
     assert full_marks("08.4", forth_and_back, lambda held: torch.tensor(idle(held)))
+    assert "dict" in check("08.4", lambda *a: dict(enumerate(forth_and_back(*a))), idle).message
     assert earned(check("08.4", forth_and_back, stub)) == [1, 1, 2, 0, 0, 0]
 
 
@@ -137,6 +157,11 @@ def test_an_order_by_rounds_is_as_good_and_a_loop_in_vain_earns_nothing() -> Non
     assert earned(check("08.5", lambda *_: [], mend)) == [0, 0, 0, 1, 1, 2]
     assert earned(check("08.5", stuck, lambda programs: programs)) == [1, 1, 1, 0, 0, 0]
     assert earned(check("08.5", stuck, lambda programs: [[] for _ in programs])) == [1, 1, 1, 0, 0, 0]
+    renamed = check(
+        "08.5", stuck, lambda ps: [[("receive", *op[1:]) if op[0] == "recv" else op for op in p] for p in ps]
+    )
+    assert "rank 0 without ('recv', " in renamed.message
+    assert "with ('receive', " in renamed.message
 
 
 # 08.6

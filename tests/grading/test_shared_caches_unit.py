@@ -231,6 +231,32 @@ def test_keys_may_be_text_and_the_cache_a_tree_without_any_hash() -> None:
     assert earned(check("09.4", block_keys, stub)) == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
+def test_a_cache_may_look_for_what_is_cached_before_it_adds_the_rest() -> None:
+    """It hashes a prompt twice, and keeps the newer of two contents with one key."""
+    block_keys, given = ours("09.4")[0], ours("09.4")[1].__bases__[0]
+
+    class FindsFirst(given):  # type: ignore[misc, valid-type]
+        def add(self, tokens: list[int], salt: bytes, blocks: Sequence[int]) -> None:
+            known = len(self.find([*tokens, 0], salt))
+            for i, key in enumerate(block_keys(tokens, self.page, salt, self.hash_function)):
+                if i >= known:
+                    self.entries[key] = ((salt, tokens[: (i + 1) * self.page]), blocks[i])
+
+        def find(self, tokens: list[int], salt: bytes) -> list[int]:
+            found: list[int] = []
+            for i, key in enumerate(block_keys(tokens[:-1], self.page, salt, self.hash_function)):
+                content, block = self.entries.get(key, (None, -1))
+                if content != (salt, tokens[: (i + 1) * self.page]):
+                    break
+                found.append(block)
+            return found
+
+        def forget(self, blocks: Iterable[int]) -> None:
+            self.entries = {k: e for k, e in self.entries.items() if e[1] not in blocks}
+
+    assert full_marks("09.4", block_keys, FindsFirst)
+
+
 # 09.5
 
 
@@ -379,6 +405,22 @@ def test_points_for_parts_depend_on_the_parts() -> None:
     assert earned(check("09.7", names["BlockManager"], notebook=names)) == [1, 1, 1, 1, 1, 2, 1, 0]
     names["read"] = stub
     assert earned(check("09.7", names["BlockManager"], notebook=names)) == [1, 1, 1, 1, 1, 2, 0, 0]
+
+
+def test_a_plan_may_treat_the_references_as_an_array() -> None:
+    """In 09.7 it gets them as in 09.2: a list with a number for each block."""
+    fork_table, _, append = ours("09.2")
+
+    def by_array(table: list[int], length: int, n: int, page: int, references: Any) -> Any:
+        first, end = length // page, -(-(length + n) // page)
+        shared = np.array(references)[np.array(table, dtype=int)[first:end]] > 1
+        return [(int(i), max(length - int(i) * page, 0)) for i in np.flatnonzero(shared) + first], max(
+            end - len(table), 0
+        )
+
+    assert full_marks("09.2", fork_table, by_array, append)
+    names = solved() | {"write_plan": by_array}
+    assert check("09.7", names["BlockManager"], notebook=names).status == "passed"
 
 
 def test_the_comparison_shows_the_same_text_in_fewer_bytes() -> None:

@@ -4,31 +4,39 @@ import ast
 import linecache
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from answers import right, stub
+from IPython.core.formatters import DisplayFormatter
 
-from kvlearn.grading import Exercise, Misconception, Score, exercises, judge, units
+from kvlearn.grading import Exercise, Misconception, Score, exercises, judge, run_checks, units
 from kvlearn.grading.catalogue import read_source
+from kvlearn.grading.context import Contradicts
+from kvlearn.grading.exercise import Requirement
 from kvlearn.grading.release import stub as released
+from kvlearn.grading.run_checks import Outcome
 
-# Draws of each mistake; the catalogue is long.
-SEEDS = range(8 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 2)
-EXERCISES = [pytest.param(exercise, id=exercise.id) for exercise in exercises().values()]
-MISCONCEPTIONS = [
-    pytest.param(exercise, misconception, id=f"{exercise.id} {misconception.name}")
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+EXERCISES = [
+    pytest.param(exercise, id=exercise.id, marks=[pytest.mark.slow] if exercise.wiring else [])
     for exercise in exercises().values()
-    for misconception in exercise.misconceptions
 ]
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-def test_our_solution_earns_full_marks_on_every_draw(exercise: Exercise) -> None:
-    for seed in range(12):
+def test_our_solution_earns_full_marks_and_shows_the_same_table_on_every_draw(exercise: Exercise) -> None:
+    """Each by itself: ours runs behind the set-up cells alone, so no exercise needs an earlier answer.
+
+    On one draw of a "Your model": its training draws nothing, and nbval compares its table too.
+    """
+    tables = []
+    for seed in range(24 if THOROUGH else 1 if exercise.wiring else 3):
         score = judge(exercise, right(exercise), seed * 1000)
         assert (float(score), score.status) == (exercise.points, "passed"), score.to_text()
+        tables.append(score._repr_mimebundle_())
+    assert tables.count(tables[0]) == len(tables), "a passing table shows something that was drawn"
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
@@ -38,24 +46,83 @@ def test_the_stub_earns_nothing_and_is_called_not_attempted(exercise: Exercise) 
     assert {row.status for row in score.rows} == {"not attempted"}
 
 
-@pytest.mark.parametrize(("exercise", "misconception"), MISCONCEPTIONS)
-def test_every_misconception_loses_the_same_points_on_every_draw_and_is_named_as_itself(
-    exercise: Exercise, misconception: Misconception
-) -> None:
-    scores = [judge(exercise, misconception.answers, seed * 1000) for seed in SEEDS]
-    assert len({tuple(row.earned for row in score.rows) for score in scores}) == 1
+def ended_early(whole: Outcome, rounds: int, contradicts: Contradicts) -> Outcome:
+    """The outcome of the run if it had ended at the first observation that contradicts."""
+    outcome = Outcome()
+    for round, seen in enumerate(whole.trace[:rounds]):
+        outcome.trace.append([])
+        for i, observation in enumerate(seen):
+            outcome.trace[-1].append(observation)
+            if observation.difference is not None:
+                outcome.fail("failed", "")
+            if contradicts(round, i, observation):
+                outcome.contradicted = True
+                return outcome
+        if round == len(whole.trace) - 1 and not whole.passed:
+            outcome.fail(whole.status, "")
+        if contradicts(round, len(seen), None):
+            outcome.contradicted = True
+            return outcome
+    return outcome
+
+
+@pytest.fixture
+def known_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diagnosis runs all mistakes of an exercise; over all answers of this file each is run once.
+
+    A run that ends at the first value that contradicts the answer is read from the one to its end. Where the
+    candidate is the answer itself, its wrong values are computed again: they must come twice alike.
+    """
+    run, whole = run_checks.run_requirement, dict[Any, Outcome]()
+    judged: list[tuple[int, ...]] = [()]  # the answer that is judged
+
+    def run_once(
+        exercise: Exercise,
+        requirement: Requirement,
+        answers: Sequence[Any],
+        seed: int,
+        rounds: int | None = None,
+        contradicts: Contradicts | None = None,
+    ) -> Outcome:
+        which = tuple(map(id, answers))
+        if contradicts is None:
+            judged[0] = which
+        elif which == judged[0] and contradicts is not run_checks.is_wrong:
+            return run(exercise, requirement, answers, seed, rounds, contradicts)
+        key = requirement.name, which, seed
+        if key not in whole:
+            whole[key] = run(exercise, requirement, answers, seed)
+        return whole[key] if contradicts is None else ended_early(whole[key], rounds or 0, contradicts)
+
+    if not THOROUGH:
+        monkeypatch.setattr(run_checks, "run_requirement", run_once)
+
+
+def complaint(exercise: Exercise, misconception: Misconception) -> str:
+    """What is wrong with how a known mistake is judged; empty where nothing is."""
+    scores = [judge(exercise, misconception.answers, seed * 1000) for seed in range(8 if THOROUGH else 1)]
+    if len({tuple(row.earned for row in score.rows) for score in scores}) > 1:
+        return f"loses other points on another draw: {[[row.earned for row in s.rows] for s in scores]}"
     for score in scores:
-        assert float(score) < exercise.points
-        assert score.status in ("wrong", "partial")
-        assert [mistake.name for mistake in score.mistakes] == [misconception.name], score.to_text()
-        assert misconception.why in score.message
-        assert misconception.name in score.to_html() or "&" in score.to_html()
+        named = [mistake.name for mistake in score.mistakes]
+        if float(score) >= exercise.points or score.status not in ("wrong", "partial"):
+            return f"is {score.status} with {float(score):g} points"
+        if named != [misconception.name] or misconception.why not in score.message:
+            return f"is named {named}:\n{score.to_text()}"
+        if misconception.name not in score.to_html() and "&" not in score.to_html():
+            return "is not named in HTML"
+    return ""
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("known_runs")
 @pytest.mark.parametrize("exercise", EXERCISES)
-def test_a_passing_table_shows_nothing_that_was_drawn(exercise: Exercise) -> None:
-    first, second = (judge(exercise, right(exercise), seed) for seed in (1, 2))
-    assert first._repr_mimebundle_() == second._repr_mimebundle_()
+def test_every_misconception_loses_the_same_points_on_every_draw_and_is_named_as_itself(
+    exercise: Exercise,
+) -> None:
+    """On one draw of each; on eight, in runs of their own, with HYPOTHESIS_PROFILE=thorough."""
+    found = {each.name: complaint(exercise, each) for each in exercise.misconceptions}
+    assert not any(found.values()), "\n".join(f"{name!r} {what}" for name, what in found.items() if what)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
@@ -98,14 +165,16 @@ def results(sources: list[str]) -> Iterator[Any]:
             yield eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
-def test_the_notebook_earns_all_points_and_unsolved_it_runs_and_earns_none(unit) -> None:  # type: ignore[no-untyped-def]
-    cells = read_source(unit.name, unit.folder.parent)["cells"]
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    solved = [r for r in results([cell["source"] for cell in cells]) if isinstance(r, Score)]
-    assert [score.exercise for score in solved] == [exercise.id for exercise in unit.exercises]
-    assert sum(solved) == unit.points
-    unsolved = [r for r in results([released(cell) for cell in cells]) if isinstance(r, Score)]
-    assert [(float(score), score.status) for score in unsolved] == [(0, "not attempted")] * len(
-        unit.exercises
-    )
+def test_the_notebook_runs_unsolved_and_earns_nothing(unit, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    """The whole of it, shown as IPython shows it; a line on stderr would cost points in nbgrader."""
+    cells = [c for c in read_source(unit.name, unit.folder.parent)["cells"] if c["cell_type"] == "code"]
+    show, shown = DisplayFormatter(), []
+    for result in results([released(cell) for cell in cells]):
+        assert show.format(result)[0]["text/plain"]
+        shown.append(result)
+    assert capfd.readouterr().err == ""
+    scores = [result for result in shown if isinstance(result, Score)]
+    assert [score.exercise for score in scores] == [exercise.id for exercise in unit.exercises]
+    assert {(float(score), score.status) for score in scores} == {(0, "not attempted")}

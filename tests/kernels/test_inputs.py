@@ -1,13 +1,16 @@
 """Argument checks of a decode step: wrong arguments and their errors."""
 
+from dataclasses import replace
+from itertools import permutations, product
+from operator import mul
 from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, Case
+from cases import DEVICE, NAN, Case
 
 from kvlearn.kernels import Workspace, decode_attention, decode_latent, validate_decode_inputs
-from kvlearn.kernels.inputs import Request
+from kvlearn.kernels.inputs import Request, check_memory
 
 
 def step(**changes: Any) -> Any:
@@ -59,6 +62,27 @@ WRONG = [
     ({"num_splits": 0}, ValueError, "num_splits: expected at least 1"),
     ({"backend": "cuda"}, ValueError, "backend: expected one of"),
     ({"out": OUT[..., :8]}, ValueError, r"out: expected shape \(2, 6, 16\)"),
+    (
+        {"out": torch.zeros(200, device=DEVICE).as_strided((2, 6, 16), (96, 8, 1))},
+        ValueError,
+        "out: expected memory",
+    ),
+    ({"out": torch.zeros(200, device=DEVICE).as_strided((2, 6, 16), (16, 32, 0))}, ValueError, "out: expec"),
+    ({"out": OUT.half()}, TypeError, "out: expected dtype"),
+    ({"out": 3}, TypeError, "out: expected Tensor, got int"),
+    ({"lengths": lambda n: n + 25}, ValueError, r"lengths: expected 0 to 64 .*\[65, 34\]"),
+    ({"scale": NAN}, ValueError, "scale: expected a finite number, got nan"),
+    ({"scale": "1"}, TypeError, "scale: expected a number, got str"),
+    ({"k_scale": NAN}, ValueError, "k_scale: expected a finite number"),
+    ({"v_scale": "1"}, TypeError, "v_scale: expected a number"),
+    ({"v_scale": torch.ones(2, dtype=torch.int64, device=DEVICE)}, TypeError, "v_scale.dtype"),
+    ({"sink_logits": torch.zeros(6, dtype=torch.int64, device=DEVICE)}, TypeError, "sink_logits.dtype"),
+    ({"workspace": 3}, TypeError, "workspace: expected Workspace or NoneType, got int"),
+    ({"return_lse": "yes"}, TypeError, "return_lse: expected bool"),
+    ({"validate": 1}, TypeError, "validate: expected bool"),
+    ({"k_cache": lambda k: k[0], "k_scale": torch.ones(2)}, ValueError, "k_cache: expected shape"),
+    ({"v_cache": lambda v: v[..., :0]}, ValueError, r"v_cache.shape\[3\]: expected at least 1"),
+    ({"page": 16, "block_table": lambda t: t[:, :0]}, ValueError, r"block_table.shape\[1\] \(pages\)"),
     (
         {"k_scale": torch.ones(3, device=DEVICE)},
         ValueError,
@@ -126,12 +150,62 @@ def test_a_workspace_for_narrower_heads_has_room_for_fewer_splits() -> None:
 
 
 def test_a_latent_step_names_its_arguments() -> None:
-    q_latent, q_rope, cache = (torch.zeros(s, device=DEVICE) for s in ((1, 4, 16), (1, 4, 8), (1, 32, 24)))
-    lengths = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    decode_latent(q_latent, q_rope, cache, lengths)
-    with pytest.raises(ValueError, match=r"q_rope: expected shape \(1, 4, width\)"):
-        decode_latent(q_latent, q_rope[:, :3], cache, lengths)
-    with pytest.raises(ValueError, match="cache"):
-        decode_latent(q_latent, q_rope, cache[..., :20], lengths)
-    with pytest.raises(ValueError, match="cache: expected shape"):
-        decode_latent(q_latent, q_rope, cache[None], lengths)
+    """Its own: no ``q``, no ``k_cache``, and the cache in the shape in which it was given."""
+    q_latent, q_rope, cache = (torch.zeros(s, device=DEVICE) for s in ((2, 4, 16), (2, 4, 8), (2, 32, 24)))
+    lengths = torch.ones(2, dtype=torch.int32, device=DEVICE)
+    right: dict[str, Any] = {"q_latent": q_latent, "q_rope": q_rope, "cache": cache, "lengths": lengths}
+    scales = torch.ones(2, 32, device=DEVICE)
+    decode_latent(**right, k_scale=scales)
+    table = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
+    wrong: list[tuple[str, Any, str]] = [
+        ("q_latent", q_latent[0], "expected shape"),
+        ("q_latent", q_latent.double(), "q_latent.dtype: expected one of"),
+        ("q_latent", q_latent[:, :, :0], r"q_latent.shape\[2\]"),
+        ("q_latent", None, "expected Tensor"),
+        ("q_rope", q_rope[:, :3], r"expected shape \(2, 4, width\)"),
+        ("cache", cache[..., :20], r"expected shape \(2, slots, 24\), got \(2, 32, 20\)"),
+        ("cache", cache[None], "expected shape"),
+        ("cache", cache[:1], r"expected shape \(2, slots, 24\), got \(1, 32, 24\)"),
+        ("cache", cache[:, :0], r"cache.shape\[1\]: expected at least 1"),
+        ("cache", cache.long(), "cache.dtype: expected one of"),
+        ("lengths", lengths + 32, r"expected 0 to 32"),
+        ("k_scale", scales[:, :3], r"expected a number, or \(2, 32\); got shape \(2, 3\)"),
+        ("k_scale", scales[0], r"expected a number, or \(2, 32\)"),
+        ("scale", NAN, "expected a finite number"),
+        ("window", 0, "expected at least 1"),
+        ("block_table", table + 2, r"expected pages 0 to 1"),
+        ("out", q_latent[:1], r"expected shape \(2, 4, 16\)"),
+        ("workspace", 3, "expected Workspace"),
+    ]
+    for name, value, says in wrong:
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}\b") as refused:
+            decode_latent(**{**right, name: value})
+        refused.match(says)
+
+
+def test_memory_that_two_numbers_share_is_refused() -> None:
+    """Compared with the addresses, written out; every layout of a tensor with gaps is accepted."""
+    for shape in ((2, 3), (3, 1), (2, 2, 2)):
+        for strides in product(range(5), repeat=len(shape)):
+            addresses = [sum(map(mul, at, strides)) for at in product(*map(range, shape))]
+            if len(set(addresses)) < len(addresses):
+                with pytest.raises(ValueError, match="out: expected memory of its own"):
+                    check_memory("out", torch.zeros(40).as_strided(shape, strides))
+    for order in permutations(range(3)):
+        check_memory("out", torch.zeros(2, 3, 4).permute(order))
+        check_memory("out", torch.zeros(4, 6, 8)[::2, ::2, ::2].permute(order))
+        check_memory("out", torch.zeros(4, 6, 8)[1:3, :1].permute(order))
+    check_memory("out", torch.zeros(1).expand(1, 1))
+
+
+def test_a_workspace_of_other_types_is_refused_by_its_buffer() -> None:
+    whole = Workspace.new(2, 6, 16, 4, DEVICE)
+    for name, change in (
+        ("parts", lambda t: t.half()),
+        ("tickets", lambda t: t.float()),
+        ("lse", lambda t: t[None]),
+        ("part_lses", lambda t: t[::2]),
+        ("parts", lambda t: None),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"workspace\.{name}: expected"):
+            replace(whole, **{name: change(getattr(whole, name))})

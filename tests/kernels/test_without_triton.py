@@ -16,7 +16,7 @@ def run(code: str) -> str:
     """What a fresh Python prints."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, env=env, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

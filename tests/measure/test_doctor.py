@@ -1,13 +1,17 @@
 """``kvlearn doctor`` says what is there, what is wrong, and what to do about it."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvlearn.cli import app
 from kvlearn.measure import doctor
+from kvlearn.measure.doctor import Finding
+from kvlearn.measure.report import print_findings
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +122,13 @@ def test_programs_get_json() -> None:
     done = CliRunner().invoke(app, ["doctor", "--json"])
     findings = json.loads(done.output)
     assert {"section", "name", "value", "status", "advice"} == set(findings[0])
+
+
+def test_brackets_in_a_finding_are_printed_not_taken_for_style() -> None:
+    console = Console(width=200, record=True, file=StringIO())
+    advice = "pip install 'kvlearn[lab]'"
+    print_findings([Finding("software", "name[red]", "value[red]", "note", advice)], console)
+    printed = console.export_text()
+    assert advice in printed
+    assert "name[red]" in printed
+    assert "value[red]" in printed

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvlearn import files
 from kvlearn.measure import results
 
 ROWS = [{"case": "b", "measured": 1.5}, {"case": "a", "measured": 2, "seeds": [0, 1]}]
@@ -70,7 +71,7 @@ def test_a_write_that_is_interrupted_leaves_nothing_behind(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "replace", interrupted)
+    monkeypatch.setattr(files.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         results.save("full", "…", ROWS, record(), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -101,6 +102,7 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path, name: str) -> None
     ("content", "message"),
     [
         ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON: its brackets are nested too deeply"),
         ("[]", "expected a dict, got list"),
         ("{}", "expected a key 'schema', got none"),
         ({"schema": 2}, "schema: expected 1, got 2"),
@@ -163,7 +165,7 @@ def test_a_run_that_must_not_be_compared_is_named(tmp_path: Path, changes: dict[
 
 
 @pytest.mark.parametrize(
-    "text", ["{", json.dumps({"schema": 0, "command": "", "provenance": {}, "rows": []})]
+    "text", ["{", "[" * 100_000, json.dumps({"schema": 0, "command": "", "provenance": {}, "rows": []})]
 )
 def test_a_file_of_another_schema_is_named_and_hides_no_other(tmp_path: Path, text: str) -> None:
     save(tmp_path, ROWS, machine="apple-m3")

@@ -1,7 +1,12 @@
 """The decoder, its generation and its checkpoints."""
 
+import copy
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,8 @@ from kvlearn.attention import (
     YarnScaling,
 )
 from kvlearn.kernels import decode_attention
-from kvlearn.model import Decoder, ModelConfig, Spec, card, load, save
+from kvlearn.model import Decoder, ModelConfig, MoEConfig, Spec, card, load, save
+from kvlearn.model.checkpoints import FORMAT, checksum
 from kvlearn.model.generation import sample
 
 SMALL = ModelConfig(vocab_size=50, d_model=24, n_layers=3, n_heads=3, d_ff=32)
@@ -152,6 +158,7 @@ def damaged(path: Path, how: str) -> Path:
     """A checkpoint that is wrong in one way."""
     save(decoder(), path)
     content = path.read_bytes()
+    weights = {name: t for name, t in decoder().state_dict().items() if name != "head.weight"}
     match how:
         case "cut":
             path.write_bytes(content[: len(content) // 2])
@@ -162,26 +169,27 @@ def damaged(path: Path, how: str) -> Path:
         case "foreign":
             save_file({"weight": torch.zeros(3)}, path)
         case "no mechanism of ours":
-            path.write_bytes(content.replace(b'[[\\"full\\"', b'[[\\"fool\\"'))
+            written(path, weights, config={**SMALL.to_dict(), "layers": [["fool", {}]]})
         case "no size":
-            path.write_bytes(content.replace(b'\\"d_model\\": 24', b'\\"d_model\\": -4'))
+            written(path, weights, config={**SMALL.to_dict(), "d_model": -4})
         case "whole numbers":
-            weights = {name: t.int() for name, t in decoder().state_dict().items() if name != "head.weight"}
-            save_file(weights, path, _metadata())
+            written(path, {name: t.int() for name, t in weights.items()})
         case "a missing tensor":
-            weights = decoder().state_dict()
-            del weights["norm.weight"], weights["head.weight"]
-            save_file(weights, path, _metadata())
+            del weights["norm.weight"]
+            written(path, weights)
         case "another shape":
-            weights = decoder().state_dict()
-            del weights["head.weight"]
-            weights["norm.weight"] = torch.ones(7)
-            save_file(weights, path, _metadata())
+            written(path, {**weights, "norm.weight": torch.ones(7)})
+        case "no checksum":
+            save_file(weights, path, {"format": FORMAT, "config": json.dumps(SMALL.to_dict()), "card": "{}"})
     return path
 
 
-def _metadata() -> dict[str, str]:
-    return {"format": "kvlearn.decoder.v1", "config": json.dumps(SMALL.to_dict()), "card": "{}"}
+def written(
+    path: Path, weights: dict[str, Tensor], config: dict[str, Any] | None = None, card: str = "{}"
+) -> None:
+    """A checkpoint with the right checksum, whatever it holds."""
+    texts = {"format": FORMAT, "config": json.dumps(config or SMALL.to_dict()), "card": card}
+    save_file(weights, path, {**texts, "sha256": checksum(texts, weights)})
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,7 @@ def _metadata() -> dict[str, str]:
         ("no size", "cannot build: d_model"),
         ("whole numbers", "no weights of one floating-point type"),
         ("a missing tensor", "'norm.weight' is missing"),
+        ("no checksum", "damaged: .* written is none"),
         ("another shape", r"'norm.weight' expected with shape \(24,\), got \(7,\)"),
     ],
 )
@@ -214,7 +223,7 @@ def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "names"),
     [
-        ({"n_new": 0}, ValueError, "n_new"),
+        ({"n": 0}, ValueError, "n: expected at least 1"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"temperature": float("nan")}, ValueError, "temperature"),
         ({"top_p": 0.0}, ValueError, "top_p"),
@@ -223,14 +232,13 @@ def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
         ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, ValueError, "tokens"),
         ({"tokens": torch.zeros(5, dtype=torch.long)}, ValueError, "tokens"),
         ({"tokens": torch.zeros(2, 3)}, TypeError, "tokens"),
-        ({"tokens": [[1, 2]]}, TypeError, "tokens"),
     ],
 )
 def test_generate_refuses_nonsense_by_name(
     options: dict[str, object], error: type[Exception], names: str
 ) -> None:
     with pytest.raises(error, match=names):
-        decoder().generate(**{"tokens": prompt(), "n_new": 3, **options})  # type: ignore[arg-type]
+        decoder().generate(**{"tokens": prompt(), "n": 3, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -316,3 +324,130 @@ def test_a_model_whose_layers_take_no_decode_kernel_says_so(monkeypatch: pytest.
     model = decoder()
     with pytest.raises(ValueError, match="step: no layer"):
         model.decode_with(decode_attention)
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+    """In the weights, which would load, as in the texts before them."""
+    path = tmp_path / "model.safetensors"
+    save(decoder(), path, {"seed": 3})
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in (9, header // 2, header - 20, header, header + 1001, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        for reads in (load, card):
+            with pytest.raises(ValueError, match=r"path: .*model\.safetensors"):
+                reads(path)
+    path.write_bytes(whole[:-4] + b"\0\0\x80\x7f")
+    with pytest.raises(ValueError, match="is damaged: its content has the checksum"):
+        load(path)
+
+
+def test_a_card_that_is_no_json_object_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    weights = {"embed.weight": torch.zeros(2)}
+    for text, says in (("{", "expected JSON"), ("[" * 100_000, "too deeply"), ("[1]", "got list")):
+        written(path, weights, card=text)
+        with pytest.raises(ValueError, match=rf"path: the card of .*model\.safetensors: .*{says}"):
+            card(path)
+
+
+def test_a_card_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
+    for value in (torch.zeros(2), float("nan"), {1, 2}):
+        with pytest.raises(ValueError, match="card: expected a mapping that JSON can hold"):
+            save(decoder(), tmp_path / "x", {"value": value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_named_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"path: could not write .*model\.safetensors: .*[Ff]ile too large"):
+            save(decoder(), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loaded_decoder_is_in_evaluation_mode(tmp_path: Path) -> None:
+    save(decoder().train(), tmp_path / "model.safetensors")
+    assert not any(module.training for module in load(tmp_path / "model.safetensors").modules())
+
+
+def test_the_default_width_of_the_feed_forward_is_a_multiple_of_32() -> None:
+    for d_model, d_ff in ((128, 352), (96, 256), (12, 32), (16, 64)):
+        assert ModelConfig(d_model=d_model).d_ff == d_ff  # 8/3 · d_model: 341.3, 256, 32, 42.7
+
+
+def test_weights_that_add_up_over_the_layers_begin_smaller() -> None:
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(d_model=128, n_layers=2, layers=("gqa",), experts=MoEConfig(4, 2, 96)))
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            adds_up = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert weight.std().item() == pytest.approx(0.01 if adds_up else 0.02, rel=0.05), name
+
+
+def test_a_tied_head_stays_tied_whatever_replaces_the_parameters(tmp_path: Path) -> None:
+    weights = decoder().state_dict()
+    without_head = {name: t for name, t in weights.items() if name != "head.weight"}
+    copies = {name: t.clone() for name, t in weights.items()}
+    save(decoder(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        empty = [Decoder(SMALL) for _ in range(4)]
+    empty[0].load_state_dict(weights, assign=True)
+    empty[1].load_state_dict(copies, assign=True)
+    empty[2].load_state_dict(without_head, assign=True)
+    within = {f"of.{name}": t for name, t in copies.items()}
+    torch.nn.ModuleDict({"of": empty[3]}).load_state_dict(within, assign=True)
+    with torch.device("meta"):
+        emptied = Decoder(SMALL)
+    emptied.to_empty(device="cpu")
+    emptied.load_state_dict(copies)
+    models = [*empty, emptied, decoder(), decoder().double().float(), load(tmp_path / "model.safetensors")]
+    for model in (*models, *map(copy.deepcopy, models)):
+        assert model.head.weight is model.embed.weight
+        assert model.head.weight.data_ptr() == model.embed.weight.data_ptr()
+        assert torch.equal(model.head.weight, weights["head.weight"])
+        assert model.n_parameters == decoder().n_parameters
+
+
+def test_two_matrices_are_not_loaded_into_a_tied_head() -> None:
+    weights = {**decoder().state_dict(), "head.weight": torch.ones(50, 24)}
+    for options in ({}, {"assign": True}, {"strict": False}):
+        with pytest.raises(ValueError, match=r"state_dict: expected head\.weight equal to embed\.weight"):
+            decoder().load_state_dict(weights, **options)
+    decoder(ModelConfig(**{**vars(SMALL), "tied": False})).load_state_dict(weights)
+
+
+@pytest.mark.slow
+def test_a_decoder_is_one_graph_in_training_and_in_decode() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("one_graph.py"))]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_field_of_the_wrong_type_is_refused_by_name() -> None:
+    wrong = {
+        "layers": (None, "full", 3, {"full"}),
+        "norm_eps": (-1.0, float("nan"), float("inf"), "1e-5", None),
+        "rope": (10_000.0, "rope"),
+        "experts": (4, {"n_experts": 4}),
+        "tied": (None, 1),
+        "embed_scale": (float("nan"), None),
+        "logit_softcap": (0.0, float("nan"), "30"),
+        "stop_tokens": (3, "</s>", (1.5,), (None,)),
+        "pad_token": (1.5, "pad"),
+        "dense_layers": (0, (5,), (1.5,)),
+        "vocab_size": (None, 2.0, True, 0),
+        "norm": (None, ["rms"], "batch"),
+        "activation": (torch.zeros(2), "tanh"),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
+                ModelConfig(**{**vars(SMALL), name: value})  # type: ignore[arg-type]

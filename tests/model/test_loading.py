@@ -99,7 +99,7 @@ def test_weights_keep_their_dtype_and_angles_stay_exact(tmp_path: Path, dtype: t
     theirs.save_pretrained(tmp_path)
     for ours in (kvlearn.from_transformers(theirs), kvlearn.from_transformers(tmp_path)):
         assert {weight.dtype for weight in ours.parameters()} == {dtype}
-        assert ours.mixers[0].rope.omega.dtype == torch.float32
+        assert ours.mixers[0].rope.omega.on(torch.device("cpu")).dtype == torch.float64
         assert not any(t.is_meta for t in (*ours.parameters(), *ours.buffers()))
 
 
@@ -159,10 +159,22 @@ def test_a_missing_folder_or_configuration_is_said(tmp_path: Path, folder: Path)
     refused(folder, r"no config\.json", FileNotFoundError)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\0"])
-def test_a_damaged_configuration_is_refused(folder: Path, text: str) -> None:
-    (folder / "config.json").write_text(text)
-    refused(folder, r"config\.json: expected")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", loading.INDEX])
+def test_a_file_that_is_no_json_object_is_refused_by_name(folder: Path, name: str) -> None:
+    for content in (b"", b"{", b"[1]", b"\0", b"\xff", b"3", b"[" * 100_000):
+        (folder / name).write_bytes(content)
+        refused(folder, rf"model_or_path: .*{re.escape(name)}: expected")
+
+
+def test_a_folder_without_weights_is_refused_by_name(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, "model_or_path: expected safetensors files in .*, got none")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"folder", ["folder"]])
+def test_what_is_no_model_and_no_path_is_refused_by_name(path: Any) -> None:
+    with pytest.raises(ValueError, match="model_or_path: expected a model of"):
+        kvlearn.from_transformers(path)
 
 
 @pytest.mark.parametrize("model_type", ["gpt7", None, 3, ["llama"]])

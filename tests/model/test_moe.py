@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -48,7 +48,6 @@ def test_tokens_sorted_by_expert_give_what_a_loop_over_tokens_gives(shape: str) 
         torch.testing.assert_close(moe(x), moe.naive(x), atol=2e-5, rtol=2e-5)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     groups=st.integers(1, 4),
     in_group=st.integers(1, 4),

@@ -14,7 +14,8 @@ from kvlearn.attention import REGISTRY
 from kvlearn.attention.core import Partial
 from kvlearn.model import Decoder, ModelConfig
 from kvlearn.parallel import Layout, Log, ParallelDecoder, Rule, pass_state, ring_attention, tree_merge
-from kvlearn.parallel.blockwise import Attended
+from kvlearn.parallel.blockwise import Attended, padding_at
+from kvlearn.parallel.ring import Messages
 
 
 def inputs(shape: tuple[int, int, int], tokens: int, dim: int) -> list[Tensor]:
@@ -48,26 +49,48 @@ def one_device(
 
 
 def forward_and_backward(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each case the slots of output and gradients on this rank, and its log."""
+    """For each case the slots of output and gradients on this rank, and its log. Padding holds NaN."""
     rank, world, results = dist.get_rank(), dist.get_world_size(), []
     for case in cases:
-        layout = Layout(case["tokens"], world, case["order"])
+        layout, lengths = Layout(case["tokens"], world, case["order"]), case["lengths"]
         local = [layout.shard(x, rank, dim=2) for x in inputs(case["shape"], case["tokens"], case["dim"])]
-        q, k, v = (x.requires_grad_() for x in local[:3])
+        padding = padding_at(layout.positions(rank), lengths)
+        if padding is not None:
+            local = [x.masked_fill(padding, torch.nan) for x in local]
+        q, k, v, d_out = (x.to(case.get("dtype")) for x in local)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
         there, back = Log(), Log()
-        out = ring_attention(
-            q, k, v, layout, case["rule"], lengths=case["lengths"], block=case["block"], log=there
-        )
+        out = ring_attention(q, k, v, layout, case["rule"], lengths=lengths, block=case["block"], log=there)
         forward = len(there.events)
-        grads = torch.autograd.grad(out, (q, k, v), local[3])
+        grads = torch.autograd.grad(out, (q, k, v), d_out)
         back.events, there.events = there.events[forward:], there.events[:forward]
-        results.append({"parts": [out.detach(), *grads], "there": there, "back": back})
+        parts = [out.detach(), *grads]
+        if padding is not None:
+            assert not any(part.masked_select(padding).any() for part in parts)
+        results.append({"parts": parts, "there": there, "back": back})
     return results
+
+
+def most_kept(case: dict[str, Any]) -> list[int]:
+    """The most messages that this rank keeps while it sends, forward and backward."""
+    kept: list[int] = []
+    send = Messages.send
+
+    def counted(self: Messages, x: Tensor, to: int, tag: int) -> int:
+        n_bytes = send(self, x, to, tag)
+        kept.append(len(self.sent))
+        return n_bytes
+
+    Messages.send = counted  # type: ignore[method-assign]
+    (result,) = forward_and_backward([case])
+    Messages.send = send  # type: ignore[method-assign]
+    forward = sum(what == "send" for what, *_ in result["there"].events)
+    return [max(kept[:forward]), max(kept[forward:])]
 
 
 def small_decoder(layers: list[Any], n_tokens: int) -> tuple[Decoder, Tensor]:
     torch.manual_seed(0)
-    model = Decoder(ModelConfig(vocab_size=50, d_model=24, n_layers=2, n_heads=6, d_ff=32, layers=layers))
+    model = Decoder(ModelConfig(50, 24, 2, 6, d_ff=32, embed_scale=3.0, layers=layers))
     return model, torch.randint(50, (2, n_tokens))
 
 
@@ -76,10 +99,15 @@ def whole_decoder(layers: list[Any], order: Any, n_tokens: int, n_new: int) -> d
     parallel = ParallelDecoder(model, order, block=7)
     with torch.no_grad():
         logits = parallel(tokens)
-    loss = parallel.backward(tokens)
-    grads = {name: p.grad for name, p in model.named_parameters()}
     text = parallel.generate(tokens, n_new)
-    return {"logits": logits, "loss": loss, "grads": grads, "text": text}
+    losses = [parallel.backward(tokens), parallel.backward(tokens)]  # gradients add up
+    with torch.no_grad():
+        for weight in parallel.parameters():  # torch.optim would import a compiler in every process
+            assert weight.grad is not None
+            weight.sub_(0.1 * weight.grad)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"logits": logits, "losses": losses, "grads": grads, "weights": weights, "text": text}
 
 
 def states(name: str, lengths: list[int]) -> list[dict[str, Any]]:
@@ -87,11 +115,13 @@ def states(name: str, lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def state_passed(name: str, n: int) -> dict[str, Any]:
+    """The first rank has ``n`` tokens, the second none, the third three more."""
     torch.manual_seed(0)
-    layer = REGISTRY[name].tiny()
-    x = torch.randn(2, n * dist.get_world_size(), layer.d_model)
+    rank, layer = dist.get_rank(), REGISTRY[name].tiny()
+    sizes = [n, 0, n + 3]
+    x = torch.randn(2, sum(sizes), layer.d_model)
     log = Log()
-    y = pass_state(layer, x[:, dist.get_rank() * n : (dist.get_rank() + 1) * n], log=log)
+    y = pass_state(layer, x.split(sizes, dim=1)[rank], log=log)
     return {"y": y, "want": layer(x).detach(), "sent": log.bytes_sent}
 
 
@@ -118,26 +148,36 @@ def raise_at(rank: int) -> None:
 
 
 def settings() -> list[str]:
-    """What this rank is told when one of two calls with other settings."""
+    """What this rank is told when one of them calls with other settings, or with bad arguments."""
     told = []
-    for rank, name in ((1, "n_tokens"), (1, "window"), (0, "heads")):
+    for rank, changed in (
+        (1, {"layout": Layout(15, 3)}),
+        (1, {"rule": Rule(window=3)}),
+        (0, {"heads": 4}),
+        (2, {"dtype": torch.bfloat16}),
+        (2, {"scale": 0.3}),
+        (1, {"lengths": torch.tensor([9])}),
+        (2, {"slots": 5}),
+        (0, {"kv_heads": 3}),
+    ):
         try:
-            settings_of(rank, name)
+            settings_of(**changed if dist.get_rank() == rank else {})
         except ValueError as error:
             told.append(str(error))
     return told
 
 
-def settings_of(rank: int, name: str) -> None:
-    """``rank`` calls with another ``name`` than the others."""
-    layout, rule = Layout(16, dist.get_world_size()), Rule()
-    heads = 2
-    if dist.get_rank() == rank:
-        layout = Layout(15, layout.world) if name == "n_tokens" else layout
-        rule = Rule(window=3) if name == "window" else rule
-        heads = 4 if name == "heads" else heads
-    q, k, v, _ = (Layout(16, layout.world).shard(x, 0, dim=2) for x in inputs((1, heads, 2), 16, 4))
-    ring_attention(q, k, v, layout, rule)
+def settings_of(
+    layout: Layout | None = None,
+    rule: Rule | None = None,
+    heads: int = 2,
+    kv_heads: int = 2,
+    slots: int = 6,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    q, k, v, _ = (x.to(dtype) for x in inputs((1, heads, kv_heads), slots, 4))
+    ring_attention(q, k, v, layout or Layout(16, 3), rule, **options)
 
 
 def wait_forever() -> None:
@@ -156,6 +196,15 @@ def merged() -> list[Any]:
     log = Log()
     out, lse = tree_merge(Partial(part.out, part.lse), log=log)
     return [out, lse, log.bytes_sent]
+
+
+def both_rings(case: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """This rank's output and gradients, causal and then not, by our ring and by PyTorch's."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for causal, order in ((True, "zigzag"), (False, "contiguous")):
+        (ours,) = forward_and_backward([case | {"order": order, "rule": Rule(causal)}])
+        pairs += zip(ours["parts"], torchs_ring(case["tokens"], causal), strict=True)
+    return pairs
 
 
 def torchs_ring(tokens: int, causal: bool) -> list[Tensor]:

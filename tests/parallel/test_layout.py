@@ -82,6 +82,7 @@ def test_a_window_needs_only_neighbours_in_contiguous_order() -> None:
         (lambda: Layout(4, 2).positions(2), "rank"),
         (lambda: Layout(4, 2).shard(torch.zeros(1, 5), 0), "x"),
         (lambda: Layout(4, 2).unshard([torch.zeros(1, 2)]), "parts"),
+        (lambda: Layout(4, 2).unshard([torch.zeros(1, 2), torch.zeros(1, 3)]), "parts: .* of rank 1"),
         (lambda: Rule(window=0), "window"),
         (lambda: Rule(causal=False, window=3), "window"),
     ],

@@ -392,6 +392,25 @@ def test_a_trimmed_table_takes_its_block_out_of_the_cache_before_it_writes() -> 
     assert table.blocks == blocks_before
 
 
+def test_only_reserved_tokens_are_committed() -> None:
+    """A fork that writes without a copy changes its parent; a trimmed block is found by what was in it."""
+    blocks = pool()
+    table = fill(blocks, [1] * 6)
+    fork = blocks.fork(table)
+    blocks.trim(fork, 3)
+    for other in (fork, blocks.open("default")):
+        before = other.tokens.copy()
+        with pytest.raises(ValueError, match=r"len\(tokens\): expected at most 0 \(the room .* got 1"):
+            blocks.commit(other, [2])
+        assert other.tokens == before
+    blocks.audit([table, fork])
+    blocks.reserve(fork, 1)
+    blocks.commit(fork, [2])
+    assert blocks.match(blocks.open("default"), [1] * 5) == 4
+    with pytest.raises(ValueError, match="n_tokens: expected at least 0, got -1"):
+        blocks.reserve(fork, -1)
+
+
 @pytest.mark.parametrize(
     ("tenants", "message"),
     [
@@ -406,6 +425,11 @@ def test_a_trimmed_table_takes_its_block_out_of_the_cache_before_it_writes() -> 
 def test_tenants_that_cannot_be_kept_apart_are_refused(tenants: tuple[Tenant, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlockPool(8, 4, tenants)
+
+
+def test_a_salt_that_is_no_bytes_is_refused() -> None:
+    with pytest.raises(TypeError, match="salt: expected bytes, got str"):
+        pool(Tenant("a", "text"))  # type: ignore[arg-type]
 
 
 def test_a_name_that_is_no_tenant_is_refused() -> None:

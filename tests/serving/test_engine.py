@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvlearn.attention import REGISTRY
 from kvlearn.attention.rope import LongRopeScaling, RopeConfig
 from kvlearn.model import Decoder, ModelConfig, MoEConfig, Spec
+from kvlearn.model.generation import sample
 from kvlearn.serving import Engine, OutOfBlocks, Request, Tenant, blocks_for
 from kvlearn.workbench import base_model
 
@@ -172,6 +173,19 @@ def test_prompts_are_admitted_only_if_they_fit_together() -> None:
         assert request.tokens == alone(model, request, [i] * 10)
 
 
+def test_a_request_that_waits_counts_what_it_finds_once() -> None:
+    """It looks for its prefix in every step, and uses it when it is admitted."""
+    engine = Engine(tiny("full"), 5, page=2, max_batch=3, budget=6)
+    first = engine.submit([1, 2, 3, 4, 5, 6], 4)  # all five blocks at the end
+    second = engine.submit([1, 2, 3, 4, 5, 6, 7, 8, 9], 1)
+    while not first.done:
+        engine.step()
+        assert engine.waiting == [second]
+        assert (second.cached, engine.pool.counts.hits) == (0, 0)
+    engine.run()
+    assert (second.cached, engine.pool.counts.hits) == (6, 6)
+
+
 def test_decode_goes_on_beside_a_long_prompt() -> None:
     engine = Engine(tiny("full"), 60, page=3, max_batch=4, budget=6)
     short = engine.submit([1, 2], 30)
@@ -293,6 +307,51 @@ def test_an_interrupted_step_can_be_repeated() -> None:
         assert request.tokens == alone(model, request, [i, 2, 3, 4])
 
 
+def test_a_sample_that_fails_leaves_the_step_to_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("full")
+    engine = Engine(model, 24, page=3)
+    prompts = [[1, 2, 5], [0, 2, 0], [2, 2, 10]]  # whose next tokens differ
+    requests = [engine.submit(prompt, 6) for prompt in prompts]
+    calls = 0
+
+    def failing(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the second request of the first step
+            raise RuntimeError
+        return sample(*args)
+
+    monkeypatch.setattr("kvlearn.serving.engine.sample", failing)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    engine.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request.tokens == alone(model, request, prompt)
+
+
+def test_a_request_may_be_cancelled_while_it_is_computed() -> None:
+    """A server gets the news while the model runs: the others get their tokens, and nothing is lost."""
+    model = tiny("full")
+    engine = Engine(model, 24, page=3)
+    requests = [engine.submit([i, 2], 3) for i in range(3)]
+    forward = engine.forward
+
+    def interrupted(work: Any) -> torch.Tensor:
+        logits = forward(work)
+        engine.cancel(requests[1])
+        return logits
+
+    engine.forward = interrupted  # type: ignore[method-assign]
+    assert engine.step() == [requests[0], requests[2]]
+    engine.run()
+    assert requests[1].generated == []
+    for i in (0, 2):
+        assert requests[i].tokens == alone(model, requests[i], [i, 2])
+    engine.pool.audit([])
+    with pytest.raises(ValueError, match="request: expected one that waits or runs in this engine"):
+        Engine(model, 24).cancel(engine.submit([1], 1))
+
+
 class Users(RuleBasedStateMachine):
     """Two tenants submit, fork and cancel while the engine steps, in a pool so small that it preempts."""
 
@@ -400,9 +459,15 @@ def test_a_wrong_request_is_refused(arguments: Any, message: str) -> None:
     engine = Engine(tiny("full"), 10)
     with pytest.raises(ValueError, match=message):
         engine.submit(*arguments)
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"temperature: expected 0 \(greedy\) or more"):
+            engine.submit([1], 3, temperature=temperature)
     assert engine.waiting == []
 
 
 def test_a_budget_below_the_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="budget: expected at least 32, got 16"):
         Engine(tiny("full"), 10, budget=16)
+    for n_blocks, page, name in ((-1, 16, "n_blocks"), (4, 0, "page")):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1"):
+            Engine(tiny("full"), n_blocks, page)

@@ -41,3 +41,13 @@ def test_requests_wait_for_blocks_and_none_is_lost() -> None:
     assert report.requests == 300
     with pytest.raises(ValueError, match="n_blocks: expected at least 32, got 31"):
         simulate(MIX, 300, 31, 8)
+
+
+def test_sizes_of_a_simulation_are_validated() -> None:
+    for arguments, message in (
+        ((0, 200), "n_requests: expected at least 1, got 0"),
+        ((1, 200, 0), "page: expected at least 1, got 0"),
+        ((1, 2, 8, "quotas"), "n_blocks // n_tenants: expected at least 32, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simulate(MIX, *arguments)

@@ -65,6 +65,11 @@ def test_every_snapshot_costs_the_whole_state_and_the_oldest_is_evicted() -> Non
     assert [key[1] for key in prefixes.snapshots] == [(1,) * 8, (2,) * 4, (2,) * 8]
 
 
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"len\(prompt\): expected at least 1, got 0"):
+        StatePrefixes(tiny("gated_delta"), 4, 4).prefill([], 4)
+
+
 def test_keys_and_values_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layer 1 \(full\): expected a state, got a KVCache"):
         StatePrefixes(tiny("gated_delta", "full"), 4, 4)

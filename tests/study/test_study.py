@@ -1,11 +1,14 @@
 """The corpus, the training loop and the evaluation."""
 
+import io
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,7 +94,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
     )
     command = [sys.executable, "-c", program, str(path), str(Path(__file__).parent)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -162,3 +165,53 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
         windows(text()[:32], 4, 32, seed=0, step=0)
     with pytest.raises(ValueError, match="text: expected more than length=32"):
         evaluate(model(), text()[:32], length=32)
+
+
+def trained(path: Path) -> bytes:
+    train(model(), text(), CONFIG, checkpoint=path, progress=False)
+    return path.read_bytes()
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
+    """64 flipped bytes in the weights, one bit, half a file, and files that are no checkpoint."""
+    path = tmp_path / "run.pt"
+    whole = trained(path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    middle = largest.header_offset + largest.file_size // 2
+    flipped = bytes(255 - byte for byte in whole[middle : middle + 64])
+    one_bit = bytes([whole[middle] ^ 1])
+    bare, other = io.BytesIO(), io.BytesIO()
+    torch.save(torch.ones(3), bare)
+    torch.save({"weights": {}, "optimizer": {}, "history": []}, other)
+    for content in (
+        whole[:middle] + flipped + whole[middle + 64 :],
+        whole[:middle] + one_bit + whole[middle + 1 :],
+        whole[:-40] + b"\xff" * 40,
+        whole[: len(whole) // 2],
+        b"",
+        bare.getvalue(),
+        other.getvalue(),
+        b"[" * 100_000,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint: .*run\.pt is damaged, or no checkpoint: .+"):
+            train(model(), text(), CONFIG, checkpoint=path, progress=False)
+        assert path.read_bytes() == content
+    path.write_bytes(whole)
+    assert len(train(model(), text(), CONFIG, checkpoint=path, progress=False)) == CONFIG.steps
+
+
+def test_a_disk_that_is_full_is_named_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    whole = trained(path)
+    longer = TrainConfig(steps=12, batch=4, length=32, warmup=2, seed=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint: could not write .*other\.pt: File too large"):
+            train(model(), text(), longer, checkpoint=tmp_path / "other.pt", every=2, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == whole

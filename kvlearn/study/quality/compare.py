@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvlearn.study.quality.plan import Run, parts, tiers
+from kvlearn.study.quality.plan import BUDGETS, Run, parts, tiers
 from kvlearn.study.quality.statistics import (
     Difference,
     Summary,
@@ -51,12 +51,12 @@ def final_runs(rows: Iterable[Row], budget: str = "cpu") -> dict[str, list[Row]]
     The rate is the one with the lowest loss in a short run, among those with long runs.
     """
     mine = [row for row in rows if row["kind"] == "language" and row["budget"] == budget]
-    most = max((row["settings"]["training"]["steps"] for row in mine), default=0)
+    whole = BUDGETS[budget].training.steps
     found: dict[str, list[Row]] = {}
     for design in dict.fromkeys(row["design"] for row in mine):
         own = [row for row in mine if row["design"] == design]
-        final = [row for row in own if row["settings"]["training"]["steps"] == most]
-        short = {row["lr"]: row["loss"] for row in own if row["settings"]["training"]["steps"] < most}
+        final = [row for row in own if row["settings"]["training"]["steps"] == whole]
+        short = {row["lr"]: row["loss"] for row in own if row["settings"]["training"]["steps"] < whole}
         rates = {row["lr"] for row in final}
         if rates:
             best = min(rates, key=lambda lr: float("inf") if short.get(lr) is None else short[lr])

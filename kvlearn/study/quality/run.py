@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import kvlearn
+from kvlearn.files import read_json, replacing
 from kvlearn.measure import collect_provenance, results
 from kvlearn.measure.provenance import cpu_model, machine
 from kvlearn.model import Decoder
@@ -189,7 +190,7 @@ def find(run: Run, rows: Sequence[dict[str, Any]], session: Session) -> dict[str
 def reproduces(run: Run, row: Mapping[str, Any], session: Session) -> bool:
     """Whether our sources give the row's first losses again, to ``TOLERANCE``; asked once per row."""
     path = session.runs / "reproduced.json"
-    known: dict[str, bool] = json.loads(path.read_text()) if path.exists() else {}
+    known: dict[str, bool] = read_json(f"runs: {path}", path) if path.exists() else {}
     key = f"{run.name} {row['provenance']['sources']} {session.sources}"
     if key not in known:
         known[key] = close(first_losses(run, session), row["first_losses"])
@@ -205,10 +206,8 @@ def close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 def write_json(path: Path, content: Any) -> None:
     """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with replacing("runs", path) as partial:
+        partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def resolve(run: Run, rows: Sequence[dict[str, Any]], session: Session) -> Run:
@@ -479,7 +478,7 @@ class Costs:
         self.path = session.runs / f"seconds-{machine(session.device)}-{torch.get_num_threads()}-threads.json"
         self.known = self._recorded()
         if self.path.exists():
-            self.known |= json.loads(self.path.read_text())
+            self.known |= read_json(f"runs: {self.path}", self.path)
 
     def _recorded(self) -> dict[str, float]:
         """Of rows in results/: by this machine with as many threads, else with others, else elsewhere."""

@@ -1,0 +1,85 @@
+"""Each mechanism under torch.compile(fullgraph=True): a training pass, and decode steps with a cache.
+
+    python tests/attention/one_graph.py NAME ...
+
+Outputs, gradients and caches must be those without it. Prints one line per mechanism, with the graphs that a
+pass and 20 decode steps took; the exit status is 1 if a mechanism failed. The backend is "eager": graphs are
+captured, nothing is compiled to machine code.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attention_tools import close, draw, redraw
+from torch import Tensor
+
+from kvlearn.attention import REGISTRY
+
+FIRST, LAST = 4, 24
+# Graphs of the decode steps from the 4th to the 24th token. Two are enough where nothing but the length
+# changes, which is traced as a number from the second graph on. More for a ring that becomes full (window,
+# nsa), and for a block that a token completes or not (moba, csa, hca).
+GRAPHS = {"default": 2, "window": 3, "nsa": 3, "moba": 4, "csa": 3, "hca": 4}
+
+
+class Graphs:
+    """The backend: graphs run as they are, and are counted."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __call__(self, graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.n += 1
+        return graph.forward
+
+
+def capture(name: str) -> tuple[int, int]:
+    """The number of graphs of a training pass and of the steps."""
+    torch.compiler.reset()
+    layer, graphs = redraw(REGISTRY[name].tiny()), Graphs()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend=graphs)
+    x = draw(2, LAST, layer.d_model)
+    got, expected = compiled(x), layer(x)
+    close(got, expected)
+    learned = [w for n, w in layer.named_parameters() if not n.startswith(layer.auxiliary_parameters)]
+    grads = (torch.autograd.grad(y.square().sum(), learned) for y in (got, expected))
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 1e-4)
+    in_training, graphs.n = graphs.n, 0
+
+    cache, plain = (layer.new_cache(2, LAST) for _ in range(2))
+    outs = [layer(x[:, :FIRST], each) for each in (cache, plain)][:1]
+    for t in range(FIRST, LAST):
+        outs.append(compiled(x[:, t : t + 1], cache))
+        layer(x[:, t : t + 1], plain)
+    close(torch.cat(outs, dim=1), expected)
+    for a, b in zip(cache.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    return in_training, graphs.n
+
+
+def main(names: list[str]) -> int:
+    failed = False
+    for name in names:
+        start = time.perf_counter()
+        try:
+            training, steps = capture(name)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}\n{traceback.format_exc(limit=-1)}", flush=True)
+            failed = True
+        else:
+            allowed = GRAPHS.get(name, GRAPHS["default"])
+            bad = training != 1 or steps > allowed
+            failed |= bad
+            seconds = time.perf_counter() - start
+            verdict = f", expected 1 and at most {allowed}" if bad else ""
+            print(f"{name}: {training} in training, {steps} in decode{verdict} ({seconds:.1f} s)", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
