@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,13 +158,14 @@ def handed_in_twice(reports: list[Report]) -> list[str]:
 
 def show(graded: list[Report], style: str, output: Path | None) -> None:
     """Write the reports as ``style``, that of a Request, to ``output`` or stdout."""
-    text = {
+    writers: dict[str, Callable[[Iterable[Report]], str]] = {
         "json": reports.to_json,
         "csv": reports.to_csv,
         "html": reports.to_html,
         "canvas": partial(reports.to_gradebook, kind="canvas"),
         "moodle": partial(reports.to_gradebook, kind="moodle"),
-    }.get(style)
+    }
+    text = writers.get(style)
     if text is not None and output is None:
         sys.stdout.write(fitting(text(graded), style, sys.stdout))
     elif text is not None and output is not None:
