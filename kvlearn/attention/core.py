@@ -391,9 +391,10 @@ class Constants:
         self.on(torch.device("cpu"))
 
     def on(self, device: torch.device) -> Float[Tensor, "n"]:
-        """The numbers on ``device``; copied there once."""
+        """The numbers on ``device``, in fp64 where it has that (Apple's GPUs do not); copied there once."""
         if device not in self.tensors:
-            self.tensors[device] = torch.tensor(self.numbers, dtype=torch.float64, device=device)
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.tensors[device] = torch.tensor(self.numbers, dtype=dtype, device=device)
         return self.tensors[device]
 
     def __reduce__(self) -> tuple[Any, ...]:
