@@ -361,7 +361,7 @@ STUBBORN = (
 )
 
 
-def wait_for(happened: Callable[[], Any], seconds: float = 60) -> bool:
+def wait_for(happened: Callable[[], Any], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not happened() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -377,11 +377,13 @@ def test_a_grader_that_is_killed_leaves_no_kernel_and_what_was_finished(solution
     command = [sys.executable, "-m", "kvlearn", "grade", "all", "--csv", "-o", "grades.csv"]
     environment = os.environ | {"TMPDIR": str(Path("tmp").absolute())}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    assert wait_for(Path("running").exists)
-    kernels = psutil.Process(process.pid).children(recursive=True)
-    assert len(kernels) >= 2
-    process.kill()
-    process.wait()
+    try:
+        assert wait_for(Path("running").exists, 240)
+        kernels = psutil.Process(process.pid).children(recursive=True)
+        assert len(kernels) >= 2
+    finally:
+        process.kill()
+        process.wait()
     assert wait_for(lambda: not [p for p in kernels if p.is_running()], 20)
     assert wait_for(lambda: not list(Path("tmp").glob("kvlearn-*")), 20), "and no folder"
     assert len(list(Path("grades.csv.kept").iterdir())) == 1
