@@ -25,6 +25,16 @@ from torch import Tensor
 from kvlearn import attention, kernels, measure, model
 from kvlearn.attention import REGISTRY
 
+
+@pytest.fixture(scope="module", autouse=True)
+def in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``save`` with a wrong path that is none of its faults writes a file."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("fuzz"))
+    yield
+    os.chdir(before)
+
+
 EXAMPLES = 2400 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 60
 INT32 = torch.int32
 

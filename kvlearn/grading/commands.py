@@ -6,8 +6,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,8 +27,9 @@ from kvlearn.grading.submission import Submission, Unusable, find_all, notebooks
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for: ``style`` "table", "json", "csv" or "html"; ``timeout`` in seconds.
+    """What the command line asked for; ``timeout`` in seconds.
 
+    ``style``: "table", "json", "csv", "html", or "canvas" or "moodle" for their gradebooks.
     ``part`` (k, n): only every n-th notebook, from the k-th on. ``container``: the image to grade in, if any.
     """
 
@@ -155,8 +157,15 @@ def handed_in_twice(reports: list[Report]) -> list[str]:
 
 
 def show(graded: list[Report], style: str, output: Path | None) -> None:
-    """Write the reports as ``style`` ("table", "json", "csv" or "html") to ``output`` or stdout."""
-    text = {"json": reports.to_json, "csv": reports.to_csv, "html": reports.to_html}.get(style)
+    """Write the reports as ``style``, that of a Request, to ``output`` or stdout."""
+    writers: dict[str, Callable[[Iterable[Report]], str]] = {
+        "json": reports.to_json,
+        "csv": reports.to_csv,
+        "html": reports.to_html,
+        "canvas": partial(reports.to_gradebook, kind="canvas"),
+        "moodle": partial(reports.to_gradebook, kind="moodle"),
+    }
+    text = writers.get(style)
     if text is not None and output is None:
         sys.stdout.write(fitting(text(graded), style, sys.stdout))
     elif text is not None and output is not None:

@@ -117,6 +117,35 @@ def to_csv(reports: Iterable[Report]) -> str:
     return text.getvalue()
 
 
+def to_gradebook(reports: Iterable[Report], kind: str) -> str:
+    """One row per student, one column per unit with the sum of its points, as gradebooks import them.
+
+    ``kind`` "canvas": the columns that Canvas asks for, and its row of possible points; it finds the student
+    by ``SIS Login ID``. "moodle": ``username`` and the units. Both are the name that the submission has.
+    Of several notebooks of a unit the best counts; a unit that was not handed in is empty.
+    """
+    best: dict[str, dict[str, float]] = {}
+    possible: dict[str, float] = {}
+    for report in reports:
+        own = best.setdefault(report.student, {})
+        own[report.unit] = max(report.score, own.get(report.unit, 0.0))
+        possible[report.unit] = max(report.max_score, possible.get(report.unit, 0.0))
+    units = sorted(possible)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    if kind == "canvas":
+        rows.writerow(["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *units])
+        rows.writerow(["    Points Possible", "", "", "", "", *(f"{possible[unit]:g}" for unit in units)])
+    else:
+        rows.writerow(["username", *units])
+    for student in sorted(best):
+        name = _cell(student)
+        head = [name, "", "", name, ""] if kind == "canvas" else [name]
+        points = (best[student].get(unit) for unit in units)
+        rows.writerow([*head, *("" if each is None else f"{each:g}" for each in points)])
+    return text.getvalue()
+
+
 def _cell(text: str) -> str:
     """A cell that is no formula, and whose line breaks are those that csv puts into quotes."""
     return ("'" if text.startswith(FORMULA) else "") + text.replace("\r", "\n")

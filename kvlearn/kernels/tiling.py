@@ -107,9 +107,9 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
     """The number of splits of every row's context that keeps all multiprocessors reading.
 
     ``programs``: pairs of a row and a KV head (times blocks of heads). ``tiles`` of the longest row. The GPU
-    runs ``multiprocessors`` · ``per_multiprocessor`` programs at a time. Of the numbers of splits that run
-    all at once, the result is the smallest with the fewest tiles per split, rounded up. One split more would
-    take a second wave: no fewer tiles in all, and every start twice.
+    runs ``multiprocessors`` · ``per_multiprocessor`` programs at a time. Of the numbers of splits that it
+    runs all at once, the result is the smallest with the fewest tiles per split, rounded up. One split more
+    would take a second wave: no fewer tiles in all, and every start twice.
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         validate.positive(name, value)

@@ -137,7 +137,7 @@ def bytes_against_loss(points: Sequence[Mapping[str, Any]]) -> Picture:
                 parse_math=False,  # a name is text, whatever is in it
             )
         axes.set_xscale("log")
-        axes.margins(0.12)
+        axes.margins(0.12, 0.16)  # room for the names
         axes.set_xlabel("bytes of cache per token")
         axes.set_ylabel("loss, nats per byte")
         axes.legend()

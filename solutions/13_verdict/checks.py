@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -1223,7 +1223,7 @@ class WholeCourse:
         makers: dict[str, Callable[[], Mechanism]] = {}
         found = {name: collected(source, names) for name, (source, names, _) in COURSE.items()}
         for name, (source, _, make) in COURSE.items():
-            makers[name] = lambda make=make, answers=found[name][0]: make(answers)
+            makers[name] = partial(make, found[name][0])
             used.append((workbench.Part(name, source, None, None, found[name][1]), "yes"))
         functions = {part.name: part.chosen for part, _ in used[: len(exercise.answers)]}
         board, failed = functions["assemble"](makers | OURS, base_texts(8, LENGTH), LENGTH)
@@ -1355,7 +1355,7 @@ class Shop:
         self.mechanisms, self.calls = mechanisms, dict.fromkeys(mechanisms, 0)
 
     def makers(self) -> dict[str, Callable[[], Any]]:
-        return {name: lambda name=name: self.make(name) for name in self.mechanisms}
+        return {name: partial(self.make, name) for name in self.mechanisms}
 
     def make(self, name: str) -> Any:
         self.calls[name] += 1
