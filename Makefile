@@ -27,7 +27,7 @@ export IPYTHONDIR := $(CURDIR)/.jupyter
 
 JUPYTER := $(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval format coverage
+.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval format coverage site
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -77,11 +77,16 @@ exercises: $(READY) ## generate exercises/ from solutions/ (a file you changed s
 	@$(BIN)/python -m kvlearn.grading.release
 
 # nvidia-* and cuda-* stay out: torch pins its own, and a CPU build of torch wants none of them.
+site: $(READY) ## the course as a web site, in site/html (outputs as they are committed)
+	@$(BIN)/python docs/source.py site/source
+	@$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -b html site/source site/html
+	@echo "kvlearn: open site/html/index.html"
+
 lock: ## renew requirements.txt from pyproject.toml (needs uv; ARGS=--upgrade for newer versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	@uv pip compile pyproject.toml --universal --all-extras --no-annotate --no-header --quiet -o requirements.txt $(ARGS)
 	@{ echo "# The one pinned list, made by \`make lock\`: Linux and macOS, Python 3.11 to 3.14."; \
-	   echo "-e .[lab,test,teach]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
+	   echo "-e .[lab,test,teach,site]"; grep -v -E '^(nvidia|cuda)-' requirements.txt; } > requirements.txt.new
 	@mv requirements.txt.new requirements.txt
 
 clean: ## remove .venv and caches; your exercises stay

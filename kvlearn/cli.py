@@ -363,6 +363,12 @@ def grade(
     as_json: Annotated[bool, typer.Option("--json", help="a list of reports, for programs")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="one row per exercise, for a spreadsheet")] = False,
     as_html: Annotated[bool, typer.Option("--html", help="a page that needs nothing else")] = False,
+    gradebook: Annotated[
+        str,
+        typer.Option(
+            metavar="canvas|moodle", help="a CSV for that gradebook: one row per student, units as columns"
+        ),
+    ] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="a file to write to")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="again whenever a notebook is saved")] = False,
     jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
@@ -389,8 +395,12 @@ def grade(
 ) -> None:
     """Run the answers in a notebook afresh and print their score. The notebook itself stays as it is."""
     styles = [style for style, asked in (("json", as_json), ("csv", as_csv), ("html", as_html)) if asked]
+    if gradebook:
+        if gradebook not in ("canvas", "moodle"):
+            raise typer.BadParameter(f"--gradebook: expected canvas or moodle, got {gradebook!r}")
+        styles.append(gradebook)
     if len(styles) > 1:
-        raise typer.BadParameter("expected at most one of --json, --csv and --html")
+        raise typer.BadParameter("expected at most one of --json, --csv, --html and --gradebook")
     k, n = _part(part)
     _need_jupyter()
     from kvlearn.grading.course import chosen
@@ -446,6 +456,9 @@ def progress(
     ] = None,
     jobs: Annotated[int, typer.Option("-j", min=1, help="kernels at a time")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="every exercise, for programs")] = False,
+    as_html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="write a page of it too, for others to see")
+    ] = None,
 ) -> None:
     """Show the whole course: what is solved, attempted and untouched, points, hints used and what is next.
 
@@ -453,8 +466,11 @@ def progress(
     """
     _need_jupyter()
     from kvlearn.grading import course
+    from kvlearn.grading.report import refusal
 
-    if course.survey(path, jobs, as_json=as_json):
+    if as_html is not None and (reason := refusal(as_html, [])):
+        _fail(reason, 2)
+    if course.survey(path, jobs, as_json=as_json, as_html=as_html):
         raise typer.Exit(1)
 
 

@@ -60,8 +60,9 @@ def finite(name: str, value: Any) -> float:
 
 
 def in_fp32(name: str, value: Any) -> float:
-    """A finite number that fp32 can hold."""
-    if abs(finite(name, value)) > torch.finfo(torch.float32).max:
+    """A finite number that fp32 can hold: 0, or 1.2e-38 to 3.4e38 without its sign."""
+    range_ = torch.finfo(torch.float32)
+    if finite(name, value) and not range_.tiny <= abs(value) <= range_.max:
         raise ValueError(f"{name}: expected a number that fp32 can hold, got {value}")
     return float(value)
 
@@ -89,6 +90,13 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    return value
+
+
+def function(name: str, value: Any) -> Any:
+    """What can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
     return value
 
 

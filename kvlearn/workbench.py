@@ -531,7 +531,7 @@ class Watched:
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        self.read += sum(t.numel() * t.element_size() for t in _tensors(result))
+        self.read += sum(t.numel() * t.element_size() for t in tensors_in(result))
         return result
 
 
@@ -542,18 +542,18 @@ def _bytes(model: Model, length: int) -> tuple[str, str]:
     model(tokens[:, :-1], caches, 0)
     watched = [Watched(each) for each in caches]
     model(tokens[:, -1:], watched, tokens.shape[1] - 1)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(caches)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(caches)}
     return f"{sum(storages.values()):,}", f"{sum(each.read for each in watched):,}"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in a value: in lists and mappings, and in the attributes of objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | set):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _tensors(list(vars(value).values()))
+        yield from tensors_in(list(vars(value).values()))

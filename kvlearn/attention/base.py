@@ -42,6 +42,7 @@ class Cache(ABC):
     def __init__(self, batch: int, max_len: int, device: torch.device | str) -> None:
         self.batch = validate.positive("batch", batch)
         self.max_len = validate.positive("max_len", max_len)
+        device = validate.device("device", device)
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as in tensors
         self.length = 0  # of the longest row
         self.lengths: Int[Tensor, "B"] | None = None  # of every row, where they differ
@@ -161,6 +162,9 @@ class KVCache(Cache):
     ) -> None:
         super().__init__(batch, max_len, device)
         validate.floating("dtype", dtype)
+        for name, size in (("n_heads", n_heads), ("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+            if size is not None or name != "v_head_dim":
+                validate.positive(name, size)
         # Zeros, since a masked slot has weight 0, and 0 · NaN would be NaN.
         self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros(*self.k.shape[:3], v_head_dim or head_dim, dtype=dtype, device=device)
@@ -171,8 +175,8 @@ class KVCache(Cache):
     def append(self, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T Dv"]) -> KV:
         """Write new keys and values after the old ones; return views of all of them, never a copy."""
         for name, new, buffer in (("k", k, self.k), ("v", v, self.v)):
-            shape = (self.batch, buffer.shape[1], k.shape[2], buffer.shape[3])
-            validate.tensor(name, new, shape, device=self.device)
+            validate.tensor(name, new, ("batch", "KV heads", "time", "width"), device=self.device)
+            validate.tensor(name, new, (self.batch, buffer.shape[1], k.shape[2], buffer.shape[3]))
         self.check_room(k.shape[2])
         positions = self.positions(k.shape[2])
         for buffer, new in ((self.k, k), (self.v, v)):
@@ -211,6 +215,11 @@ class Mechanism(nn.Module, ABC):
     Every constructor takes ``d_model`` and ``n_heads``, then its own options; among them, if they apply,
     ``head_dim`` (d_model / n_heads unless given) and ``rope`` (None: no positions). Raises ValueError or
     TypeError that names the argument.
+
+    ``torch.compile(fullgraph=True)`` captures a training pass as one graph, and a step of one token with a
+    cache as one graph for all lengths, after one for the first length; a ring that becomes full and a block
+    that a step completes have graphs of their own. Prompts are fed uncompiled: to which slots of a ring many
+    tokens go depends on values.
     """
 
     name: str  # in the registry

@@ -526,7 +526,8 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
             rope=rope,
         )
         index_dim = max(self.head_dim // 4, self.rope_dim, 1) if index_dim is None else index_dim
-        validate.at_most("rope_dim", self.rope_dim, validate.positive("index_dim", index_dim), "index_dim")
+        index_dim = validate.positive("index_dim", index_dim)
+        validate.at_most("rope_dim", self.rope_dim, index_dim, "index_dim")
         index_heads = self.n_heads if index_heads is None else index_heads
         compressor = self.new_compressor(index_dim)
         self.indexer = EntryIndexer(d_model, self.q_rank or d_model, index_heads, top_k, compressor)

@@ -58,7 +58,7 @@ class GroupedQueryAttention(Mechanism):
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         self.n_kv_heads = validate.divides("n_kv_heads", n_kv_heads, "n_heads", self.n_heads)
-        self.reader = reader
+        self.reader = validate.instance("reader", reader, bool)
         self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         if not reader:
             self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)

@@ -14,7 +14,7 @@ Gu, "Transformers are SSMs" (2024), sections 3 and 6; Yang et al., "Gated Linear
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -300,7 +300,10 @@ class Retention(Mechanism):
         self.key_dim = validate.positive("key_dim", self.head_dim if key_dim is None else key_dim)
         if rope is not None and self.key_dim % 2:
             raise ValueError(f"key_dim: expected an even number for RoPE, got {self.key_dim}")
-        self.decay = None if decay is None else tuple(map(float, validate.instance("decay", decay, Iterable)))
+        self.decay: tuple[float, ...] | None = None
+        if decay is not None:
+            validate.instance("decay", decay, (list, tuple))
+            self.decay = tuple(validate.finite("decay", number) for number in decay)
         self.log_decay = Constants(log_decays(self.n_heads, self.decay))
         self.rope = Rope(self.key_dim, rope)
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)

@@ -240,6 +240,8 @@ class Mamba(Mechanism):
         self.d_state = validate.positive("d_state", d_state)
         self.dt_rank = validate.positive("dt_rank", -(-self.d_model // 16) if dt_rank is None else dt_rank)
         self.in_proj = nn.Linear(self.d_model, 2 * self.d_inner, bias=False)
+        validate.instance("conv_bias", conv_bias, bool)
+        validate.instance("norms", norms, bool)
         self.conv = ShortConvolution(self.d_inner, validate.at_least("conv", conv, 2), bias=conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         sizes = {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state}
@@ -389,7 +391,10 @@ class Mamba2(Mechanism):
         super().__init__(d_model, n_heads, head_dim)
         if head_dim is None:
             self.head_dim *= validate.positive("expand", expand)
-        if not 0 <= dt_limit[0] < dt_limit[1]:
+        numbers = [
+            n for n in validate.instance("dt_limit", dt_limit, (list, tuple)) if isinstance(n, int | float)
+        ]
+        if len(numbers) != 2 or len(dt_limit) != 2 or not 0 <= dt_limit[0] < dt_limit[1]:
             raise ValueError(f"dt_limit: expected 0 ≤ least < most, got {dt_limit}")
         self.dt_limit = float(dt_limit[0]), float(dt_limit[1])
         self.d_state = validate.positive("d_state", d_state)
@@ -397,6 +402,7 @@ class Mamba2(Mechanism):
         self.d_inner, shared = self.n_heads * self.head_dim, self.n_groups * self.d_state
         self.widths = self.d_inner, shared, shared  # of x, B and C
         self.in_proj = nn.Linear(self.d_model, self.d_inner + sum(self.widths) + self.n_heads, bias=False)
+        validate.instance("conv_bias", conv_bias, bool)
         self.conv = ShortConvolution(sum(self.widths), validate.at_least("conv", conv, 2), bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))

@@ -209,7 +209,7 @@ class MultiHeadLatentAttention(Mechanism):
         self.rope_dim = rotary_width(rope_dim, self.head_dim, rope)
         self.scale = (self.head_dim + self.rope_dim) ** -0.5
         if scale is not None:
-            self.scale = validate.finite("scale", scale)
+            self.scale = validate.above("scale", validate.in_fp32("scale", scale), 0)
         validate.above("norm_eps", norm_eps, 0)
         self.rope = Rope(self.rope_dim or self.head_dim, rope)
         self.kv_up = nn.Linear(self.rank, width, bias=False)

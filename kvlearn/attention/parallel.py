@@ -78,8 +78,9 @@ class ParallelMixers(Mechanism):
         rope: RopeConfig | None = RopeConfig(),
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
-        if isinstance(parts, str) or not parts:
+        if not isinstance(parts, list | tuple) or not parts:
             raise ValueError(f"parts: expected at least one mechanism, as a list, got {parts!r}")
+        validate.instance("normalise", normalise, bool)
         validate.above("norm_eps", norm_eps, 0)
         given = {"rope": rope} if head_dim is None else {"rope": rope, "head_dim": head_dim}
         self.mixers = nn.ModuleList(new_part(part, d_model, n_heads, given) for part in parts)

@@ -351,6 +351,7 @@ class GatedShortConvolution(ShortConvolutionMixer):
 
     def __init__(self, d_model: int, n_heads: int, *, width: int = 3, bias: bool = False) -> None:
         super().__init__(d_model, n_heads, width=width)
+        validate.instance("bias", bias, bool)
         self.conv = ShortConvolution(d_model, width, bias=bias)
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.o_proj = nn.Linear(d_model, d_model, bias=bias)

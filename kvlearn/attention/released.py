@@ -106,8 +106,22 @@ class ReleasedAttention(Mechanism):
         if rotary_dim is not None and rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number, got {rotary_dim}")
         self.window = None if window is None else validate.positive("window", window)
-        self.scale = D**-0.5 if scale is None else validate.finite("scale", scale)
-        self.softcap = None if softcap is None else validate.above("softcap", softcap, 0)
+        for name, flag in (
+            ("qkv_bias", qkv_bias),
+            ("o_bias", o_bias),
+            ("gate", gate),
+            ("sink_logits", sink_logits),
+        ):
+            validate.instance(name, flag, bool)
+        self.scale = (
+            D**-0.5 if scale is None else validate.above("scale", validate.in_fp32("scale", scale), 0)
+        )
+        if softcap is not None:
+            validate.above("softcap", validate.in_fp32("softcap", softcap), 0)
+        self.softcap = softcap
+        if query_growth is not None:
+            for number in validate.instance("query_growth", query_growth, (list, tuple)):
+                validate.finite("query_growth", number)
         if query_growth is not None and not (
             len(query_growth) == 3 and query_growth[1] > 0 and all(map(math.isfinite, query_growth))
         ):

@@ -12,6 +12,7 @@ Source: Su et al., "RoFormer" (2021), equations 14, 15 and 34.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -66,6 +67,7 @@ class YarnScaling:
     def __post_init__(self) -> None:
         _check_factor(self.factor)
         validate.positive("original_max_len", self.original_max_len)
+        validate.instance("truncate", self.truncate, bool)
         for name in ("beta_fast", "beta_slow"):
             validate.above(name, getattr(self, name), 0)
         if self.attention_factor is not None:
@@ -129,6 +131,10 @@ class RopeConfig:
 
     theta: float = 10_000.0
     scaling: Scaling | None = None
+
+    def __post_init__(self) -> None:
+        validate.finite("theta", self.theta)
+        validate.instance("scaling", self.scaling, (*get_args(Scaling), type(None)))
 
     @property
     def depends_on_length(self) -> bool:

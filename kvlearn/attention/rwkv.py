@@ -382,7 +382,7 @@ class Rwkv7(Mechanism):
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         width = self.n_heads * self.head_dim
-        self.value_residual = value_residual
+        self.value_residual = validate.instance("value_residual", value_residual, bool)
         suggested = max(32, round(2.5 * d_model**0.5 / 32) * 32)
         self.rank = validate.positive("rank", suggested if rank is None else rank)
         self.time_mix = nn.Parameter(torch.empty(6, d_model))

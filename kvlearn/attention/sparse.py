@@ -137,7 +137,7 @@ class SparseAttention(Mechanism):
         super().__init__(d_model, n_heads, head_dim)
         n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         self.n_kv_heads = validate.divides("n_kv_heads", n_kv_heads, "n_heads", self.n_heads)
-        self.reader = reader
+        self.reader = validate.instance("reader", reader, bool)
         self.pattern, self.block = parse(pattern), validate.positive("block", block)
         if not self.pattern.includes_self:
             raise ValueError(

@@ -244,7 +244,7 @@ class WindowAttention(Mechanism):
         super().__init__(d_model, n_heads, head_dim)
         n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         self.n_kv_heads = validate.divides("n_kv_heads", n_kv_heads, "n_heads", self.n_heads)
-        self.reader = reader
+        self.reader = validate.instance("reader", reader, bool)
         self.window = validate.positive("window", window)
         self.n_sinks = validate.at_least("n_sinks", n_sinks, 0)
         validate.at_most("n_sinks", n_sinks, window, f"window={window}: the tokens kept beside the window")
@@ -254,6 +254,7 @@ class WindowAttention(Mechanism):
             self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
         self.rope = Rope(self.head_dim, rope)
+        validate.instance("sink_logits", sink_logits, bool)
         self.sink_logits = nn.Parameter(torch.zeros(self.n_heads)) if sink_logits else None
 
     def forward(

@@ -15,6 +15,8 @@ from typing import Any
 _FRONT = {
     "calls": "CallWrapper Made NotWritten Raised largest_new_tensor new_tensors shorten undefined_writes",
     "catalogue": "exercises find_exercise hint solution units",
+    "certificate": "keep_points",
+    "collect": "solved_answers",
     "context": "CheckContext Difference Stop compare describe plain_number same",
     "exercise": "Answer Exercise Misconception Requirement Unit",
     "overview": "progress",

@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,8 +27,9 @@ from kvlearn.grading.submission import Submission, Unusable, find_all, notebooks
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for: ``style`` "table", "json", "csv" or "html"; ``timeout`` in seconds.
+    """What the command line asked for; ``timeout`` in seconds.
 
+    ``style``: "table", "json", "csv", "html", or "canvas" or "moodle" for their gradebooks.
     ``part`` (k, n): only every n-th notebook, from the k-th on. ``container``: the image to grade in, if any.
     """
 
@@ -69,27 +70,7 @@ class Request:
         line; else empty."""
         if self.container and not engine():
             return f"--container needs {' or '.join(ENGINES)}, and neither is installed here"
-        if self.output is None:
-            return ""
-        folder = self.output.absolute().parent
-        if self.output.is_dir():
-            return f"{self.output}: is a folder; give the report a file name"
-        if self.output.suffix == ".ipynb" or _same(self.output, self.paths):
-            return (
-                f"{self.output}: is a notebook, and a report would replace it; give the report another name"
-            )
-        if not folder.is_dir():
-            return f"{self.output}: no such folder as {folder}"
-        if not os.access(self.output if self.output.exists() else folder, os.W_OK):
-            return f"{self.output}: cannot be written"
-        return ""
-
-
-def _same(output: Path, paths: list[Path]) -> bool:
-    """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
-    with contextlib.suppress(OSError):
-        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
-    return False
+        return "" if self.output is None else reports.refusal(self.output, self.paths)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -176,8 +157,14 @@ def handed_in_twice(reports: list[Report]) -> list[str]:
 
 
 def show(graded: list[Report], style: str, output: Path | None) -> None:
-    """Write the reports as ``style`` ("table", "json", "csv" or "html") to ``output`` or stdout."""
-    text = {"json": reports.to_json, "csv": reports.to_csv, "html": reports.to_html}.get(style)
+    """Write the reports as ``style``, that of a Request, to ``output`` or stdout."""
+    text = {
+        "json": reports.to_json,
+        "csv": reports.to_csv,
+        "html": reports.to_html,
+        "canvas": partial(reports.to_gradebook, kind="canvas"),
+        "moodle": partial(reports.to_gradebook, kind="moodle"),
+    }.get(style)
     if text is not None and output is None:
         sys.stdout.write(fitting(text(graded), style, sys.stdout))
     elif text is not None and output is not None:

@@ -21,7 +21,7 @@ from kvlearn.grading.folders import (
     unit_names,
     work_root,
 )
-from kvlearn.grading.overview import overview
+from kvlearn.grading.overview import Progress, overview
 from kvlearn.grading.records import Record, Records
 from kvlearn.grading.report import Report, Result, to_progress
 from kvlearn.grading.submission import Task, Unusable
@@ -74,9 +74,10 @@ def meant(path: Path | None) -> tuple[Path, str]:
     return path, ""
 
 
-def survey(path: Path | None, jobs: int, *, as_json: bool = False) -> bool:
+def survey(path: Path | None, jobs: int, *, as_json: bool = False, as_html: Path | None = None) -> bool:
     """Print how far a learner has come, one line per unit or, of a single unit, one per exercise; on stderr a
-    line for each notebook that cannot be graded. True if any. ``path`` as ``meant`` takes it.
+    line for each notebook that cannot be graded. True if any. ``path`` as ``meant`` takes it. ``as_html`` is
+    a file for the page of it; True as well if it cannot be written.
 
     An answer runs only if it changed since its last result, or its checks did; the new results are recorded
     where the folder is one that ``kvlearn start`` made.
@@ -95,17 +96,18 @@ def survey(path: Path | None, jobs: int, *, as_json: bool = False) -> bool:
         say(fault)
     known = records.read(folder) if session.records else session.known
     progress = overview(known, unit, found=session.results)
+    written = as_html is None or write_page(as_html, progress, folder)
     if as_json:
         print(
             json.dumps(
                 progress.to_json(), indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower()
             )
         )
-        return bool(faults)
+        return bool(faults) or not written
     console = Console()
     if unit:
         console.print(repr(progress), highlight=False, markup=False, soft_wrap=True)
-        return bool(faults)
+        return bool(faults) or not written
     reports: dict[str, Report | None] = dict.fromkeys(unit_names(session.solutions))
     for line in progress.units:
         if line.unit in session.files:
@@ -113,7 +115,21 @@ def survey(path: Path | None, jobs: int, *, as_json: bool = False) -> bool:
             reports[line.unit] = Report("", line.unit, results)
     console.print(to_progress(reports, {line.unit: line.hints for line in progress.units}))
     console.print(f"\n{progress.closing}", highlight=False, markup=False)
-    return bool(faults)
+    return bool(faults) or not written
+
+
+def write_page(file: Path, progress: Progress, folder: Path) -> bool:
+    """Write the page of a learner's progress, with the picture that is kept in ``folder``; False if it cannot
+    be written. Either is said on stderr."""
+    from kvlearn.grading import certificate
+
+    try:
+        file.write_text(certificate.page(progress, certificate.read_points(folder)), encoding="utf-8")
+    except OSError as error:
+        say(f"{file}: {error.strerror or error}")
+        return False
+    say(f"wrote {file}")
+    return True
 
 
 class Session:

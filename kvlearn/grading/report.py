@@ -4,9 +4,12 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -16,6 +19,7 @@ from rich.text import Text
 
 from kvlearn import html
 from kvlearn.grading.score import STATUSES
+from kvlearn.grading.submission import notebooks
 
 BAR = 8  # characters of a unit's bar: the table fits 80 columns
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a cell begins with that spreadsheets may calculate
@@ -63,6 +67,28 @@ class Report:
         return {**head, **points, "exercises": [asdict(exercise) for exercise in self.exercises]}
 
 
+def refusal(output: Path, paths: Iterable[Path]) -> str:
+    """Why a report must not or cannot be written to ``output``, in a line; empty if it can be. ``paths`` are
+    those of the notebooks that it is about."""
+    folder = output.absolute().parent
+    if output.is_dir():
+        return f"{output}: is a folder; give the report a file name"
+    if output.suffix == ".ipynb" or _same(output, paths):
+        return f"{output}: is a notebook, and a report would replace it; give the report another name"
+    if not folder.is_dir():
+        return f"{output}: no such folder as {folder}"
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        return f"{output}: cannot be written"
+    return ""
+
+
+def _same(output: Path, paths: Iterable[Path]) -> bool:
+    """Is ``output``, perhaps by another name, one of the notebooks to be graded?"""
+    with suppress(OSError):
+        return any(output.samefile(file) for path in paths for file in notebooks(path)[0])
+    return False
+
+
 def to_json(reports: Iterable[Report]) -> str:
     return (
         json.dumps([report.to_dict() for report in reports], indent=2, ensure_ascii=False, allow_nan=False)
@@ -88,6 +114,35 @@ def to_csv(reports: Iterable[Report]) -> str:
                 report.file,
             ]
             rows.writerow(map(_cell, cells))
+    return text.getvalue()
+
+
+def to_gradebook(reports: Iterable[Report], kind: str) -> str:
+    """One row per student, one column per unit with the sum of its points, as gradebooks import them.
+
+    ``kind`` "canvas": the columns that Canvas asks for, and its row of possible points; it finds the student
+    by ``SIS Login ID``. "moodle": ``username`` and the units. Both are the name that the submission has.
+    Of several notebooks of a unit the best counts; a unit that was not handed in is empty.
+    """
+    best: dict[str, dict[str, float]] = {}
+    possible: dict[str, float] = {}
+    for report in reports:
+        own = best.setdefault(report.student, {})
+        own[report.unit] = max(report.score, own.get(report.unit, 0.0))
+        possible[report.unit] = max(report.max_score, possible.get(report.unit, 0.0))
+    units = sorted(possible)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    if kind == "canvas":
+        rows.writerow(["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *units])
+        rows.writerow(["    Points Possible", "", "", "", "", *(f"{possible[unit]:g}" for unit in units)])
+    else:
+        rows.writerow(["username", *units])
+    for student in sorted(best):
+        name = _cell(student)
+        head = [name, "", "", name, ""] if kind == "canvas" else [name]
+        points = (best[student].get(unit) for unit in units)
+        rows.writerow([*head, *("" if each is None else f"{each:g}" for each in points)])
     return text.getvalue()
 
 

@@ -68,7 +68,7 @@ class Submission:
 
 
 def readable(name: str) -> str:
-    """A name as text to be shown, with "?" for what is no UTF-8 in it, moves a cursor or turns the direction of
+    """A name as text to be shown: "?" stands for what is no UTF-8, moves a cursor or turns the direction of
     writing."""
     text = name.encode("utf-8", "replace").decode()
     return "".join("?" if unicodedata.category(c) in CONTROLS or c in DIRECTIONS else c for c in text)

@@ -5,14 +5,12 @@ The tilings follow the compiler's report (``python -m kvlearn.kernels.compiled``
 ``kvlearn bench decode_tune`` measures them and others.
 """
 
-import functools
 from dataclasses import dataclass, replace
 
 from kvlearn import validate
 
 KIB = 1024
 WALK = 2  # additional stages where a load waits for another load, of its page's number
-START = 4  # time to start a program and to write its partial result, in tiles
 TILE_BYTES = 32 * KIB  # of K and V in one tile; two tiles in flight hide the memory's latency
 
 
@@ -109,24 +107,13 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
     """The number of splits of every row's context that keeps all multiprocessors reading.
 
     ``programs``: pairs of a row and a KV head (times blocks of heads). ``tiles`` of the longest row. The GPU
-    runs ``multiprocessors`` · ``per_multiprocessor`` programs at a time, in waves. A split takes the time of
-    its tiles, rounded up, and of ``START`` more. The result is the smallest number of shortest time
-
-        waves · (tiles per split + START)
-
-    among those that fit one wave. (One more takes two waves of at least half the tiles, and START twice.)
+    runs ``multiprocessors`` · ``per_multiprocessor`` programs at a time. Of the numbers of splits that it runs
+    all at once, the result is the smallest with the fewest tiles per split, rounded up. One split more would
+    take a second wave: no fewer tiles in all, and every start twice.
     """
     for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
         validate.positive(name, value)
     slots = multiprocessors * validate.positive("per_multiprocessor", per_multiprocessor)
-    return _choose_splits(programs, validate.at_least("tiles", tiles, 0), slots)
-
-
-@functools.lru_cache(4096)  # called at every step of every layer
-def _choose_splits(programs: int, tiles: int, slots: int) -> int:
-    most = max(min(tiles, slots // programs), 1)
-
-    def time(splits: int) -> int:
-        return -(-programs * splits // slots) * (-(-tiles // splits) + START)
-
-    return min(range(1, most + 1), key=time)
+    most = max(min(validate.at_least("tiles", tiles, 0), slots // programs), 1)
+    tiles_per_split = max(-(-tiles // most), 1)
+    return max(-(-tiles // tiles_per_split), 1)

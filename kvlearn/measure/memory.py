@@ -26,7 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Most bytes that ``fn()`` has allocated on ``device`` at any one moment; what it returns counts."""
-    validate.instance("fn", fn, Callable)
+    validate.function("fn", fn)
     device = validate.device("device", device)
     if device.type == "cuda":
         return _peak_cuda(fn, device)

@@ -62,7 +62,7 @@ class Comparison:
 
 def measure_time(fn: Callable[[], object], *, min_run_time: float = 0.2) -> Quartiles:
     """Seconds that one call of ``fn`` takes, from blocks of calls that fill ``min_run_time`` seconds."""
-    validate.instance("fn", fn, Callable)
+    validate.function("fn", fn)
     validate.above("min_run_time", min_run_time, 0)
     # Timer would use one thread; a measurement uses what the program uses.
     clock = Timer(stmt="fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
@@ -85,7 +85,7 @@ def compare(
     validate.positive("rounds", rounds)
     validate.positive("len(fns)", len(validate.instance("fns", fns, Mapping)))
     for fn in fns.values():
-        validate.instance("fns", fn, Callable)
+        validate.function("fns", fn)
     if validate.finite("min_block_time", min_block_time) < 0:
         raise ValueError(f"min_block_time: expected at least 0, got {min_block_time}")
     if calls is not None:

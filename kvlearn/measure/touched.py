@@ -56,7 +56,7 @@ def touched(
     It runs without gradients. An operator that is compiled or called from elsewhere (a Triton kernel, numpy)
     is not seen.
     """
-    validate.instance("fn", fn, Callable)
+    validate.function("fn", fn)
     cache, weights = (
         [validate.instance(name, tensor, Tensor) for tensor in several(name, given)]
         for name, given in (("cache", cache), ("weights", weights))

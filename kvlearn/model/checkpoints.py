@@ -80,7 +80,7 @@ def checksum(metadata: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
             total.update(repr((name, text)).encode())
     for name, tensor in sorted(weights.items()):
         total.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -247,6 +247,8 @@ class Decoder(nn.Module):
             able = [
                 part for part in self.modules() if isinstance(part, Mechanism) and hasattr(part, attribute)
             ]
+            if given is not None:
+                validate.function(name, given)
             if given is not None and not able:
                 raise ValueError(f"{name}: no layer of {self.config.layers} can decode by another's function")
             for mixer in able:

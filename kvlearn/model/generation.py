@@ -1,7 +1,7 @@
 """Generation: prefill the prompts, whole or in chunks, then one token per step."""
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,14 +13,6 @@ from kvlearn.extras import progress_bar
 from kvlearn.model.decoder import Decoder, DecoderCache
 
 TEMPERATURES = (1e-30, 1e30)  # fp32 holds both and 1 over both; beyond them a distribution does not change
-
-
-@overload
-def generate(model: Decoder, tokens: Tensor, n: int, **options: Any) -> Tensor: ...
-
-
-@overload
-def generate(model: Decoder, tokens: Sequence[Any], n: int, **options: Any) -> list[Tensor]: ...
 
 
 @torch.no_grad()

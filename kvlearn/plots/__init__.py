@@ -43,6 +43,7 @@ from kvlearn.plots.serving import block_pool, leak, noise_and_leak, waste
 from kvlearn.plots.shared import pools, stored_and_read
 from kvlearn.plots.sliding import beyond_the_window, cone, influence, ring
 from kvlearn.plots.squeeze import squeeze
+from kvlearn.plots.verdict import decisions, recommendation, verdict_board
 from kvlearn.plots.workbench import time_per_token
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "cone",
     "conversion_curves",
     "converted",
+    "decisions",
     "decode_times",
     "dollars",
     "exposed_communication",
@@ -82,6 +84,7 @@ __all__ = [
     "recall_over_bytes",
     "recall_over_length",
     "recall_over_state",
+    "recommendation",
     "ring",
     "rooflines",
     "rope_on_latent",
@@ -97,6 +100,7 @@ __all__ = [
     "timetable",
     "touched_bytes",
     "uptraining",
+    "verdict_board",
     "waste",
     "what_pays",
 ]

@@ -1,6 +1,7 @@
 """The pictures of "Your model": what each token costs in time, or how the models learned."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,3 +92,58 @@ def largest_batches(curves: Mapping[str, Sequence[tuple[int, int, int]]]) -> Pic
     return Picture(
         figure, f"The largest batch that fits, over the context. Measured: {ends}.", {"curves": lines}
     )
+
+
+def bytes_against_loss(points: Sequence[Mapping[str, Any]]) -> Picture:
+    """Loss over the bytes of cache per token, a marker and a name for each mechanism.
+
+    A point has ``name``, ``bytes``, ``loss`` and its ``error`` (nats per byte), ``whose`` ("yours" or "ours")
+    and ``front``: those that no other beats are joined by a line.
+    """
+    colours = {"yours": COLOURS["shared"], "ours": COLOURS["memory"]}
+    labels = {"yours": "yours", "ours": "kvlearn's"}
+    ordered = sorted(points, key=lambda each: (each["bytes"], each["loss"]))
+    with drawing(size=(7.5, 4.2)) as (figure, axes):
+        best = [each for each in ordered if each["front"]]
+        axes.plot(
+            [each["bytes"] for each in best],
+            [each["loss"] for each in best],
+            color=COLOURS["full"],
+            ls="--",
+            lw=1,
+            label="not beaten by any",
+        )
+        for whose, marker in (("yours", "o"), ("ours", "s")):
+            group = [each for each in ordered if each["whose"] == whose]
+            if group:
+                axes.errorbar(
+                    [each["bytes"] for each in group],
+                    [each["loss"] for each in group],
+                    [each["error"] for each in group],
+                    color=colours[whose],
+                    ls="",
+                    marker=marker,
+                    mfc=colours[whose] if whose == "yours" else "none",
+                    label=labels[whose],
+                )
+        for i, each in enumerate(ordered):
+            axes.annotate(
+                each["name"],
+                (each["bytes"], each["loss"]),
+                xytext=(0, (8, -15, 20, -27)[i % 4]),  # neighbours at different heights
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                parse_math=False,  # a name is text, whatever is in it
+            )
+        axes.set_xscale("log")
+        axes.margins(0.12, 0.16)  # room for the names
+        axes.set_xlabel("bytes of cache per token")
+        axes.set_ylabel("loss, nats per byte")
+        axes.legend()
+    said = "; ".join(
+        f"{each['name']} ({labels[each['whose']]}) {each['bytes']:,.0f} bytes, {each['loss']:.2f}"
+        for each in ordered
+    )
+    alt = f"Loss in nats per byte over the bytes of cache per token. {said or 'Nothing was measured'}."
+    return Picture(figure, alt, {"points": ordered})

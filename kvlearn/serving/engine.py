@@ -255,10 +255,11 @@ class Engine:
             whose = self._blocks_of(request)
             if whose in full:
                 continue
-            self._match(request)
+            found = self._match(request)
             others = [r for r in self.running if self._blocks_of(r) == whose]
             if sum(map(self._missing, [*others, request])) > self.pool.available(request.tenant):
-                self.pool.close(request.table)
+                self._release(request)
+                self.pool.counts.hits -= found  # it makes no use of them now
                 full.add(whose)
                 continue
             self.waiting.remove(request)
@@ -281,11 +282,12 @@ class Engine:
         kept = [(request, n) for request, n in work if request in self.running]
         return sorted(kept, key=lambda pair: pair[1] > 1)
 
-    def _match(self, request: Request) -> None:
+    def _match(self, request: Request) -> int:
         """Take what is cached of the next tokens, also what others have computed since the last step."""
         found = self.pool.match(request.table, request.tokens)
         if not request.generated:
             request.cached += found
+        return found
 
     def _make_room(self, request: Request, n_tokens: int) -> bool:
         """Reserve blocks; the last of those that use the same blocks gives up its own until there are enough.
@@ -302,10 +304,14 @@ class Engine:
                 if same[-1] is request:
                     return False
 
-    def _preempt(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
+        """Take its blocks back; what is cached of its prompt will be counted when it is found again."""
         self.pool.close(request.table)
         if not request.generated:
             request.cached = 0
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
         self.running.remove(request)
         insort(self.waiting, request, key=lambda r: r.number)
 

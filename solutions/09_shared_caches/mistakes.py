@@ -384,8 +384,8 @@ prefix.mistakes(
 
     a separator in place of the lengths
         hash_function(sizes + salt + parent + content) → hash_function(salt + b"|" + parent + b"|" + content)
-    A separator was put between salt and parent. Both may hold any bytes, the separator too: then a longer salt
-    and no parent look like a shorter salt and a parent. Their lengths in front leave no doubt.
+    A separator was put between salt and parent. Both may hold any bytes, the separator too: then a longer
+    salt and no parent look like a shorter salt and a parent. Their lengths in front leave no doubt.
 
     a byte for each token
         token.to_bytes(4, "little") for token → bytes([token % 256]) for token
@@ -506,8 +506,8 @@ leak.mistakes(
     the same server asked again
         answers = {guess: ask(guess) for guess in candidates}
             → answers = {guess: (ask(guess)[0], ask(guess)[1]) for guess in candidates}
-    A server was asked for each guess twice, once for each number. The second time every guess is in the cache,
-    because it was asked before, and the times tell nothing. Ask once and keep both numbers.
+    A server was asked for each guess twice, once for each number. The second time every guess is in the
+    cache, because it was asked before, and the times tell nothing. Ask once and keep both numbers.
 
     closed if one attack fails
         if max(right.values()) < 27: → if min(right.values()) < 27:
@@ -669,8 +669,8 @@ model.mistakes(
 
     the tokens replaced by the new ones
         self.tokens[name] += tokens → self.tokens[name] = list(tokens)
-    The tokens of the sequence were replaced by the new ones. They follow after those before, and the length is
-    that of all.
+    The tokens of the sequence were replaced by the new ones. They follow after those before, and the length
+    is that of all.
 
     cached before the tokens are there
         self.tokens[name] += tokens
@@ -696,7 +696,8 @@ model.mistakes(
     the fork's blocks not counted
         self.accounts.open(new)
         self.accounts.share(new, self.parts.fork_table(self.table(name), self.length(name), self.page))
-            → self.accounts.tables[new] = self.parts.fork_table(self.table(name), self.length(name), self.page)
+            → parent = self.table(name)
+              self.accounts.tables[new] = self.parts.fork_table(parent, self.length(name), self.page)
     The fork got its parent's blocks past the accounts, so their counts do not know it. Nobody sees that they
     are shared: parent and fork write to the same place.
 
@@ -705,8 +706,8 @@ model.mistakes(
         self.accounts.share(new, self.parts.fork_table(self.table(name), self.length(name), self.page))
         self.tokens[new], self.salts[new] = list(self.tokens[name]), self.salts[name]
             → self.start(new, self.tokens[name], self.salts[name])
-    `start` finds full blocks only, and never the one with the last token. A fork has all tokens of its parent,
-    those of the last block too.
+    `start` finds full blocks only, and never the one with the last token. A fork has all tokens of its
+    parent, those of the last block too.
 
     no copy on write
         copies = [(*self.accounts.replace(name, i), kept) for i, kept in replace] → copies = []

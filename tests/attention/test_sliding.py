@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_tools import Allocated, close, draw
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -113,6 +113,7 @@ def agrees(cache: RingCache, model: Model) -> None:
             assert (cache.v[row, :, slot] == -content(row, p)).all()
 
 
+@settings(max_examples=80)
 @given(
     window=st.integers(1, 7),
     extra=st.integers(0, 6),

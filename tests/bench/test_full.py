@@ -4,7 +4,6 @@ import json
 import pkgutil
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -119,9 +118,7 @@ sys.modules["torch"] = None  # importing it raises ImportError
 from kvlearn.cli import app
 app(["bench", "nonsense"])
 """
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert time.monotonic() - start < 10  # under 1 s on an idle machine; torch alone takes longer
     assert (done.returncode, "expected one of full" in done.stderr) == (2, True), done.stderr
 
 

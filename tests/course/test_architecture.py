@@ -25,6 +25,7 @@ STEPS = [
     {"parallel", "serving"},
     {"measure"},
     {"bench", "study"},
+    {"verdict"},
     {"plots"},
     {"grading"},
     {"workbench"},

@@ -1,11 +1,11 @@
 """What holds for the exercises of every unit, as a learner meets them: in a notebook, run in a kernel."""
 
-import asyncio
 import json
 import os
 import re
 import subprocess
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import kvlearn
-from kvlearn.grading import commands, exercises
+from kvlearn.grading import commands, exercises, grader
 from kvlearn.grading import units as declared_units
 from kvlearn.grading.catalogue import nbgrader_of, unit_names
 from kvlearn.grading.grader import Grader
@@ -141,44 +141,6 @@ def test_the_first_notebook_shows_the_progress_of_the_course_and_nobodys_in_git(
     assert not re.search(r"[1-9]\d* / ", text), "somebody's points are in git"
 
 
-@pytest.mark.slow
-@every_unit
-def test_unsolved_it_runs_and_earns_nothing_and_no_exercise_needs_an_earlier_one(unit: str) -> None:
-    """The released notebook runs without an error. Then, in the same kernel, emptied: from the last exercise
-    to the first, set-up, answer and check. None misses what the ones before it define.
-
-    "Your model" reads the other answers, so it comes when they are there.
-    """
-    notebook = json.loads(released(unit)[f"{unit}.ipynb"])
-    tasks = Grader(solutions=SOLUTIONS).read(SOLUTIONS / unit / f"{unit}.ipynb", unit)
-
-    async def run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        unsolved, solved = [], []
-        async with Sandbox(GENEROUS) as box:
-            for cell in notebook["cells"]:
-                if cell["cell_type"] == "code":
-                    outputs = await box.run("".join(cell["source"]), GENEROUS.seconds)
-                    assert not [
-                        o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"
-                    ]
-                    if nbgrader_of(cell).get("grade"):
-                        unsolved.append(score_in(outputs))
-            await box.run("%reset -f", GENEROUS.seconds)  # as in a new kernel
-            for cell in (cell for task in tasks for cell in task.setup):
-                await box.run(cell, GENEROUS.seconds)
-            ordered = [task for task in reversed(tasks) if not task.reads_answers]
-            for task in ordered + [task for task in tasks if task.reads_answers]:
-                for piece in task.pieces:
-                    await box.run(piece, GENEROUS.seconds)
-                solved.append(score_in(await box.run(task.check, GENEROUS.seconds)))
-        return unsolved, solved
-
-    unsolved, solved = asyncio.run(run())
-    assert len(unsolved) == len(solved) == len(marked(notebook, "grade"))
-    assert {(score["score"], score["status"]) for score in unsolved} == {(0, "not attempted")}
-    assert {score["status"] for score in solved} == {"passed"}
-
-
 @every_unit
 def test_the_unsolved_notebook_is_graded_as_not_attempted(unit: str, tmp_path: Path) -> None:
     file = tmp_path / f"{unit}.ipynb"
@@ -194,6 +156,20 @@ def test_the_outputs_kept_with_the_solution_show_full_marks(unit: str) -> None:
         score = score_in(check["outputs"])
         assert score["score"] == score["max_score"] == nbgrader_of(check)["points"]
         assert score["status"] == "passed"
+
+
+@pytest.mark.slow
+@every_unit
+def test_the_solution_is_graded_with_full_marks_in_one_kernel(
+    unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = []
+    real: Callable[..., Sandbox] = grader.Sandbox
+    monkeypatch.setattr(grader, "Sandbox", lambda *given: kernels.append(real(*given)) or kernels[-1])
+    report = grade(SOLUTIONS / unit)
+    assert {result.status for result in report.exercises} == {"passed"}
+    assert report.score == report.max_score > 0
+    assert len(kernels) == 1, "our own solution was taken for one that disturbs others"
 
 
 @pytest.mark.slow

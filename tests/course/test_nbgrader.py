@@ -6,24 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvlearn.grading import grader
 from kvlearn.grading.catalogue import nbgrader_of, unit_names
 from kvlearn.grading.commands import grade
 from kvlearn.grading.grader import Grader
-from kvlearn.grading.sandbox import Limits, Sandbox
+from kvlearn.grading.sandbox import Limits
 
 pytest.importorskip("nbgrader", reason="needs the extra kvlearn[teach]")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nbgrader")]  # one course for all of them
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS = ROOT / "solutions"
-UNITS = unit_names(SOLUTIONS)
+# A plain one, one with a training, and Triton's; all with HYPOTHESIS_PROFILE=thorough. Full marks of the
+# others: nbval, and test_exercises.py, which generates all of them too.
+EVERY = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+UNITS = [unit for unit in unit_names(SOLUTIONS) if EVERY or unit[:2] in ("01", "07", "11")]
 COLLECT = 'c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"\n'
 Notebook = dict[str, Any]
 
@@ -101,11 +102,7 @@ def test_plain_nbgrader_releases_the_notebooks_and_nothing_else(course: Path) ->
     assert released == {course / "exercises" / unit / f"{unit}.ipynb" for unit in UNITS}
 
 
-def test_nbgrader_and_kvlearn_give_the_same_grades(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And ours takes a kernel for each solution, all of whose exercises pass."""
-    kernels = []
-    real: Callable[..., Sandbox] = grader.Sandbox
-    monkeypatch.setattr(grader, "Sandbox", lambda *given: kernels.append(real(*given)) or kernels[-1])
+def test_nbgrader_and_kvlearn_give_the_same_grades(course: Path) -> None:
     with (course / "grades.csv").open(encoding="utf-8") as file:
         theirs = {
             (row["student_id"], row["assignment"]): (float(row["score"]), float(row["max_score"]))
@@ -118,12 +115,6 @@ def test_nbgrader_and_kvlearn_give_the_same_grades(course: Path, monkeypatch: py
     assert not faults
     assert ours == theirs
     assert len(ours) == len(UNITS) + 2
-
-    full = [report for report in reports if report.student == "full"]
-    assert {result.status for report in full for result in report.exercises} == {"passed"}
-    assert len(kernels) == len(full) + 1, (
-        "a solution was taken for one that disturbs others; the half has one too"
-    )
 
     points = {student: ours[student, UNITS[0]] for student in ("blank", "half", "full")}
     assert points["blank"][0] == 0

@@ -12,6 +12,8 @@ from kvlearn.parallel import Layout, Plan
 from kvlearn.parallel.simulate import LINKS, Shape, hidden_from, ring_bytes, simulate
 from kvlearn.study import base_model, corpus
 from kvlearn.study.routing import compare
+from kvlearn.verdict import CLAIMS, RELEASED, Records
+from kvlearn.verdict.released import has_latents, shares_heads
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,3 +166,32 @@ def test_predictions_of_chapter_08() -> None:
         assert said in text
     for said in ("4,948 over InfiniBand", "550 over NVLink", "under 32 KiB", "64 GiB", "about a minute"):
         assert said in text
+
+
+def test_numbers_of_chapter_13() -> None:
+    """What the text says of 405B and of 69 KB per token; all else is printed."""
+    found = {
+        name: claim.check(Records()).numbers for name, claim in ((c.id, c) for c in CLAIMS) if name in CITED
+    }
+    text = "\n".join(cells("notebooks/13_verdict.ipynb", "markdown"))
+    for name, said in CITED.items():
+        for key, (times, of, form) in said.items():
+            ratio = found[name][key] / (found[name][of] if of else 1)
+            assert form.format(ratio) == times
+            assert times in text
+    assert all(shares_heads(model) or has_latents(model) for model in RELEASED)
+    assert len({model.name.split()[0].split("-")[0] for model in RELEASED if has_latents(model)}) == 2
+
+
+# By claim and number: what the text says, the number that it is divided by, and how it is rounded.
+CITED: dict[str, dict[str, tuple[str, str, str]]] = {
+    "M2": {
+        "article": ("8 times the cache", "published", "{:.0f} times the cache"),
+        "unshared": ("16 times as much", "published", "{:.0f} times as much"),
+    },
+    "69 KB": {
+        "Llama 3.1 8B": ("1.9x", "", "{:.1f}x"),
+        "Llama 3.1 405B": ("7.3x", "", "{:.1f}x"),
+        "itself without MLA": ("57x", "", "{:.0f}x"),
+    },
+}

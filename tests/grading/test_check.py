@@ -298,10 +298,10 @@ def test_the_same_seed_draws_the_same() -> None:
 
 
 def test_a_check_takes_far_less_than_two_seconds() -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # others may use the machine
     for misconception in ATTEND.misconceptions[:3]:
         judge(ATTEND, misconception.answers)
-    assert (time.perf_counter() - start) / 3 < 2
+    assert (time.process_time() - start) / 3 < 2
 
 
 def test_an_unknown_exercise_is_an_error_that_names_the_known_ones() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import patience
 import psutil
 import pytest
 import small_unit as small
@@ -146,9 +147,9 @@ def test_a_run_that_was_interrupted_goes_on_and_what_is_unchanged_does_not_run(
 def test_parts_of_an_array_job_share_a_folder_and_none_is_run_twice(solutions: Path, runs: Runs) -> None:
     for i in range(5):
         put(f"s{i}", double=f"return x + x  # {i}")
-    for k in (1, 2, 3):
+    for k, students in enumerate((["s0", "s3"], ["s1", "s4"], ["s2"]), 1):
         assert kvlearn("grade", "all", "--part", f"{k}/3", "--keep", "kept").exit_code == 0
-    assert runs.take() == ["s0", "s1", "s2", "s3", "s4"]
+        assert runs.take() == students
     result = kvlearn("grade", "all", "--keep", "kept", "--csv", "-o", "grades.csv")
     assert (result.exit_code, runs.take()) == (0, [])
     assert scores("grades.csv") == {f"s{i}": 3 for i in range(5)}
@@ -402,7 +403,7 @@ def test_a_class_of_mixed_quality_has_the_same_grades_whatever_runs_beside_it(
     for student, answers in MIXED.items():
         put(student, **answers)
     small.write({"cells": [1]}, Path(f"all/damaged/{U}/{U}.ipynb"))
-    limits, store = Limits(seconds=2, grace=1), Kept()
+    limits, store = patience.limits(2), Kept()
     graded = [commands.grade([Path("all")], Grader(limits=limits, jobs=3))[0]]
     graded.append(commands.grade([Path("all")], Grader(limits=limits, jobs=1, kept=store))[0])
     tables = [

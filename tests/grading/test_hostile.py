@@ -195,7 +195,7 @@ def test_what_a_dishonest_answer_tries_is_said_and_costs_the_others_nothing(
     reads = READS.format(file=str(solutions / U / "checks.py"))
     notebook = small.answered(double=ours, negate=tell, halve="return x / 2", square=FORGED, shift=reads)
     file = put("all/eve", notebook)
-    limits = Limits(seconds=20)
+    limits = Limits(seconds=120)  # others may use the machine
     (report,), faults = grade([file], Grader(limits=limits))
     assert not faults
     double, shift, negate, halve, square = report.exercises

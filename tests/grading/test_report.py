@@ -38,6 +38,19 @@ def test_csv_has_a_row_for_each_exercise_and_no_formulas() -> None:
     assert (second[0], *second[-2:]) == ("'=cmd()", "'-1", "'=b.ipynb")
 
 
+def test_gradebooks_get_a_row_per_student_and_a_column_per_unit() -> None:
+    better = Report("ada", "01_x", [report.Result("01.1", 3.0, 4.0, "partial", "")], "b.ipynb")
+    other = Report("ada", "02_y", [report.Result("02.1", 5.0, 5.0, "passed", "")], "c.ipynb")
+    given = [*REPORTS, better, other]
+    head, possible, formula, ada = csv.reader(report.to_gradebook(given, "canvas").splitlines())
+    assert head == ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", "01_x", "02_y"]
+    assert possible == ["    Points Possible", "", "", "", "", "4", "5"]
+    assert ada == ["ada", "", "", "ada", "", "3", "5"]
+    assert formula == ["'=cmd()", "", "", "'=cmd()", "", "0", ""]
+    moodle = list(csv.reader(report.to_gradebook(given, "moodle").splitlines()))
+    assert moodle == [["username", "01_x", "02_y"], ["'=cmd()", "0", ""], ["ada", "3", "5"]]
+
+
 def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
     page = report.to_html(REPORTS)
     assert not re.search(r"(src|href)\s*=|@import|url\(", page)

@@ -409,7 +409,7 @@ def test_points_for_parts_depend_on_the_parts() -> None:
 
 def test_a_plan_may_treat_the_references_as_an_array() -> None:
     """In 09.7 it gets them as in 09.2: a list with a number for each block."""
-    fork_table, write_plan, append = ours("09.2")
+    fork_table, _, append = ours("09.2")
 
     def by_array(table: list[int], length: int, n: int, page: int, references: Any) -> Any:
         first, end = length // page, -(-(length + n) // page)

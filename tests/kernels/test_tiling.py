@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlearn.kernels import Tiling, choose_splits
-from kvlearn.kernels.tiling import LATENT_TILINGS, START, choose_latent_tiling, choose_tiling
+from kvlearn.kernels.tiling import LATENT_TILINGS, choose_latent_tiling, choose_tiling
 
+START = 4  # time to start a program and to write its partial result, in tiles
 H200, A100, RTX = 232_448, 166_912, 101_376  # bytes of shared memory that a program may have
 
 

@@ -38,7 +38,7 @@ HALF = CASES[1] | {"dtype": torch.bfloat16}
 @pytest.mark.parametrize("world", [2, 4])
 def test_ring_is_attention_on_one_device_and_sends_what_the_formula_says(world: int) -> None:
     cases = [*CASES, HALF]
-    results = launch(ring_runs.forward_and_backward, world, cases, seconds=60)
+    results = launch(ring_runs.forward_and_backward, world, cases, seconds=300)
     for i, case in enumerate(cases):
         layout, rule = Layout(case["tokens"], world, case["order"]), case["rule"]
         plan = Plan(layout, rule)
@@ -62,7 +62,7 @@ def test_ring_is_attention_on_one_device_and_sends_what_the_formula_says(world: 
 def test_a_block_is_under_way_while_it_is_computed_with() -> None:
     case = {"tokens": 32, "order": "striped", "rule": Rule(), "lengths": None, "block": 8}
     case |= {"shape": (1, 2, 2), "dim": 4}
-    for rank in launch(ring_runs.forward_and_backward, 2, [case], seconds=60):
+    for rank in launch(ring_runs.forward_and_backward, 2, [case], seconds=300):
         kinds = [(what, step) for what, step, _, _ in rank[0]["there"].events]
         assert kinds == [("send", 0), ("compute", 0), ("receive", 0), ("compute", 1)]
 
@@ -70,12 +70,12 @@ def test_a_block_is_under_way_while_it_is_computed_with() -> None:
 def test_a_rank_keeps_one_block_however_many_ranks_there_are() -> None:
     case = {"tokens": 24, "order": "contiguous", "rule": Rule(causal=False), "lengths": None, "block": 8}
     case |= {"shape": (1, 2, 2), "dim": 4}
-    assert launch(ring_runs.most_kept, 4, case, seconds=60) == 4 * [[1, 2]]  # backward also a gradient
+    assert launch(ring_runs.most_kept, 4, case, seconds=300) == 4 * [[1, 2]]  # backward also a gradient
 
 
 def test_ring_is_pytorchs_context_parallel() -> None:
     case = {"tokens": 24, "lengths": None, "block": 5, "shape": (2, 3, 3), "dim": 8}
-    for pairs in launch(ring_runs.both_rings, 2, case, seconds=60):
+    for pairs in launch(ring_runs.both_rings, 2, case, seconds=300):
         assert len(pairs) == 8
         for got, expected in pairs:
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -86,7 +86,7 @@ def test_ring_is_pytorchs_context_parallel() -> None:
     [(2, [Spec("gqa", n_kv_heads=2), Spec("window", window=5)], "striped"), (4, ["full"], "zigzag")],
 )
 def test_a_decoder_over_ranks_is_the_decoder(world: int, layers: list[Spec], order: str) -> None:
-    results = launch(ring_runs.whole_decoder, world, layers, order, 21, 6, seconds=60)
+    results = launch(ring_runs.whole_decoder, world, layers, order, 21, 6, seconds=300)
     model, tokens = ring_runs.small_decoder(layers, 21)
     logits = model(tokens)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -105,7 +105,7 @@ def test_a_decoder_over_ranks_is_the_decoder(world: int, layers: list[Spec], ord
 
 
 def test_a_state_is_passed_on_and_its_bytes_do_not_depend_on_the_text() -> None:
-    results = launch(ring_runs.states, 3, "gated_delta", [5, 9], seconds=60)
+    results = launch(ring_runs.states, 3, "gated_delta", [5, 9], seconds=300)
     for each in zip(*results, strict=True):
         y = torch.cat([rank["y"] for rank in each], dim=1)
         torch.testing.assert_close(y, each[0]["want"], rtol=0, atol=1e-5)
@@ -116,7 +116,7 @@ def test_a_state_is_passed_on_and_its_bytes_do_not_depend_on_the_text() -> None:
 
 
 def test_partial_results_merge_up_a_tree() -> None:
-    results = launch(ring_runs.merged, 3, seconds=60)
+    results = launch(ring_runs.merged, 3, seconds=300)
     q, k, v, _ = ring_runs.inputs((2, 6, 3), 12, 8)
     mine = torch.cat([torch.arange(12)[rank::3] for rank in (0, 2)])
     k, v = (x[:, :, mine].repeat_interleave(2, 1) for x in (k, v))
@@ -137,13 +137,13 @@ def test_partial_results_merge_up_a_tree() -> None:
 )
 def test_a_rank_that_fails_is_named_and_nothing_is_left(function, args, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RankFailed, match=message):
-        launch(function, 2, *args, seconds=60)
+        launch(function, 2, *args, seconds=300)
     assert not multiprocessing.active_children()
 
 
 def test_a_rank_with_other_settings_is_named_on_every_rank() -> None:
     heads = "k.shape[1] (KV heads): expected a divisor of q.shape[1] (heads)=2, got 3"
-    for rank, told in enumerate(launch(ring_runs.settings, 3, seconds=60)):
+    for rank, told in enumerate(launch(ring_runs.settings, 3, seconds=300)):
         assert told == [
             "n_tokens: expected 16 on every rank; rank 1 has 15",
             "window: expected None on every rank; rank 1 has 3",
@@ -160,7 +160,7 @@ def test_a_rank_that_hangs_ends_the_run_in_time() -> None:
     begin = time.monotonic()
     with pytest.raises(RankFailed, match=r"^rank 1: no answer within the time"):
         launch(ring_runs.hang, 2, 1, seconds=8)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 300
     assert not multiprocessing.active_children()
 
 
@@ -175,11 +175,11 @@ def test_processes_end_with_their_parent() -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from kvlearn.parallel import launch\nimport ring_runs\n"
-        "if __name__ == '__main__': launch(ring_runs.wait_forever, 2, seconds=60)"
+        "if __name__ == '__main__': launch(ring_runs.wait_forever, 2, seconds=300)"
     )
     folder = os.path.dirname(ring_runs.__file__)
     parent = subprocess.Popen([sys.executable, "-c", code, folder])
-    end = time.monotonic() + 90
+    end = time.monotonic() + 300
     started: list[psutil.Process] = []
     ranks = 0
     while ranks < 2 and time.monotonic() < end:

@@ -9,6 +9,7 @@ import torch
 from test_measurement_pictures import BYTES
 from test_measurement_pictures import ROWS as DECODE
 from test_quality import TIER_A, rows_of
+from test_verdict_pictures import FINDINGS, RECORDED
 
 from kvlearn import plots
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
@@ -21,6 +22,7 @@ from kvlearn.parallel.simulate import Shape
 from kvlearn.plots.serving import FREE, BlockState
 from kvlearn.serving import Attack, Mix, Noise, simulate
 from kvlearn.study import recall
+from kvlearn.verdict import METHODS, Evidence, Finding, Verdict, recommend
 
 GIB = 1024**3
 SOME = Quartiles(0.002, 0.001, 0.003, 5)
@@ -201,6 +203,13 @@ PICTURES = {
     "rooflines": lambda: plots.rooflines([DEVICES["H200"]], {"gqa": Work(4e9, 1e9)}),
     "what_pays": lambda: plots.what_pays({"one user": {"gqa": {"T4": 1.2, "H100": 1.5}}}),
     "dollars": lambda: plots.dollars({"gqa": [(1024, 0.5), (2048, 1.0)]}),
+    "verdict_board": lambda: plots.verdict_board(
+        [Finding(claim, Evidence(Verdict.HOLDS, "", "note")) for claim in METHODS] + FINDINGS
+    ),
+    "recommendation": lambda: plots.recommendation(
+        recommend("Llama 3.1 8B", 32_768, 64, "A100 80 GB", records=RECORDED)
+    ),
+    "decisions": lambda: plots.decisions({"A100 80 GB": {(1024, 1): "as it is", (2048, 4): "latents"}}),
     "selections": lambda: plots.selections({"head 0": np.tri(8, dtype=bool)}, title="Chosen"),
 }
 

@@ -393,7 +393,7 @@ def test_a_trimmed_table_takes_its_block_out_of_the_cache_before_it_writes() -> 
 
 
 def test_only_reserved_tokens_are_committed() -> None:
-    """A fork that writes without a copy changes its parent; a trimmed block is still found by what was in it."""
+    """A fork that writes without a copy changes its parent; a trimmed block is found by what was in it."""
     blocks = pool()
     table = fill(blocks, [1] * 6)
     fork = blocks.fork(table)

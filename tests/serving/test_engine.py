@@ -173,6 +173,19 @@ def test_prompts_are_admitted_only_if_they_fit_together() -> None:
         assert request.tokens == alone(model, request, [i] * 10)
 
 
+def test_a_request_that_waits_counts_what_it_finds_once() -> None:
+    """It looks for its prefix in every step, and uses it when it is admitted."""
+    engine = Engine(tiny("full"), 5, page=2, max_batch=3, budget=6)
+    first = engine.submit([1, 2, 3, 4, 5, 6], 4)  # all five blocks at the end
+    second = engine.submit([1, 2, 3, 4, 5, 6, 7, 8, 9], 1)
+    while not first.done:
+        engine.step()
+        assert engine.waiting == [second]
+        assert (second.cached, engine.pool.counts.hits) == (0, 0)
+    engine.run()
+    assert (second.cached, engine.pool.counts.hits) == (6, 6)
+
+
 def test_decode_goes_on_beside_a_long_prompt() -> None:
     engine = Engine(tiny("full"), 60, page=3, max_batch=4, budget=6)
     short = engine.submit([1, 2], 30)

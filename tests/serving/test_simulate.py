@@ -50,4 +50,4 @@ def test_sizes_of_a_simulation_are_validated() -> None:
         ((1, 2, 8, "quotas"), "n_blocks // n_tenants: expected at least 32, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            simulate(MIX, *arguments)  # type: ignore[arg-type]
+            simulate(MIX, *arguments)
