@@ -1,4 +1,4 @@
-"""The verdict: every claim of the article held against what the course measured. Chapter 13.
+"""The verdict: every claim of the article compared with what the course measured. Chapter 13.
 
     from kvlearn import verdict
 

@@ -41,7 +41,7 @@ ARTICLE: dict[str, dict[str, tuple[float, float]]] = {
     "M6": {"saved": (0.6, 0.8), "worse": (0.01, 0.03)},
     "M7": {"saved": (0.9, 1.0), "worse": (0.03, 0.05)},
 }
-# Of our designs, the one that a claim of quality is held against.
+# Of our designs, the one that a claim of quality is compared with.
 NEAREST = {"M3": "gqa-4x", "M4": "mhc-8x", "M5": "window", "M6": "bigbird", "M7": "mamba2"}
 
 
