@@ -75,7 +75,8 @@ def selective_scan(
         return torch.addcmul(y, D, x), state
     # Channels last: they are many, and the inner loop over them is contiguous.
     others = A.mT.contiguous(), B, C, state.mT.contiguous()
-    y, state = SegmentedScan.apply(dt * x, dt, *others, chunk, torch.is_grad_enabled())
+    with no_autocast(x.device):
+        y, state = SegmentedScan.apply(dt * x, dt, *others, chunk, torch.is_grad_enabled())
     return torch.addcmul(y, D, x), state.mT
 
 
@@ -166,9 +167,10 @@ class SegmentedScan(torch.autograd.Function):
             for t in range(len(steps) - 1, 0, -1):
                 steps[t - 1].addcmul_(decays[t], steps[t])
             grad_state = decays[0] * steps[0]
-            grad_u.copy_((b[:, :, None] @ g)[:, :, 0])
-            grad_b.copy_((g @ u[..., None])[..., 0])
-            grad_c.copy_((h[1:] @ grad[..., None])[..., 0])
+            with no_autocast(g.device):
+                grad_u.copy_((b[:, :, None] @ g)[:, :, 0])
+                grad_b.copy_((g @ u[..., None])[..., 0])
+                grad_c.copy_((h[1:] @ grad[..., None])[..., 0])
             exponent = decay.mul_(h[:-1]).mul_(g)  # the gradient of dt A; h and g are free from here on
             grad_d.copy_(torch.mul(exponent, A, out=g).sum(dim=2))
             grad_A += exponent.mul_(d[:, :, None]).sum(dim=(0, 1))
