@@ -26,6 +26,9 @@ SOLUTIONS = ROOT / "solutions"
 EVERY = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 UNITS = [unit for unit in unit_names(SOLUTIONS) if EVERY or unit[:2] in ("01", "07", "11")]
 COLLECT = 'c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"\n'
+PATIENT = (
+    "c.ExecutePreprocessor.timeout = c.Execute.timeout = 900\n"  # 30 s, where others use the machine, are few
+)
 Notebook = dict[str, Any]
 
 
@@ -78,7 +81,7 @@ def answered(released: Notebook, solved: Notebook, student: str) -> Notebook:
 def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A course in which every unit was released, handed in, collected, graded and exported by nbgrader."""
     course = tmp_path_factory.mktemp("course")
-    (course / "nbgrader_config.py").write_text((ROOT / "nbgrader_config.py").read_text() + COLLECT)
+    (course / "nbgrader_config.py").write_text((ROOT / "nbgrader_config.py").read_text() + COLLECT + PATIENT)
     shutil.copytree(SOLUTIONS, course / "solutions", ignore=shutil.ignore_patterns(".*"))
     nbgrader(course, *(f"generate_assignment {unit}" for unit in UNITS))
     for unit in UNITS:
