@@ -41,7 +41,7 @@ ALLOWED = re.compile(
 SECRET = re.compile(r"(?i)token|secret|passw|credential|(^|_)(api|access|auth|private)_?key")
 
 
-PATIENCE = 8.0  # how many times longer than its limit code may take on a machine that is busy with others
+PATIENCE = 20.0  # how many times longer than its limit code may take on a machine that is busy with others
 
 
 @dataclass(frozen=True)
