@@ -101,22 +101,29 @@ def start(
 ) -> None:
     """Copy the exercises to work/, where you solve them, and bring what is new in the course into the copies.
 
+    Where kvlearn is an installed wheel, the chapters are copied to notebooks/ beside work/ as well.
+
     Nothing that you wrote is lost: answers stay as they are, and before a notebook is changed, a copy of it
     goes to work/kept.
     """
     from kvlearn.grading import work
-    from kvlearn.grading.folders import solutions_root, unit_named, unit_names, work_root
+    from kvlearn.grading.folders import chapters_root, solutions_root, unit_named, unit_names, work_root
 
-    solutions = solutions_root()
+    solutions, chapters = solutions_root(), chapters_root()
     try:
         chosen = [unit_named(name, solutions) for name in units or unit_names(solutions)]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="UNIT") from None
     try:
         outcomes = work.start(list(dict.fromkeys(chosen)), work_root())
+        copied = (
+            work.copy_chapters(chapters, work_root().parent / "notebooks", work_root()) if chapters else []
+        )
     except OSError as error:
         _fail(work.reason(error))
     _show_outcomes(outcomes, as_json)
+    for line in copied:
+        typer.echo(line, err=as_json)
     failed = [outcome for outcome in outcomes if outcome.what == "failed"]
     for outcome in failed:
         typer.echo(f"kvlearn: {outcome.unit}: {'; '.join(outcome.lines)}", err=True)

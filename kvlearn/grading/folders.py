@@ -36,6 +36,12 @@ def exercises_root() -> Path:
     return here if here.is_dir() else inside if inside.is_dir() else solutions_root().parent / "exercises"
 
 
+def chapters_root() -> Path | None:
+    """The chapters that an installed wheel carries; None in a checkout, where they are in notebooks/."""
+    inside = Path(kvlearn.__file__).resolve().parent / "_notebooks"
+    return inside if inside.is_dir() else None
+
+
 def work_root() -> Path:
     """The folder of a learner's copies, whether or not it exists yet.
 

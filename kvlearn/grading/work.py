@@ -5,6 +5,7 @@ one step and only after a copy of it was put into work/kept, and one that cannot
 work/.kvlearn/base holds each unit as the learner was given it: what they and the course changed since shows.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -48,6 +49,37 @@ def start(units: list[str], work: Path) -> list[Outcome]:
     (work / STATE / "base").mkdir(parents=True, exist_ok=True)
     with records.locked(work / STATE / "work.lock", PATIENCE):
         return [_guarded(unit, work) for unit in units]
+
+
+def copy_chapters(source: Path, target: Path, work: Path) -> list[str]:
+    """Copy every chapter of ``source`` into ``target``, or bring it up to date; what was done, in lines.
+
+    A chapter that differs from the one that was copied last time is the reader's: it is put into work/kept
+    before a newer one takes its place. OSError where a file cannot be written.
+    """
+    record = work / STATE / "chapters.json"
+    given: dict[str, str] = json.loads(record.read_text()) if record.is_file() else {}
+    new, newer, lines = 0, 0, list[str]()
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        name, content = path.relative_to(source).as_posix(), path.read_bytes()
+        file, digest = target / name, hashlib.sha256(content).hexdigest()
+        before = file.read_bytes() if file.is_file() else None
+        if before is None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _create(file, content)
+            new += 1
+        elif digest != given.get(name) and before != content:
+            if hashlib.sha256(before).hexdigest() != given.get(name):
+                kept = keep(file, before, work, file.stem)
+                lines.append(f"{shown(file)}: a newer one; yours as it was: {shown(kept)}")
+            records.write(file, content)
+            newer += 1
+        given[name] = digest
+    records.write(record, json.dumps(given, indent=1).encode())
+    if new or newer:
+        done = [f"{n} {what}" for n, what in ((new, "copied"), (newer, "brought up to date")) if n]
+        lines.insert(0, f"chapters in {shown(target)}: {', '.join(done)}")
+    return lines
 
 
 def _guarded(unit: str, work: Path) -> Outcome:

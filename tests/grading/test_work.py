@@ -513,3 +513,27 @@ def test_an_installed_wheel_makes_copies_in_the_current_folder(
     assert not (below / "work").exists()
     assert "90.1" not in run(mine, "reset", "90.3")
     assert "# mine" in source_of("answer1", mine / FILE)
+
+
+def test_chapters_of_a_wheel_are_copied_and_brought_up_to_date(tmp_path: Path) -> None:
+    source, target, own = tmp_path / "wheel", tmp_path / "notebooks", tmp_path / "work"
+    (source / "pictures").mkdir(parents=True)
+    (own / ".kvlearn").mkdir(parents=True)
+    for name in ("00_a.ipynb", "01_b.ipynb", "pictures/p.png"):
+        (source / name).write_text(f"{name} of version 1")
+    assert work.copy_chapters(source, target, own) == [f"chapters in {target}: 3 copied"]
+    assert (target / "pictures" / "p.png").read_text() == "pictures/p.png of version 1"
+    assert work.copy_chapters(source, target, own) == []
+
+    (target / "01_b.ipynb").write_text("with a note of mine")
+    assert work.copy_chapters(source, target, own) == []  # nothing newer: it stays
+    assert (target / "01_b.ipynb").read_text() == "with a note of mine"
+    for name in ("00_a.ipynb", "01_b.ipynb"):
+        (source / name).write_text(f"{name} of version 2")
+    first, second = work.copy_chapters(source, target, own)
+    assert first == f"chapters in {target}: 2 brought up to date"
+    assert "01_b.ipynb: a newer one; yours as it was" in second
+    (kept,) = (own / "kept").iterdir()
+    assert kept.read_text() == "with a note of mine"
+    assert (target / "01_b.ipynb").read_text() == "01_b.ipynb of version 2"
+    assert work.copy_chapters(source, target, own) == []
