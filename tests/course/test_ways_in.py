@@ -55,6 +55,12 @@ def test_shell_of_workflows_parses(path: Path) -> None:
         assert done.returncode == 0, f"{done.stderr}\n{script}"
 
 
+def test_the_wheel_carries_units_results_and_chapters() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert carried == {name: f"kvlearn/_{name}" for name in ("solutions", "results", "notebooks")}
+
+
 def test_citation_and_changelog_have_the_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
