@@ -25,8 +25,12 @@ PINS = {canonicalize_name(pin.name): pin for pin in map(Requirement, (x for x in
 
 def test_the_list_installs_the_course_with_every_extra() -> None:
     (editable,) = [line for line in LINES if line.startswith("-")]
-    extras = editable.removeprefix("-e .[").removesuffix("]").split(",")
-    assert set(extras) == set(PROJECT["optional-dependencies"])
+    extras = PROJECT["optional-dependencies"]
+    todo, brought = editable.removeprefix("-e .[").removesuffix("]").split(","), set[str]()
+    while todo:  # an extra may ask for others
+        brought.add(extra := todo.pop())
+        todo += [each for line in extras[extra] for each in Requirement(line).extras if "kvlearn" in line]
+    assert brought == set(extras)
 
 
 def test_everything_is_pinned_to_one_version() -> None:
@@ -39,6 +43,8 @@ def test_everything_is_pinned_to_one_version() -> None:
 def test_pins_satisfy_what_the_package_asks_for() -> None:
     wanted = [*PROJECT["dependencies"], *chain.from_iterable(PROJECT["optional-dependencies"].values())]
     for requirement in map(Requirement, wanted):
+        if requirement.name == "kvlearn":
+            continue
         version = str(PINS[canonicalize_name(requirement.name)].specifier).removeprefix("==")
         assert version in requirement.specifier, f"pin {version} does not satisfy {requirement}"
 
