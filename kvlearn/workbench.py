@@ -452,7 +452,7 @@ def _compared(exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> Co
     parts = choose(exercise, notebook)
     functions = {part.name: part.chosen for part in own}
     attention = functions["attention"]
-    generate = functions.get("generate", partial(_generate))
+    generate = functions.get("generate", greedy)
     length = prompt.shape[1] + n_new
 
     def model(theirs: Sequence[str] | None, layer: Attention = attention) -> Model:
@@ -462,7 +462,7 @@ def _compared(exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> Co
         return lambda model: steps(model, model.new_caches(length), prompt, n_new, chunk)
 
     whole, chunk = prompt.shape[1], 24
-    library = run(with_cache(whole, ours.get("generate", _generate)), LibraryModel(wiring, attention, None))
+    library = run(with_cache(whole, ours.get("generate", greedy)), LibraryModel(wiring, attention, None))
     assert library.tokens is not None
     want = library.tokens
     run(with_cache(whole), model(None))  # the first run of all pays for what is loaded and allocated
@@ -500,8 +500,11 @@ def _works(part: Part) -> str:
     return "yes" if part.is_theirs else "–"
 
 
-def _generate(model: Model, caches: Sequence[Any], tokens: Tensor, n_new: int, chunk: int) -> Tensor:
-    """The library's loop, for a unit that does not ask for one: prefill in chunks, then a token per step."""
+def greedy(model: Model, caches: Sequence[Any], tokens: Tensor, n_new: int, chunk: int) -> Tensor:
+    """``tokens`` and ``n_new`` more: the prompt in chunks through caches, then a token per step.
+
+    The library's loop, for a unit that does not ask for one.
+    """
     start = 0
     for piece in tokens.split(chunk, dim=1):
         logits, start = model(piece, caches, start), start + piece.shape[1]

@@ -38,7 +38,7 @@ class Requirement:
     """One thing that an answer must do, and the points it earns.
 
     ``reads_answers``: it runs the answers to other exercises too, so what it sees names no mistake of this
-    one.
+    one. ``last``: it costs so much that it runs only where all requirements before it hold.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Requirement:
     script: Callable[..., None]
     rounds: int
     reads_answers: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,13 @@ class Exercise:
         return mistakes.run(code, self.set_up, {}, self.answers)
 
     def requirement(
-        self, points: int, name: str, *, rounds: int = 3, reads_answers: bool = False
+        self, points: int, name: str, *, rounds: int = 3, reads_answers: bool = False, last: bool = False
     ) -> Callable[[F], F]:
         """Decorator: the function draws inputs ``rounds`` times; its docstring says what is expected."""
 
         def add(script: F) -> F:
             expected = paragraph(script)
-            self.requirements.append(Requirement(name, points, expected, script, rounds, reads_answers))
+            self.requirements.append(Requirement(name, points, expected, script, rounds, reads_answers, last))
             return script
 
         return add

@@ -202,11 +202,14 @@ def message_of(status: str, outcomes: list[Outcome], rows: Sequence[Row], named:
 
 
 def run_checks(exercise: Exercise, answers: Sequence[Any], seed: int) -> list[Outcome]:
-    """Every requirement of an exercise, each with draws of its own."""
-    return [
-        run_requirement(exercise, requirement, answers, seed + i)
-        for i, requirement in enumerate(exercise.requirements)
-    ]
+    """Every requirement of an exercise, each with draws of its own; one that is ``last`` may be left out."""
+    outcomes: list[Outcome] = []
+    for i, requirement in enumerate(exercise.requirements):
+        if requirement.last and not all(outcome.passed for outcome in outcomes):
+            outcomes.append(Outcome("not attempted", came="this runs when all requirements before it hold"))
+        else:
+            outcomes.append(run_requirement(exercise, requirement, answers, seed + i))
+    return outcomes
 
 
 def run_requirement(

@@ -3,7 +3,7 @@
 ``torchrun`` does this on the command line. Here the processes are children of the notebook's kernel: each
 imports ``function`` by name, meets the others through a file, and gives back what the function returns. They
 are forked from a server that has imported kvlearn and computed nothing, so that only the first run pays for
-the import.
+the import. Functions of the notebook itself run in copies of the kernel (``copied``).
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -34,49 +35,63 @@ class RankFailed(RuntimeError):
     """A rank of a run has failed; the message names it and says how."""
 
 
-def launch(function: Callable[..., Any], world: int, *args: Any, seconds: float = 20.0) -> list[Any]:
+def launch(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    seconds: float = 20.0,
+    limit: float = float("inf"),
+    copied: bool = False,
+) -> list[Any]:
     """``function(*args)`` in ``world`` processes that form the default gloo group; the results by rank.
 
     ``function`` must be importable (not defined in a notebook), ``args`` picklable. A rank that does not
     answer another for ``seconds`` ends the run, and so does one that dies: RankFailed names the first cause,
-    after all processes have ended. ``seconds`` also bounds the start. The environment of the processes is
-    that of the first run. Raises ValueError for a function of a notebook.
+    after all processes have ended. ``seconds`` also bounds the start; the whole run may take ``limit``
+    seconds. The environment of the processes is that of the first run. Raises ValueError for a function of a
+    notebook.
+
+    ``copied``: the processes are forked from this one and have all that it has, so that ``function`` and
+    ``args`` may be anything, also of a notebook. They run on one thread, must not use a GPU that this process
+    has used, and have been tried on Linux alone.
     """
     validate.positive("world", world)
-    if function.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+    if not copied and function.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
         raise ValueError(
             f"function: expected one that other processes can import, got {function.__name__} of a notebook"
         )
-    context: Any = multiprocessing.get_context(METHOD)
-    context.set_forkserver_preload(PRELOADED)
+    context: Any = multiprocessing.get_context("fork" if copied else METHOD)
+    if not copied:
+        context.set_forkserver_preload(PRELOADED)
+    processes: list[Any] = []
+    pipes: list[Connection] = []
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world)]
-        processes = [
-            context.Process(
-                target=_work,
-                args=(pipe[1], Path(folder), rank, world, seconds, function, args),
-                daemon=True,
-                name=f"rank {rank}",
-            )
-            for rank, pipe in enumerate(pipes)
-        ]
         try:
-            for process in processes:
-                process.start()
-            for _, theirs in pipes:
-                theirs.close()
-            return _collect([ours for ours, _ in pipes], processes)
+            for rank in range(world):
+                ours, theirs = context.Pipe(duplex=False)
+                pipes.append(ours)
+                rest = (Path(folder), rank, world, seconds, function, args)
+                process = context.Process(
+                    target=_work, args=(theirs, *rest), daemon=True, name=f"rank {rank}"
+                )
+                with theirs, warnings.catch_warnings():  # closed before the next is copied: its end must show
+                    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of a fork
+                    process.start()
+                processes.append(process)
+            return _collect(pipes, processes, time.monotonic() + limit)
         finally:
             for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-            for ours, _ in pipes:
+                process.kill()
+                process.join()
+            for ours in pipes:
                 ours.close()
 
 
-def _collect(pipes: Sequence[Connection], processes: Sequence[Any]) -> list[Any]:
-    """The results of all ranks, or RankFailed after every rank has had a second to say why."""
+def _collect(pipes: Sequence[Connection], processes: Sequence[Any], latest: float) -> list[Any]:
+    """The results of all ranks, or RankFailed after every rank has had a second to say why.
+
+    ``latest`` is the time by which there must be an answer.
+    """
     results: dict[int, Any] = {}
     failures: dict[int, tuple[int, str]] = {}  # rank -> (how near to the cause: less is nearer, message)
     open_pipes: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -96,6 +111,9 @@ def _collect(pipes: Sequence[Connection], processes: Sequence[Any]) -> list[Any]
                 failures[rank] = {"error": 1, "lost": 2}[kind], value
         if failures and end is None:
             end = time.monotonic() + 1.0
+        if not failures and open_pipes and time.monotonic() > latest:
+            late = ", ".join(f"rank {rank}" for rank in open_pipes.values())
+            raise RankFailed(f"{late}: no result within the time")
     if not failures:
         return [results[rank] for rank in range(len(pipes))]
     rank, (distance, message) = min(failures.items(), key=lambda item: item[1][0])

@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kvlearn import workbench
@@ -23,7 +25,10 @@ from kvlearn.grading import (
     new_tensors,
     plain_number,
 )
+from kvlearn.grading.calls import Raised, place_of
 from kvlearn.parallel.layout import ORDERS, Layout
+from kvlearn.parallel.processes import RankFailed, launch
+from kvlearn.parallel.ring import Messages, PeerLost
 
 Positions = list[list[int]]
 Part = tuple[Tensor, Tensor]
@@ -931,7 +936,7 @@ def ragged_small(t: CheckContext, ring: Answer) -> None:
     t.close(got[1], draw.outs[1], "rank 1:", tolerance=1e-3)
 
 
-# 08.7: the answers in the base model, its tokens spread over ranks in one process
+# 08.7: the answers in the base model, its tokens spread over ranks: in one process, and at last over two
 
 
 class Ring:
@@ -1003,6 +1008,68 @@ class RingLayer:
         return result
 
 
+def absent(x: Tensor) -> Tensor:
+    """What stands here for a tensor that another process has: NaN, in the memory of one number."""
+    return torch.tensor(torch.nan).expand(x.shape)
+
+
+class ProcessRing(Ring):
+    """A ring of processes: each keeps the block of its own rank, and the others are NaN in it."""
+
+    def store(self, rank: int, positions: Sequence[int], k: Tensor, v: Tensor) -> None:
+        super().store(rank, positions, k, v)
+        if rank != dist.get_rank():
+            self.stored[rank] = absent(self.stored[rank])
+
+    def send(self, block: Part, source: int) -> Part:
+        """A message, if this process is the source or the next one."""
+        here, target = dist.get_rank(), (source + 1) % self.world
+        both, messages = torch.stack(block), Messages()
+        if here == source:
+            self.sent[source] += messages.send(both, target, tag=0)
+            messages.finish()
+        k, v = messages.receive(both, source, tag=0)() if here == target else absent(both)
+        return k, v
+
+
+@dataclass
+class ProcessLayer(RingLayer):
+    """The attention of one layer in one of the processes: it attends with blocks that are here."""
+
+    start: int = 0
+    mine: set[int] = field(default_factory=set)  # positions of the queries that have attended here
+
+    def ring(self) -> Ring:
+        return ProcessRing(self.world)
+
+    def project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.start, self.mine = start, set()
+        return super().project(x, start)
+
+    def attend(self, q: Tensor, block: Part, queries: Sequence[int], keys: Sequence[int]) -> Part:
+        """As in one process; with a block that is not here, the result of no keys."""
+        if block[0].shape[2] == 0 or block[0].isnan().any():
+            return absent(q), torch.full(q.shape[:3], -torch.inf)
+        self.mine.update(queries)
+        return super().attend(q, block, queries, keys)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The outputs of all processes put together, then as in one process."""
+        here = torch.tensor([self.start + i in self.mine for i in range(out.shape[2])])
+        out, times = out.masked_fill(~here[:, None], 0.0), here.int()
+        try:
+            dist.all_reduce(times)
+            dist.all_reduce(out)
+        except RuntimeError as error:
+            raise PeerLost(f"rank {dist.get_rank()}: not all came to layer.finish: {error}") from error
+        for i in (times != 1).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"the query at position {self.start + i} attended in {times[i]} processes, expected 1: does "
+                f"each rank attend with its own block and with what ring.send gave?"
+            )
+        return super().finish(out)
+
+
 def new_cache(parts: Any, layer: RingLayer, max_len: int) -> Ring:
     """An empty cache of one layer: it grows on its ranks."""
     return layer.ring()
@@ -1041,11 +1108,16 @@ def library_assign(costs: Sequence[int], world: int) -> Positions:
 
 @dataclass(frozen=True)
 class RingWiring(workbench.Wiring):
-    """The wiring of a model over ranks: ``code`` shows the ring too."""
+    """The wiring of a model over ranks: ``code`` shows the ring too, ``compare`` runs two processes."""
 
     @property
     def shown(self) -> list[Any]:
-        return [workbench.Model, Ring, RingLayer, new_cache]
+        return [workbench.Model, Ring, RingLayer, new_cache, absent, ProcessRing, ProcessLayer]
+
+    def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> workbench.Comparison:
+        found = super().compare(exercise, notebook, n_new)
+        parts = SimpleNamespace(**{part.name: part.chosen for part, _ in found.parts})
+        return replace(found, rows=[*found.rows, *process_rows(parts.attention, parts, n_new)])
 
 
 WIRING = RingWiring(
@@ -1060,6 +1132,62 @@ WIRING = RingWiring(
     weights=RingLayer,
     new_cache=new_cache,
 )
+SECONDS = 16.0  # a run takes less than one; two that fail stay within the 60 s of an exercise
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote, and the bytes of the ranks' messages and caches in all layers."""
+
+    tokens: Tensor
+    sent: list[int]
+    stored: list[int]
+
+
+def write(wiring: RingWiring, attention: Any, parts: Any, prompt: Tensor, n_new: int) -> Written:
+    """The prompt, one chunk, and ``n_new`` tokens after it."""
+    model, length = workbench.Model(wiring, attention, parts), prompt.shape[1]
+    caches = model.new_caches(length + n_new)
+    tokens = workbench.greedy(model, caches, prompt, n_new, length)
+    sent = [sum(ring.sent[rank] for ring in caches) for rank in range(2)]
+    stored = [sum(ring.stored[rank].untyped_storage().nbytes() for ring in caches) for rank in range(2)]
+    return Written(tokens, sent, stored)
+
+
+def write_here(*args: Any) -> Written:
+    """``write`` as one of two processes."""
+    try:
+        return write(replace(WIRING, weights=ProcessLayer), *args)
+    except Exception as error:
+        cause = error.error if isinstance(error, Raised) else error
+        cause.add_note(place_of(cause))
+        raise cause from None
+
+
+def over_processes(attention: Any, parts: Any, prompt: Tensor, n_new: int) -> tuple[list[Tensor], Written]:
+    """The text of each of two processes, and the bytes that each counted of itself. Raises RankFailed."""
+    args = (attention, parts, prompt, n_new)
+    ranks = launch(write_here, 2, *args, seconds=SECONDS, limit=1.25 * SECONDS, copied=True)
+    sent, stored = ([getattr(x, name)[i] for i, x in enumerate(ranks)] for name in ("sent", "stored"))
+    return [each.tokens for each in ranks], Written(ranks[0].tokens, sent, stored)
+
+
+def process_rows(attention: Any, parts: Any, n_new: int) -> list[tuple[str, ...]]:
+    """Rows of the comparison, for the model over two processes."""
+    prompt, what = workbench.encode(workbench.PROMPTS[0]), "identical tokens, over 2 processes"
+    want, n = workbench.base_model().generate(prompt, n_new), prompt.shape[1]
+    try:
+        texts, written = over_processes(attention, parts, prompt, n_new)
+    except RankFailed as failed:
+        return [(what, "yes", f"no: {failed}")]
+    same = all(torch.equal(text, want) for text in texts)
+    sent, stored = (" and ".join(f"{x:,}" for x in each) for each in (written.sent, written.stored))
+    return [
+        (what, "yes", "yes" if same else "no"),
+        (f"bytes stored by process 0 and 1, for {n + n_new - 1} tokens", "–", stored),
+        (f"bytes sent by process 0 and 1, for {n} tokens and {n_new - 1} steps", "–", sent),
+    ]
+
 
 model = Exercise(
     id="08.7",
@@ -1194,7 +1322,7 @@ def model_yours(t: CheckContext, attention: Answer) -> None:
     in_pieces(t, attention, parts, (7, 3, 1, 1))
 
 
-@model.requirement(2, "all your parts: the same text, and the bytes predicted", rounds=1, reads_answers=True)
+@model.requirement(1, "all your parts: the same text, and the bytes predicted", rounds=1, reads_answers=True)
 def model_together(t: CheckContext, attention: Answer) -> None:
     """with every part yours the model writes identical tokens, and each rank sends in the prompt what your
     forward_bytes (08.3) says"""
@@ -1218,6 +1346,33 @@ def model_together(t: CheckContext, attention: Answer) -> None:
     fresh = workbench.Model(WIRING, attention, parts)
     text = workbench.without_cache(fresh, prompt, 3)
     t.true(torch.equal(text, workbench.base_model().generate(prompt, 3)), "the same text", "another one")
+
+
+@model.requirement(1, "over two processes", rounds=1, reads_answers=True, last=True)
+def model_processes(t: CheckContext, attention: Answer) -> None:
+    """two processes, each with the keys of its own tokens, write the same text and send the same bytes as in
+    one process; this runs when all requirements above hold"""
+    parts = workbench.theirs(model, t.notebook, *WIRING.parts)
+    prompt = workbench.encode(workbench.PROMPTS[0][-24:])
+    want, one = workbench.base_model().generate(prompt, 4), write(WIRING, attention, parts, prompt, 4)
+    try:
+        texts, written = over_processes(attention, parts, prompt, 4)
+    except RankFailed as failed:
+        if processes_work(prompt):
+            t.note("failed", Difference("", "two processes that write the text", str(failed)))
+        return
+    t.true(all(torch.equal(text, want) for text in texts), "the same text in both", "another one")
+    same_value(t, written.sent, one.sent, "bytes sent:")
+    same_value(t, written.stored, one.stored, "bytes stored:")
+
+
+def processes_work(prompt: Tensor) -> bool:
+    """Do two processes work together on this machine? If ours do not, no answer is to blame."""
+    try:
+        over_processes(model.right[0], workbench.library(WIRING), prompt, 1)
+    except RankFailed:
+        return False
+    return True
 
 
 EXERCISES = (merge, plan, count, balance, deadlock, ragged, model)

@@ -1,16 +1,20 @@
 """Unit 08 takes right answers of every style, gives points for half of one, and knows a deadlock."""
 
+import multiprocessing
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from answers import earned, full_marks, names, right, stub, unit_module
 from torch import Tensor
 
 from kvlearn import workbench
-from kvlearn.grading import check, find_exercise
-from kvlearn.parallel import Layout, Plan, Rule
+from kvlearn.grading import check, find_exercise, judge
+from kvlearn.grading.mistakes import compiled, run
+from kvlearn.parallel import Layout, Plan, RankFailed, Rule
 
 CHECKS = unit_module("08_ring_attention", "checks")
 MODEL = find_exercise("08.7")
@@ -227,7 +231,7 @@ def test_the_model_takes_any_share_of_the_right_sizes() -> None:
 def test_kvlearns_parts_do_not_earn_the_points_of_yours() -> None:
     notebook = {"attention": ours("08.7")[0]}
     score = check("08.7", *ours("08.7"), notebook=notebook)
-    assert earned(score) == [1, 1, 1, 1, 1, 0, 0]
+    assert earned(score) == [1, 1, 1, 1, 1, 0, 0, 0]
     assert "kvlearn's merge in place of yours" in score.rows[5].came
 
 
@@ -238,5 +242,68 @@ def test_with_the_learners_parts_the_text_is_the_same() -> None:
     comparison = workbench.compare("08.7", notebook, n_new=6)
     assert {works for part, works in comparison.parts if part.is_theirs} == {"yes"}
     same = [row for row in comparison.rows if row[0].startswith("identical tokens")]
-    assert len(same) >= 3
+    assert same[-1][0] == "identical tokens, over 2 processes"
+    assert len(same) >= 4
     assert {row[2] for row in same} == {"yes"}
+    layers, n_tokens, per_token = 4, 77 + 5, 2 * 128 * 4
+    assert comparison.rows[-2][2] == " and ".join(2 * [f"{layers * n_tokens // 2 * per_token:,}"])
+
+
+def edited(*edits: tuple[str, str]) -> Any:
+    """Our attention with edits of its source."""
+    source = MODEL.solution
+    for old, new in edits:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    return run(compiled(source, "<edited>"), MODEL.set_up, {}, MODEL.answers)[0]
+
+
+def test_a_wrong_answer_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHECKS, "launch", lambda *_, **__: pytest.fail("a process would have been started"))
+    score = judge(MODEL, (edited(("len(ring.positions[rank])", "rank")),), 1, name=False)
+    assert earned(score) == [1, 1, 1, 1, 0, 1, 1, 0]  # the text is right, the cache is not even
+    assert score.rows[-1].came == "this runs when all requirements before it hold"
+
+
+def test_only_processes_see_that_what_was_sent_is_not_used() -> None:
+    score = judge(MODEL, (edited(("blocks[owner] = ring.send(", "ring.send(")),), 1)
+    assert earned(score) == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert "attended in 2 processes, expected 1" in score.rows[-1].came
+
+
+def hang() -> None:
+    time.sleep(1000)
+
+
+def raise_in_one() -> None:
+    if dist.get_rank() == 1:
+        raise KeyError("no such rank")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [(hang, "no result within the time"), (raise_in_one, "rank 1: KeyError: 'no such rank'")],
+)
+def test_processes_that_fail_say_why_and_end(act: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = ours("08.7")[0]
+
+    def broken(*args: Any) -> Any:
+        if dist.is_initialized():
+            act()
+        return attention(*args)
+
+    if act is hang:
+        monkeypatch.setattr(CHECKS, "SECONDS", 4.0)
+        monkeypatch.setattr(CHECKS, "processes_work", lambda prompt: True)
+    score = judge(MODEL, (broken,), 1, name=False)
+    assert earned(score) == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert message in score.rows[-1].came
+    assert not multiprocessing.active_children()
+
+
+def test_a_machine_without_processes_costs_no_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RankFailed("rank 0: no network")
+
+    monkeypatch.setattr(CHECKS, "launch", fails)
+    assert full_marks("08.7", *ours("08.7"))

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ring_runs
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from kvlearn.attention.core import attend_partial
@@ -161,6 +162,19 @@ def test_a_rank_that_hangs_ends_the_run_in_time() -> None:
     with pytest.raises(RankFailed, match=r"^rank 1: no answer within the time"):
         launch(ring_runs.hang, 2, 1, seconds=8)
     assert time.monotonic() - begin < 300
+    assert not multiprocessing.active_children()
+
+
+def test_copies_run_what_cannot_be_imported_and_end_at_the_limit() -> None:
+    secret = object()
+    assert launch(lambda same: (same is secret, dist.get_rank()), 2, secret, copied=True) == [
+        (True, 0),
+        (True, 1),
+    ]
+    with pytest.raises(RankFailed, match=r"rank 1: no result within the time$"):
+        launch(lambda: dist.get_rank() and time.sleep(1000), 2, seconds=300, limit=3, copied=True)
+    with pytest.raises(RankFailed, match=r"^rank 0: ended with exit code 3"):
+        launch(lambda: dist.get_rank() or os._exit(3), 2, seconds=300, copied=True)
     assert not multiprocessing.active_children()
 
 
