@@ -235,7 +235,7 @@ class ReleasedAttention(Mechanism):
         heads = x.new_zeros(B, T, H, self.v_head_dim, dtype=wide.dtype)
         for t in range(T):
             beta, every, offset = self.query_growth or (0.0, 1, 0)
-            grown = self.scale * (1 + beta * torch.log(torch.tensor(1.0 + (t + offset) // every)).item())
+            grown = self.scale * (1 + beta * math.log(1 + (t + offset) // every))
             first = 0 if self.window is None else max(0, t - self.window + 1)
             for h in range(H):
                 g = h // (H // G)

@@ -29,7 +29,8 @@ class Quartiles:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quartiles":
         """Of a sequence of at least one value; between two values the quartiles interpolate linearly."""
-        validate.positive("len(values)", len(validate.instance("values", values, (list, tuple))))
+        if not validate.instance("values", values, (list, tuple)):
+            raise ValueError("values: expected at least one number, got none")
         for value in values:
             validate.finite("values", value)
         q1, median, q3 = torch.tensor(values, dtype=torch.float64).quantile(
@@ -83,7 +84,8 @@ def compare(
     The order turns from round to round, so that none always runs behind the same other.
     """
     validate.positive("rounds", rounds)
-    validate.positive("len(fns)", len(validate.instance("fns", fns, Mapping)))
+    if not validate.instance("fns", fns, Mapping):
+        raise ValueError("fns: expected at least one function, got none")
     for fn in fns.values():
         validate.function("fns", fn)
     if validate.finite("min_block_time", min_block_time) < 0:

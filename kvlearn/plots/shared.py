@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
+from torch import Tensor
 
 from kvlearn import validate
 from kvlearn.measure import format_bytes
@@ -19,7 +20,7 @@ Route = Sequence[int]  # which pool each query head reads
 def pools(
     designs: Mapping[str, Route | Sequence[Route]], *, head_dim: int = 128, columns: int = 3
 ) -> Picture:
-    """Query heads wired to the KV heads they read, one panel a design.
+    """Query heads wired to the KV heads they read, one panel per design.
 
     A design is a route, the pool of each query head, or two routes: those of two layers, of which the second
     reads the keys and values of the first. Under each stand the numbers stored and read for every token in
@@ -60,7 +61,7 @@ def pools(
 
 def _routes(name: str, given: Route | Sequence[Route]) -> list[list[int]]:
     """A design as one route or two; ValueError for anything else."""
-    each: list[Any] = list(given)
+    each: list[Any] = given.tolist() if isinstance(given, Tensor) else list(given)
     routes = [list(route) for route in (each if each and np.ndim(each[0]) else [each])]
     if not all(routes):
         raise ValueError(f"designs[{name!r}]: expected a pool for each query head, got none")

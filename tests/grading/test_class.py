@@ -405,7 +405,7 @@ def test_a_class_of_mixed_quality_has_the_same_grades_whatever_runs_beside_it(
     for student, answers in MIXED.items():
         put(student, **answers)
     small.write({"cells": [1]}, Path(f"all/damaged/{U}/{U}.ipynb"))
-    limits, store = patience.limits(2), Kept()
+    limits, store, before = patience.limits(2), Kept(), psutil.Process().children(recursive=True)
     graded = [commands.grade([Path("all")], Grader(limits=limits, jobs=3))[0]]
     graded.append(commands.grade([Path("all")], Grader(limits=limits, jobs=1, kept=store))[0])
     tables = [
@@ -414,7 +414,7 @@ def test_a_class_of_mixed_quality_has_the_same_grades_whatever_runs_beside_it(
     assert tables[0] == tables[1]
     points = {report.student: report.score for report in graded[0]}
     assert points == {"half": 6, "exits": 3, "loops": 3, "untouched": 0, "damaged": 0}
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
     monkeypatch.setattr("kvlearn.grading.grader.Sandbox", None)
     again, _ = commands.grade([Path("all")], Grader(limits=limits, kept=store))
     assert again == graded[1]
