@@ -1,5 +1,7 @@
 """Unit 13: wrong answers that people give, for a diagnosis and for testing the checks."""
 
+from collections import Counter
+
 import torch
 
 from .checks import bars, claims, model, table, trial, unstated
@@ -16,7 +18,7 @@ claims.mistakes(
     keys only
         return 2 * heads * head_dim * size * stored, 2 * heads * head_dim * size * read
             → return heads * head_dim * size * stored, heads * head_dim * size * read
-    The factor 2 is missing: a token has a key and a value.
+    The factor 2 is missing: a token has a key and a value for each KV head.
 
     bytes for numbers
         return 2 * heads * head_dim * size * stored, 2 * heads * head_dim * size * read
@@ -158,7 +160,7 @@ unstated.mistakes(
 
     bits for bytes
         reading["bits"] / 8 → reading["bits"]
-    Bits were taken as bytes. A number of 16 bits has 2 bytes.
+    Bits were taken as bytes. A byte has 8 bits: a number of 16 bits has 2 bytes.
 
     heads exchanged
         if reading["heads"] == "KV" else → if reading["heads"] == "query" else
@@ -190,7 +192,7 @@ unstated.mistakes(
         if unit.endswith("iB") and reading["base"] == 1000:
         continue
             →
-    KiB was read with base 1000 too. The i settles it: 1024.
+    KiB was read with base 1000 too. The i settles it: with it the base is 1024.
 
     every unit is K
         " KMG".index(unit[0]) → 1
@@ -262,7 +264,8 @@ unstated.mistakes(
     a question for one reading
         if len(found) < 2: → if not found:
     A question was asked although only one reading is left. There is nothing to ask then: None.
-    """
+    """,
+    Counter=Counter,
 )
 
 # 13.3: experiments
@@ -296,7 +299,7 @@ trial.mistakes(
 
     not divided at all
         * spread / math.sqrt(n) → * spread
-    The root of n is missing. Then more seeds would not help.
+    The root of n is missing. Without it more seeds would not help; with it the error shrinks.
 
     the error of unpaired runs
         * spread / math.sqrt(n) → * spread * math.sqrt(2 / n)
@@ -353,7 +356,7 @@ trial.mistakes(
 
     seeds from 1 on
         measure(seed) for seed in range(n) → measure(seed) for seed in range(1, n + 1)
-    Seeds 1 to n were measured. The task asks for 0 to n − 1.
+    Seeds 1 to n were measured. They are counted from 0: the task asks for 0 to n − 1.
 
     diverged runs as no difference
         [each for each in measured if each is not None] → [each or 0.0 for each in measured]
@@ -410,7 +413,7 @@ table.mistakes(
 
     parts of users
         int(room // model["cache"]) → room / model["cache"]
-    A part of a user was counted. Round down.
+    A part of a user was counted. Nobody is served by half a cache: round down.
 
     fewer than no users
         return max(0, int(room // model["cache"])) → return int(room // model["cache"])
@@ -465,7 +468,7 @@ table.mistakes(
 
     dollars per hour as per second
         gpu["price"] / 3600 → gpu["price"]
-    The price per hour was charged for each second.
+    The price per hour was charged for each second. An hour has 3,600 of them: divide by that.
 
     per thousand tokens
         * 1e6 → * 1e3
@@ -501,7 +504,7 @@ table.mistakes(
 
     the least decisive
         return max(ranges, key=quotient) → return min(ranges, key=quotient)
-    The assumption that matters least was returned.
+    The assumption that matters least was returned. The one that changes the result the most is asked for.
     """
 )
 
@@ -524,7 +527,7 @@ bars.mistakes(
 
     the probability of all
         return 1 - (1 - level) ** m → return level**m
-    That is the probability that **all** m comparisons err.
+    That is the probability that **all** m comparisons err. Asked for is that of one error or more.
 
     a baseline with more bytes
         row["kind"] == "baseline" and row["bytes"] <= table[name]["bytes"]] → row["kind"] == "baseline"]
@@ -653,23 +656,23 @@ model.mistakes(
     number of losses.
 
     the error over bytes
-        "error": stdev(differences) / math.sqrt(len(differences)),
+        "error": math.sqrt(variance / n),
             → "error": float(torch.cat([a - b for a, b in zip(ours, theirs)]).std())
               / math.sqrt(sum(map(len, ours))),
     Every byte was taken as a measurement of its own. Bytes of one text rise and fall together, so the error
     comes out too small: one number per text.
 
     the spread for the error
-        stdev(differences) / math.sqrt(len(differences)) → stdev(differences)
+        math.sqrt(variance / n) → math.sqrt(variance)
     The spread of single texts was returned. The error of their mean is smaller by √n.
 
     the spread over n
-        stdev(differences) / math.sqrt(len(differences))
-            → stdev(differences) / math.sqrt(len(differences)) * math.sqrt(1 - 1 / len(differences))
+        math.sqrt(variance / n)
+            → math.sqrt(variance * (n - 1) / n / n)
     The squares were divided by n. The mean was estimated from the same differences, so it is n − 1.
 
     the error of the loss
-        stdev(differences) / math.sqrt(len(differences))
+        math.sqrt(variance / n)
             → stdev(float(each.mean()) for each in ours) / math.sqrt(len(ours))
     The error of the loss itself was returned. Texts differ in how hard they are; in the difference to full on
     the same text that drops out, and the error is far smaller.
@@ -679,7 +682,7 @@ model.mistakes(
     The sign is wrong: excess is what m costs beyond full, so it is positive where m is worse.
 
     the excess by bytes
-        "excess": fmean(differences),
+        "excess": mean,
             → "excess": (sum(float(a.sum() - b.sum()) for a, b in zip(ours, theirs)) / sum(map(len, ours))),
     The difference over all bytes was returned. Its error is that of a mean over texts, so the excess has to
     be this mean as well.
@@ -752,7 +755,7 @@ model.mistakes(
         return sorted((name for name in pairs if pairs[name] not in beaten), key=pairs.get)
             → kept = {pairs[name]: name for name in pairs if pairs[name] not in beaten}
               return sorted(kept.values(), key=pairs.get)
-    Of several equal designs one was kept. All of them stay.
+    Of several equal designs one was kept. None of them beats another: all of them stay.
 
     in the order of the names
         key=pairs.get) → key=str)
@@ -760,7 +763,7 @@ model.mistakes(
 
     from the most bytes on
         key=pairs.get) → key=pairs.get, reverse=True)
-    The order is that of falling bytes.
+    The order is that of falling bytes. By growing bytes it is that of the picture, from left to right.
     """,
     torch=torch,
 )
