@@ -96,7 +96,7 @@ merge.mistakes(
 
     the lse in the type of the output
         return state[0].to(dtype), state[1] → return state[0].to(dtype), state[1].to(dtype)
-    The lse was converted to `dtype` as well. It stays in fp32: whoever merges this result with another one
+    The lse was converted to `dtype` as well. It stays in fp32: a merge of this result with another one
     needs its last digits.
 
     the result in fp32
