@@ -1232,7 +1232,9 @@ class WholeCourse:
             (part, f"no: {shorten(str(failed[part.name]))}" if part.name in failed else works)
             for part, works in used
         ]
-        best = functions["front"](board)
+        # Exact mechanisms differ by the order of their sums alone: that decides nothing.
+        exact = {name: {**each, "loss": round(float(each["loss"]), 5)} for name, each in board.items()}
+        best = functions["front"](exact)
         points = [
             {
                 "name": name,

@@ -1,7 +1,5 @@
 """Unit 13: wrong answers that people give, for a diagnosis and for testing the checks."""
 
-from collections import Counter
-
 import torch
 
 from .checks import bars, claims, model, table, trial, unstated
@@ -264,8 +262,7 @@ unstated.mistakes(
     a question for one reading
         if len(found) < 2: → if not found:
     A question was asked although only one reading is left. There is nothing to ask then: None.
-    """,
-    Counter=Counter,
+    """
 )
 
 # 13.3: experiments
