@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import Any
 
 _FRONT = {
-    "calls": "CallWrapper Made NotWritten Raised largest_new_tensor new_tensors shorten undefined_writes",
+    "calls": "CallWrapper Made NotWritten Raised largest_new_tensor new_tensors place_of shorten "
+    "undefined_writes",
     "catalogue": "exercises find_exercise hint solution units",
     "certificate": "keep_points",
     "collect": "solved_answers",

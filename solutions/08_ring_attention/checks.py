@@ -19,13 +19,14 @@ from kvlearn.grading import (
     CheckContext,
     Difference,
     Exercise,
+    Raised,
     Stop,
     describe,
     largest_new_tensor,
     new_tensors,
+    place_of,
     plain_number,
 )
-from kvlearn.grading.calls import Raised, place_of
 from kvlearn.parallel.layout import ORDERS, Layout
 from kvlearn.parallel.processes import RankFailed, launch
 from kvlearn.parallel.ring import Messages, PeerLost
