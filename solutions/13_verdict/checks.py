@@ -729,7 +729,8 @@ def drawn_case(t: CheckContext) -> tuple[Config, Config, Config]:
         "busy": t.integer(30, 70) / 100,
     }
     memory = t.integer(75, 85) * 1e9
-    cache = (memory * (1 - given["reserve"]) - weights) / (n + t.integer(30, 90) / 100)
+    # No divisor up to 1024 makes a whole number of users of it, so that rounding decides nothing.
+    cache = (memory * (1 - given["reserve"]) - weights) / (n + (100 * t.integer(30, 90) + 37) / 10_000)
     bandwidth = t.integer(15, 35) * 1e11
     gpu = {
         "memory": memory,
