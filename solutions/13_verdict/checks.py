@@ -36,13 +36,19 @@ from kvlearn.study.text import corpus
 Config = dict[str, Any]
 
 
-def about(t: CheckContext, got: Any, want: float, what: str, relative: float = 1e-6) -> bool:
-    """``got`` is this number within a relative error; noted rounded, since orders of operations differ."""
+def about(
+    t: CheckContext, got: Any, want: float, what: str, relative: float = 1e-6, least: float = 1e-9
+) -> bool:
+    """``got`` is this number within a relative error; noted rounded, since orders of operations differ.
+
+    Numbers below ``least`` may be wrong by as much as ``least``: differences of fp32 losses have few digits.
+    """
     plain = plain_number(got)
     if plain is None:
         return t.note(got, Difference(what, f"{want:.6g}", describe(got)))
-    good = plain == want or (math.isfinite(want) and abs(plain - want) <= relative * max(abs(want), 1e-9))
-    return t.note(f"{plain:.5g}", None if good else Difference(what, f"{want:,.6g}", f"{plain:,.6g}"))
+    good = plain == want or (math.isfinite(want) and abs(plain - want) <= relative * max(abs(want), least))
+    rounded = round(plain, 6) if least > 1e-6 and math.isfinite(plain) else plain
+    return t.note(f"{rounded:.5g}", None if good else Difference(what, f"{want:,.6g}", f"{plain:,.6g}"))
 
 
 def taken_apart(t: CheckContext, got: Any, n: int, form: str) -> list[Any]:
@@ -1322,7 +1328,7 @@ def same_entry(
 ) -> None:
     came = mapping(t, got, want, f"a dict with {', '.join(want)}")
     for key in which:
-        about(t, came[key], want[key], f"{name}{key}:", 1e-4)
+        about(t, came[key], want[key], f"{name}{key}:", 1e-4, least=0.01)
 
 
 @model.requirement(1, "entry: bytes")
