@@ -160,6 +160,19 @@ class CheckContext:
         good = plain == want if isinstance(want, int) else abs(plain - want) <= 1e-9 * abs(want)
         return self.note(plain, None if good else Difference(what, f"{want:,}", describe(plain)))
 
+    def parts(self, got: Any, n: int, form: str) -> list[Any]:
+        """The parts of an answer that returns ``n`` of them, ``form`` in words; or the end of this round."""
+        if isinstance(got, tuple | list) and len(got) == n:
+            return list(got)
+        self.note(got, Difference("", form, describe(got)))
+        raise Stop
+
+    def text(self, got: Any, want: Any, what: str) -> bool:
+        """``got`` is this name, or None."""
+        return self.note(
+            repr(got)[:80], None if got == want else Difference(what, repr(want), repr(got)[:80])
+        )
+
     def true(self, good: bool, expected: str, came: str) -> bool:
         """A fact about the answer that holds or does not."""
         return self.note(came if not good else True, None if good else Difference("", expected, came))

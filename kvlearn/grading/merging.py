@@ -77,7 +77,7 @@ def merge(base: Notebook | None, mine: Notebook, new: Notebook) -> Merged:
 def _cell(
     merged: Merged, given: Cell | None, own: list[Cell], new: Cell, exercise: str, *, deletable: bool
 ) -> list[Cell]:
-    """What stands at the place of ``new``, and a note in ``merged`` of what was decided."""
+    """The cell for the place of ``new``, and a note in ``merged`` of what was decided."""
     is_answer = bool(nbgrader_of(new).get("solution"))
     kind = kind_of(new)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("kvlearn.mplstyle")
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; one colour a family of mechanisms, from
+# Okabe & Ito's palette, which colour-blind readers can tell apart; one colour per family of mechanisms, from
 # chapter 01 to 13.
 COLOURS = {
     "full": "#0072B2",

@@ -662,8 +662,8 @@ prefill.mistakes(
         core.causal_mask(q_new.shape[2], keys.shape[2]) → None
         keys, values, mask)) → keys, values, mask))
             cache.append(rope(k_new, positions), v_new)
-    The chunk attends to what stood in the cache before it and is written afterwards. So no token sees itself
-    or its neighbours in the chunk, and the first chunk sees nothing at all. Append first, then attend.
+    The chunk attends to the tokens that the cache held before it, and is written afterwards. So no token sees
+    itself or its neighbours in the chunk, and the first chunk sees nothing at all. Append first, then attend.
 
     the mask aligned top-left
         core.causal_mask(q_new.shape[2], keys.shape[2])

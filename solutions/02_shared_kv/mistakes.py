@@ -255,7 +255,7 @@ size.mistakes(
 
     a latent for every head
         [(config["kv_lora_rank"] → [kv_heads * (config["kv_lora_rank"]
-    The latent was multiplied by num_key_value_heads. It is one vector a token and layer; that all heads are
+    The latent was multiplied by num_key_value_heads. It is one vector per token and layer; that all heads are
     made from the same one is what makes it small.
     """,
 )
@@ -448,7 +448,7 @@ route.mistakes(
     route one-hot
         return route → return torch.nn.functional.one_hot(route)
     `route` came as a matrix with a 1 in each row. As a factor in a product it would still touch every pool
-    for every head; a number a head is enough: `argmax(dim=1)` of that matrix.
+    for every head; one number per head is enough: `argmax(dim=1)` of that matrix.
 
     how many pools, not which
         return route, kept → return route, len(kept)

@@ -21,7 +21,7 @@ latent.mistakes(
     the latent left transposed
         x @ w_down.T → w_down @ x.transpose(1, 2)
     w_down was put on the left, w_down xᵀ, and the result left as (B, R, T). The numbers are right, and they
-    stand in columns; everything else in the course has one token a row: (B, T, R). Transpose once more, or
+    stand in columns; everything else in the course has one token per row: (B, T, R). Transpose once more, or
     write `x @ w_down.T`.
 
     the latent reshaped back, not transposed

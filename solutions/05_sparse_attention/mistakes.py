@@ -442,7 +442,7 @@ union.mistakes(
     no mask in the diagonal block
         scores = scores.masked_fill(there > here[:, None], -torch.inf) →
     Listed blocks were read whole. Those before the query's own lie in the past altogether, but the own one
-    holds later tokens too: there a token sees only what stands at or before it.
+    holds later tokens too: there a token sees only itself and earlier ones.
 
     every block masked as if it were the diagonal one
         there > here[:, None] → there % block > here[:, None] % block
@@ -1319,7 +1319,7 @@ cache_bytes.mistakes(
 
     an index for keys and another for values
         index = n_tokens * index_key → index = 2 * n_tokens * index_key
-    The index was counted twice, like keys and values. It is one key a token; what it finds is the token.
+    The index was counted twice, like keys and values. It is one key per token; what it finds is the token.
 
     top_k tokens where there are fewer
         min(n_tokens, config["top_k"]) → config["top_k"]

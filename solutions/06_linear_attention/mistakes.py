@@ -776,7 +776,7 @@ delta.mistakes(
     the whole memory fades
         v - (memory * k[..., None]).sum(dim=-2) → v
         memory = memory + → memory = (1 - beta)[..., None, None] * memory +
-    (1 − β) S + β k vᵀ: all values faded, whatever their key. The delta rule removes only what stands under
+    (1 − β) S + β k vᵀ: all values faded, whatever their key. The delta rule removes only the value under
     *this* key, β k (Sᵀk)ᵀ; to forget the rest takes a gate, which is another mechanism (gated delta).
 
     read before writing
@@ -944,7 +944,7 @@ mamba.mistakes(
     one step size for all channels
         softplus(dt + dt_bias) → softplus(dt + dt_bias).mean(-1, keepdim=True).expand_as(dt)
     Δ was averaged over the channels. In Mamba every channel has a step size of its own, (batch, E). (One for
-    a whole head is Mamba-2, and there A is one number a head, too.)
+    a whole head is Mamba-2, and there A is one number per head, too.)
 
     the two the wrong way round
         (delta * -A_log.exp()).exp(), delta * B[:, None] → delta * B[:, None], (delta * -A_log.exp()).exp()

@@ -188,7 +188,7 @@ def merge_empty(t: CheckContext, merge: Answer, finish: Answer) -> None:
 
 @merge.requirement(1, "NaN in rows without keys")
 def merge_nan(t: CheckContext, merge: Answer, finish: Answer) -> None:
-    """where lse = −inf, what stands in out has no effect, even if it is NaN; the inputs are not changed"""
+    """where lse = −inf, the numbers in out have no effect, even if it is NaN; the inputs are not changed"""
     draw = drawn_parts(t, 3, mask=True)
     for out, lse in draw.parts:
         out[lse == -torch.inf] = 5.0 if t.round == 2 else torch.nan
@@ -1010,7 +1010,7 @@ class RingLayer:
 
 
 def absent(x: Tensor) -> Tensor:
-    """What stands here for a tensor that another process has: NaN, in the memory of one number."""
+    """A stand-in for a tensor that another process has: NaN, in the memory of one number."""
     return torch.tensor(torch.nan).expand(x.shape)
 
 

@@ -66,7 +66,7 @@ merge.mistakes(
 
     0 times NaN
         out = out.masked_fill((lse == -torch.inf)[..., None], 0.0) → out = out
-    The output of a row without keys was multiplied by 0. What stands there means nothing, and 0 · NaN is NaN:
+    The output of a row without keys was multiplied by 0. Its numbers mean nothing, and 0 · NaN is NaN:
     put a 0 in its place before you multiply.
 
     the newest part alone

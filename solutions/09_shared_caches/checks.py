@@ -54,14 +54,6 @@ def brief(value: Any) -> str:
     return describe(value)
 
 
-def taken_apart(t: CheckContext, got: Any, n: int, form: str) -> list[Any]:
-    """The parts of an answer that returns several, or the end of this round."""
-    if isinstance(got, tuple | list) and len(got) == n:
-        return list(got)
-    t.note(got, Difference("", form, describe(got)))
-    raise Stop
-
-
 def without_error(t: CheckContext, call: Callable[[], Any], what: str) -> Any:
     """What ``call`` returns, or the end of this round."""
     try:
@@ -147,7 +139,7 @@ def tables_needed(t: CheckContext, blocks_needed: Answer, *others: Answer) -> No
     rows += [(t.integer(1, 40), t.integer(1, 20)) for _ in range(3)]
     t.random.shuffle(rows)
     lengths, new = map(list, zip(*rows, strict=True))
-    got = taken_apart(t, blocks_needed(lengths, new, page), 2, "a pair (further, empty)")
+    got = t.parts(blocks_needed(lengths, new, page), 2, "a pair (further, empty)")
     want = library_needed(lengths, new, page)
     same(t, got[0], want[0], "further blocks:")
     same(t, got[1], want[1], "empty places:")
@@ -272,7 +264,7 @@ def plan_is(
     references = [t.integer(2, 3) for _ in range(40)]
     for i, block in enumerate(table):
         references[block] = 2 + t.round % 2 if i in shared else 1
-    got = taken_apart(t, write_plan(table, length, n, page, references), 2, "a pair (replace, n_new)")
+    got = t.parts(write_plan(table, length, n, page, references), 2, "a pair (replace, n_new)")
     want = library_plan(table, length, n, page, references)
     replace = sorted(map(tuple, got[0])) if isinstance(got[0], list | tuple) else got[0]
     same(t, replace, want[0], "entries to replace:")
@@ -340,7 +332,7 @@ class Family:
         got = self.append(self.pages, given[0], len(self.rows[name]), new, *given[1:])
         for part, was in zip(given, before, strict=True):
             self.changed |= isinstance(part, Given) and part != list(was)
-        parts = taken_apart(self.t, got, 4, "(pages, table, references, free)")
+        parts = self.t.parts(got, 4, "(pages, table, references, free)")
         self.pages, self.tables[name], self.references, self.free = parts
         self.rows[name] = torch.cat((self.rows[name], new))
 
@@ -519,7 +511,7 @@ class Twins:
 
     def replace(self, name: str, i: int) -> None:
         before = list(self.theirs.blocks(name))
-        got = taken_apart(self.t, self.theirs.replace(name, i), 2, "a pair (old, new)")
+        got = self.t.parts(self.theirs.replace(name, i), 2, "a pair (old, new)")
         want = self.ours.replace(name, i)
         now = list(self.theirs.blocks(name))
         pattern = [got[0] == before[i], got[1] == now[i], got[0] == got[1]]

@@ -30,7 +30,7 @@ perplexity.mistakes(
 
     padding counted
         counted = (place >= start[:, None]) & (place < length[:, None]) → counted = place >= start[:, None]
-    The tokens behind a text's length were counted. They are padding, and what stands there is no text.
+    The tokens behind a text's length were counted. They are padding, not text.
 
     one token of padding counted
         place < length[:, None] → place <= length[:, None]

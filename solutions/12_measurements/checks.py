@@ -40,19 +40,6 @@ def about(t: CheckContext, got: Any, want: float, what: str, relative: float = 1
     return t.note(f"{plain:.5g}", None if good else shown)
 
 
-def taken_apart(t: CheckContext, got: Any, n: int, form: str) -> list[Any]:
-    """The parts of an answer that returns several, or the end of this round."""
-    if isinstance(got, tuple | list) and len(got) == n:
-        return list(got)
-    t.note(got, Difference("", form, describe(got)))
-    raise Stop
-
-
-def same_text(t: CheckContext, got: Any, want: Any, what: str) -> bool:
-    """A name, or None."""
-    return t.note(repr(got)[:80], None if got == want else Difference(what, repr(want), repr(got)[:80]))
-
-
 # 12.1: bytes of a step and bytes stored, compared with a count layer by layer and sequence by sequence
 
 count = Exercise(
@@ -144,13 +131,13 @@ WHOLE = 1e-7  # relative: a count that is rounded to whole bytes is as good
 
 
 def count_step(t: CheckContext, step_bytes: Answer, config: Config, lengths: list[int]) -> None:
-    weights, read = taken_apart(t, step_bytes(config, lengths), 2, "a pair (weights, cache)")
+    weights, read = t.parts(step_bytes(config, lengths), 2, "a pair (weights, cache)")
     about(t, weights, weights_reference(config, len(lengths)), "weights read:", WHOLE)
     about(t, read, cache_reference(config, lengths, stored=False), "cache read:", 1e-9)
 
 
 def count_stored(t: CheckContext, stored_bytes: Answer, config: Config, batch: int, max_len: int) -> None:
-    weights, stored = taken_apart(t, stored_bytes(config, batch, max_len), 2, "a pair (weights, cache)")
+    weights, stored = t.parts(stored_bytes(config, batch, max_len), 2, "a pair (weights, cache)")
     about(t, weights, weights_reference(config, None), "weights stored:", 1e-9)
     about(t, stored, cache_reference(config, [max_len] * batch, stored=True), "cache stored:", 1e-9)
 
@@ -288,7 +275,7 @@ def drawn_device(t: CheckContext, ridge: float) -> dict[str, float]:
 
 
 def same_work(t: CheckContext, work: Answer, layer: Layer, length: int) -> None:
-    flops, nbytes = taken_apart(t, work(layer, length), 2, "a pair (flops, bytes)")
+    flops, nbytes = t.parts(work(layer, length), 2, "a pair (flops, bytes)")
     want = work_reference(layer, length)
     t.number(flops, want[0], "FLOPs:")
     t.number(nbytes, want[1], "bytes:")
@@ -329,10 +316,10 @@ def roof_place(t: CheckContext, work: Answer, place: Answer, step_seconds: Answe
     nbytes = t.integer(10**6, 10**9)
     flops = intensity * nbytes
     form = "four values (intensity, ridge, bound, seconds)"
-    got = taken_apart(t, place(flops, nbytes, device), 4, form)
+    got = t.parts(place(flops, nbytes, device), 4, form)
     about(t, got[0], flops / nbytes, "intensity:")
     about(t, got[1], device["flops"] / device["bandwidth"], "ridge:")
-    same_text(t, got[2], "memory" if left else "compute", "bound:")
+    t.text(got[2], "memory" if left else "compute", "bound:")
     about(t, got[3], roof_seconds(flops, nbytes, device), "seconds:")
 
 
@@ -444,10 +431,10 @@ def same_fastest(
     names = list(cards)
     t.random.shuffle(names)
     cards = {name: dict(cards[name]) for name in names}
-    got = taken_apart(t, fastest(dict(job), batch, tokens, cards), 2, "a pair (name, why)")
+    got = t.parts(fastest(dict(job), batch, tokens, cards), 2, "a pair (name, why)")
     want = fastest_reference(job, batch, tokens, cards)
-    same_text(t, got[0], want[0], "the fastest:")
-    same_text(t, got[1], want[1], "why:")
+    t.text(got[0], want[0], "the fastest:")
+    t.text(got[1], want[1], "why:")
 
 
 def four_cards(t: CheckContext) -> dict[str, Card]:
@@ -521,7 +508,7 @@ def card_flip(t: CheckContext, fastest: Answer, flip: Answer) -> None:
     pair = (a, b) if t.round % 2 else (b, a)
     got = flip(dict(job), tokens, *pair, most)
     if want is None:
-        same_text(t, got, None, "the batch:")
+        t.text(got, None, "the batch:")
     else:
         t.number(got, want, "the batch:")
 
@@ -607,9 +594,9 @@ def limit_for(gpu: Config, model: Config, n: int) -> float:
 
 def same_users(t: CheckContext, users: Answer, gpu: Config, model: Config, *limit: float) -> None:
     n, bound, _ = users_reference(gpu, model, *limit or (None,))
-    got = taken_apart(t, users(gpu, model, *limit), 2, "a pair (users, bound)")
+    got = t.parts(users(gpu, model, *limit), 2, "a pair (users, bound)")
     t.number(got[0], n, "users:")
-    same_text(t, got[1], bound, "bound:")
+    t.text(got[1], bound, "bound:")
 
 
 @serve.requirement(1, "to_bytes", rounds=4)
@@ -739,7 +726,7 @@ def fit_slope(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: 
     """of the least-squares line through log t over log n"""
     n = spread(t.integer(50, 200), t.integer(3000, 9000), t.integer(5, 9))
     times = timed(t.random, n, 0.0, 1e-5, t.pick(0.6, 1.0, 1.8), 0.15)
-    got = taken_apart(t, fit_power(n, times), 2, "a pair (p, error)")
+    got = t.parts(fit_power(n, times), 2, "a pair (p, error)")
     about(t, got[0], least_squares(n, times)[0], "p:", 1e-4)
 
 
@@ -748,7 +735,7 @@ def fit_error(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclude: 
     """the root of the residuals' mean square, over N − 2, divided by Σ (x − x̄)²"""
     n = spread(t.integer(50, 200), t.integer(3000, 9000), t.integer(4, 6))
     times = timed(t.random, n, 0.0, 1e-5, t.pick(0.6, 1.0, 1.8), 0.15)
-    got = taken_apart(t, fit_power(n, times), 2, "a pair (p, error)")
+    got = t.parts(fit_power(n, times), 2, "a pair (p, error)")
     about(t, got[1], least_squares(n, times)[1], "error:", 1e-3)
 
 
@@ -759,7 +746,7 @@ def fit_with_offset(t: CheckContext, fit_power: Answer, fit_offset: Answer, conc
     c = 10.0 ** -t.integer(2, 5)
     # The offset is as large as the rest at a length within the range.
     times = timed(t.random, n, c, c / (n[5] * 1.1) ** p, p, 0.002)
-    got = taken_apart(t, fit_offset(n, times), 3, "three numbers (c, a, p)")
+    got = t.parts(fit_offset(n, times), 3, "three numbers (c, a, p)")
     for value, want, wide, name in ((got[2], p, 0.03 / p, "p:"), (got[0], c, 0.05, "c:")):
         plain = plain_number(value)
         come = describe(value) if plain is None else f"{plain:.3g}"
@@ -773,7 +760,7 @@ def fit_no_offset(t: CheckContext, fit_power: Answer, fit_offset: Answer, conclu
     p, n = (1.0, 1.5, 2.0)[t.round], spread(t.integer(90, 130), t.integer(12_000, 16_000), 14)
     a = 10.0 ** -t.integer(4, 7)
     times = timed(t.random, n, -0.3 * a * n[0] ** p if t.round else 0.0, a, p, 0.002)
-    got = taken_apart(t, fit_offset(n, times), 3, "three numbers (c, a, p)")
+    got = t.parts(fit_offset(n, times), 3, "three numbers (c, a, p)")
     c, power = plain_number(got[0]), plain_number(got[2])
     if c is None or power is None:
         t.note(got, Difference("", "numbers (c, a, p)", describe(got)))

@@ -51,19 +51,6 @@ def about(
     return t.note(f"{rounded:.5g}", None if good else Difference(what, f"{want:,.6g}", f"{plain:,.6g}"))
 
 
-def taken_apart(t: CheckContext, got: Any, n: int, form: str) -> list[Any]:
-    """The parts of an answer that returns several, or the end of this round."""
-    if isinstance(got, tuple | list) and len(got) == n:
-        return list(got)
-    t.note(got, Difference("", form, describe(got)))
-    raise Stop
-
-
-def same_text(t: CheckContext, got: Any, want: Any, what: str) -> bool:
-    """A name, or None."""
-    return t.note(repr(got)[:80], None if got == want else Difference(what, repr(want), repr(got)[:80]))
-
-
 def mapping(t: CheckContext, got: Any, keys: Iterable[str] | None, form: str) -> dict[Any, Any]:
     """An answer that is a dict with these keys, or the end of this round."""
     if isinstance(got, Mapping) and (keys is None or set(got) == set(keys)):
@@ -128,7 +115,7 @@ def user_reference(config: Config, context: int) -> tuple[int, int]:
 
 
 def same_bytes(t: CheckContext, bytes_per_user: Answer, config: Config, context: int) -> None:
-    got = taken_apart(t, bytes_per_user(dict(config), context), 2, "a pair (stored, read)")
+    got = t.parts(bytes_per_user(dict(config), context), 2, "a pair (stored, read)")
     for came, want, what in zip(got, user_reference(config, context), ("stored:", "read:"), strict=True):
         t.number(came, want, what)
 
@@ -157,7 +144,7 @@ def claim_of(
 
 
 def judged(t: CheckContext, judge: Answer, claim: Config, want: str) -> None:
-    same_text(t, judge(claim), want, "verdict:")
+    t.text(judge(claim), want, "verdict:")
 
 
 @claims.requirement(1, "bytes: every layer alike")
@@ -190,7 +177,7 @@ def claims_unknown(t: CheckContext, bytes_per_user: Answer, judge: Answer) -> No
     config = drawn_config(t)
     name = FIELDS[t.round]
     for unknown in ({**config, name: None}, {key: n for key, n in config.items() if key != name}):
-        same_text(t, bytes_per_user(unknown, 3000), None, f"without {name}:")
+        t.text(bytes_per_user(unknown, 3000), None, f"without {name}:")
     without = {key: n for key, n in config.items() if key != "query_heads"}
     same_bytes(t, bytes_per_user, without, t.integer(2000, 9000))
 
@@ -486,17 +473,17 @@ def tied_readings(t: CheckContext) -> list[Reading]:
 def unstated_best(t: CheckContext, readings: Answer, settled: Answer, question: Answer) -> None:
     """that whose answer leaves the fewest readings in the worst case, the first of equal ones"""
     rows = tied_readings(t)
-    same_text(t, question([dict(row) for row in rows]), question_reference(rows), "ask for:")
+    t.text(question([dict(row) for row in rows]), question_reference(rows), "ask for:")
 
 
 @unstated.requirement(1, "question: nothing to ask")
 def unstated_nothing(t: CheckContext, readings: Answer, settled: Answer, question: Answer) -> None:
     """None for one reading and for none; of two readings the first question in which they differ"""
     rows = drawn_readings(t, 1, dict(zip(OPTIONS, ("KV", "one", 16, "token", 1000), strict=True)))
-    same_text(t, question(rows), None, "of one reading:")
-    same_text(t, question([]), None, "of none:")
+    t.text(question(rows), None, "of one reading:")
+    t.text(question([]), None, "of none:")
     pair = drawn_readings(t, 2, {"heads": "KV", "bits": 8})
-    same_text(t, question(pair), "layers", "of two:")
+    t.text(question(pair), "layers", "of two:")
 
 
 # 13.3: experiments on simulated runs
@@ -589,7 +576,7 @@ class Table(dict[int, float]):
 
 def carried_out(t: CheckContext, experiment: Answer, claim: Config, runs: Simulation) -> tuple[Any, Any]:
     t95, t80 = Table(T95), Table(T80)
-    got = taken_apart(t, experiment(dict(claim), runs.measure, t95, t80), 2, "a pair (n, verdict)")
+    got = t.parts(experiment(dict(claim), runs.measure, t95, t80), 2, "a pair (n, verdict)")
     # No requirement: it tells mistakes apart that give the same verdicts.
     t.note(f"{sorted(t95.asked)} {sorted(t80.asked)}", None)
     return got[0], got[1]
@@ -618,12 +605,12 @@ def trial_none(t: CheckContext, smallest: Answer, seeds: Answer, experiment: Ans
     """None where 31 seeds do not detect it; then the experiment is (0, "undecided"), and measures nothing"""
     claim, _ = plan(t)
     claim["difference"] = smallest_reference(claim["spread"], 31) * t.pick(0.3, 0.9, 0.999)
-    same_text(t, seeds(claim["spread"], claim["difference"], dict(T95), dict(T80)), None, "seeds:")
+    t.text(seeds(claim["spread"], claim["difference"], dict(T95), dict(T80)), None, "seeds:")
     runs = Simulation([claim["at_most"] * (1 + i) for i in range(40)])
     n, verdict = carried_out(t, experiment, claim, runs)
-    same_text(t, plain_number(n), 0, "n:")
-    same_text(t, verdict, "undecided", "verdict:")
-    same_text(t, len(runs.asked), 0, "runs:")
+    t.text(plain_number(n), 0, "n:")
+    t.text(verdict, "undecided", "verdict:")
+    t.text(len(runs.asked), 0, "runs:")
 
 
 @trial.requirement(1, "experiment: as planned")
@@ -646,7 +633,7 @@ def trial_decided(t: CheckContext, smallest: Answer, seeds: Answer, experiment: 
     claim, n = plan(t)
     kind = ("refuted", "supported")[t.round % 2]
     _, verdict = carried_out(t, experiment, claim, Simulation(drawn_differences(t, claim, n, kind)))
-    same_text(t, verdict, kind, "verdict:")
+    t.text(verdict, kind, "verdict:")
 
 
 @trial.requirement(1, "experiment: undecided")
@@ -658,7 +645,7 @@ def trial_undecided(t: CheckContext, smallest: Answer, seeds: Answer, experiment
     side = (0.4, -0.4, 0.975)[t.round] * (interval_of(values[:n])[1] - mean)
     shifted = [each - mean + claim["at_most"] + side for each in values]
     _, verdict = carried_out(t, experiment, claim, Simulation(shifted))
-    same_text(t, verdict, "undecided", "verdict:")
+    t.text(verdict, "undecided", "verdict:")
 
 
 @trial.requirement(1, "experiment: diverged runs", rounds=4)
@@ -673,7 +660,7 @@ def trial_diverged(t: CheckContext, smallest: Answer, seeds: Answer, experiment:
     want = "undecided" if len(left) < 2 else ("refuted", "supported")[t.round % 2]
     runs = Simulation(values)
     _, verdict = carried_out(t, experiment, claim, runs)
-    same_text(t, verdict, want, "verdict:")
+    t.text(verdict, want, "verdict:")
     t.number(len(runs.asked), n, "runs:")
 
 
@@ -797,7 +784,7 @@ def table_limit(t: CheckContext, users: Answer, dollars: Answer, factor: Answer,
     price = dollars_reference(model, gpu, given)
     floor = dollars_reference({**model, "cache": model["cache"] / 1024}, gpu, given) / price
     got = factor(model, gpu, given, floor * t.pick(0.5, 0.7, 0.9))
-    same_text(t, got, None, "divisor:")
+    t.text(got, None, "divisor:")
 
 
 @table.requirement(1, "decisive", rounds=4)
@@ -830,9 +817,7 @@ def table_decisive(t: CheckContext, *answers: Answer) -> None:
             for value in values
         ]
         quotients[name] = max(prices) / min(prices)
-    same_text(
-        t, answers[3](model, gpu, given, dict(items)), max(quotients, key=quotients.__getitem__), "name:"
-    )
+    t.text(answers[3](model, gpu, given, dict(items)), max(quotients, key=quotients.__getitem__), "name:")
 
 
 # 13.5: a table with error bars, compared with sums and all pairs
@@ -910,7 +895,7 @@ def same_verdicts(
     got = mapping(t, verdicts(rows, list(names), quantile), want, f"a dict with {', '.join(want)}")
     t.note(str(sorted(asked)), None)  # no requirement: it tells mistakes apart that give the same verdicts
     for name, verdict in want.items():
-        same_text(t, got[name], verdict, f"{name}:")
+        t.text(got[name], verdict, f"{name}:")
 
 
 @bars.requirement(1, "by_luck")
@@ -930,7 +915,7 @@ def bars_baseline(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: 
         t.round
     ]
     add_method(t, rows, "method", "baseline 1", -0.7, 0.02, size)
-    same_text(t, baseline(rows, "method"), want, "baseline:")
+    t.text(baseline(rows, "method"), want, "baseline:")
 
 
 @bars.requirement(1, "baseline: the best, not the nearest")
@@ -943,7 +928,7 @@ def bars_best(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: Answ
     large["losses"] = {**worse, lucky: 2.0} if t.round else worse
     add_method(t, rows, "method", "baseline 2", -0.5, 0.02, 600)
     add_method(t, rows, "better method", "baseline 2", -0.9, 0.02, 100 if t.round else 70)
-    same_text(t, baseline(rows, "method"), "baseline 2", "baseline:")
+    t.text(baseline(rows, "method"), "baseline 2", "baseline:")
 
 
 @bars.requirement(2, "verdicts: one claim", rounds=6)
@@ -1389,7 +1374,7 @@ def assembled(
     t: CheckContext, assemble: Answer, shop: Shop, texts: Sequence[Tensor], good: Sequence[str]
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """The board and the failures, with the right names."""
-    got = taken_apart(t, assemble(shop.makers(), texts, 100), 2, "a pair (board, failed)")
+    got = t.parts(assemble(shop.makers(), texts, 100), 2, "a pair (board, failed)")
     board = mapping(t, got[0], good, f"on the board {', '.join(good)}")
     bad = [name for name in shop.mechanisms if name not in good]
     return board, mapping(t, got[1], bad, f"in failed {', '.join(bad) or 'nothing'}")
@@ -1497,14 +1482,14 @@ def model_real(t: CheckContext, entry: Answer, assemble: Answer, front: Answer) 
     texts = base_texts(5, t.integer(60, 100))
     mechanisms = real_mechanisms()
     makers = {name: lambda m=m: m for name, m in mechanisms.items()}
-    got = taken_apart(t, assemble(makers, texts, LENGTH), 2, "a pair (board, failed)")
+    got = t.parts(assemble(makers, texts, LENGTH), 2, "a pair (board, failed)")
     board = mapping(t, got[0], mechanisms, f"on the board {', '.join(mechanisms)}")
     for name, m in mechanisms.items():
         want = entry_reference(m, mechanisms["full"], texts, LENGTH)
         came = mapping(t, board[name], want, f"a dict with {', '.join(want)}")
         for key in want:
             about(t, came[key], want[key], f"{name}, {key}:", 1e-2)
-    same_text(t, list(front(board)), ["gqa, 2 heads", "full"], "front:")
+    t.text(list(front(board)), ["gqa, 2 heads", "full"], "front:")
 
 
 EXERCISES = (claims, unstated, trial, table, bars, model)

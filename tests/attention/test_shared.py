@@ -389,7 +389,7 @@ def test_a_token_selects_by_its_own_content_alone() -> None:
     changed[:, 4] = -x[:, 4]
     same = (layer.choice(x) == layer.choice(changed)).all((0, 1, 2, 4))
     assert same.tolist() == [True, True, True, True, False, True, True]
-    assert layer.choice(x).sum(2).eq(1).all()  # one pool a head
+    assert layer.choice(x).sum(2).eq(1).all()  # one pool per head
 
 
 def test_the_router_learns() -> None:

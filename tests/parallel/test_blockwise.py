@@ -23,7 +23,7 @@ from kvlearn.parallel import Rule, blockwise_attention, blockwise_layer
 def test_outputs_and_gradients_are_those_of_sdpa(tokens: int, block: int, rule: Rule, ragged: bool) -> None:
     lengths = torch.tensor([tokens, max(1, tokens // 3)]) if ragged else None
     q, k, v, d_out = given = inputs((2, 6, 3), tokens, 8)
-    if lengths is not None:  # what stands behind the end of a row has no effect
+    if lengths is not None:  # slots behind the end of a row have no effect
         behind = torch.arange(tokens)[:, None] >= lengths[:, None, None, None]
         given = [x.masked_fill(behind, torch.nan) for x in given]
     inner = [x.requires_grad_() for x in given[:3]]

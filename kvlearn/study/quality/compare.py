@@ -41,7 +41,7 @@ def loss(row: Row) -> float | None:
 
 
 def far_loss(row: Row) -> float | None:
-    """The loss on tokens that repeat what stood far above, where recall shows."""
+    """The loss on tokens that repeat something far above, where recall shows."""
     return None if row["loss"] is None else row["slices"]["far"]["loss"]
 
 

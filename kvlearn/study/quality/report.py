@@ -44,7 +44,7 @@ def language_table(rows: Sequence[Row], budget: str = "cpu") -> Table:
     table = _table(
         "Language: loss on held-out text in nats per byte, mean ± spread over seeds",
         f"above full: paired by seed, {CONFIDENCE:.0%} interval with the spread pooled over the designs; "
-        "far: on tokens that repeat what stood far above; stored: bytes of cache at the trained length"
+        "far: on tokens that repeat something far above; stored: bytes of cache at the trained length"
         + ("" if visible is None else f"; three seeds show differences from {visible:.3f} on"),
     )
     for column in ("design", "rate", "seeds", "loss", "above full", "far, above full", "stored at L"):
