@@ -1,6 +1,7 @@
 """``check`` on answers that are half right, odd or hostile: always a score, always a reason."""
 
 import logging
+import math
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ import kvlearn
 from kvlearn.attention import KVCache
 from kvlearn.attention.core import attention
 from kvlearn.grading import Score, check, find_exercise, judge
+from kvlearn.grading.calls import differ
 
 ATTEND = find_exercise("01.1")
 MASK = find_exercise("01.2")
@@ -111,6 +113,14 @@ def test_changing_an_input_in_place_is_found_and_costs_only_its_own_requirement(
     score = check("01.1", in_place)
     assert float(score) == ATTEND.points - 1
     assert "an input changed in place" in score.message
+
+
+def test_numbers_that_replace_nan_or_infinity_are_a_change() -> None:
+    nan, inf = math.nan, math.inf
+    kept = [torch.tensor([nan, 1.0]), torch.tensor([inf, -inf]), torch.tensor([3]), torch.tensor([True])]
+    assert not any(differ(x, x.clone()) for x in kept)
+    for was, now in [(nan, 0.0), (0.0, nan), (inf, torch.finfo(torch.float32).max), (inf, nan), (inf, -inf)]:
+        assert differ(torch.tensor([was, 1.0]), torch.tensor([now, 1.0])), (was, now)
 
 
 def test_an_exception_is_shown_with_the_learners_line_and_no_traceback() -> None:
