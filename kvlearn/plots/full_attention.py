@@ -42,7 +42,7 @@ def cache_saves(n_tokens: int = 12) -> Picture:
     alt = (
         f"Two triangular grids of attention scores at step {n_tokens}. Without a cache the whole triangle "
         f"of {counts['without']} scores is computed; with a cache only its last row of {counts['with']}. "
-        f"Below the second grid stand {n_tokens} slots of keys and values: one is written in this step, all "
+        f"Below the second grid are {n_tokens} slots of keys and values: one is written in this step, all "
         "of them are read."
     )
     return Picture(figure, alt, {"scores": counts})
