@@ -1,4 +1,4 @@
-"""What ``make site`` gives to Sphinx: the README, the chapters, the exercises without solutions, the modules.
+"""The source of the site that ``make site`` builds: README, chapters, exercises without solutions, modules.
 
     python docs/source.py FOLDER
 

@@ -204,7 +204,7 @@ def study(
         bool, typer.Option("--json", help="the list, or the study's rows, for programs")
     ] = False,
 ) -> None:
-    """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/).
+    """Train and evaluate; a run that was killed continues where it stopped (its state is in runs/).
 
     quality records each run when it is finished, and never repeats one that is recorded.
     """

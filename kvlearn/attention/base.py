@@ -240,7 +240,7 @@ class Mechanism(nn.Module, ABC):
 
     @property
     def label(self) -> str:
-        """What a table calls this layer: its name in the registry, or those of its parts."""
+        """The layer's name in a table: its name in the registry, or the names of its parts."""
         return self.name
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Finished results of whole notebooks, kept so that a run that was interrupted goes on where it stood.
+"""Finished results of whole notebooks, kept so that a run that was interrupted continues where it stopped.
 
 Each notebook's results are a file of their own, written in one step: any number of processes, also on several
 machines, may share the folder. The file's name is a hash of all that the results depend on: the learner's

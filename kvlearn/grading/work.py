@@ -27,7 +27,7 @@ RELOAD = "open in JupyterLab? File → Reload Notebook from Disk"
 
 @dataclass
 class Outcome:
-    """What became of one unit: ``what`` is "copied", "updated", "reset", "unchanged" or "failed"; ``lines``
+    """The result for one unit: ``what`` is "copied", "updated", "reset", "unchanged" or "failed"; ``lines``
     tell the learner more; ``kept`` is the copy of the notebook as it was."""
 
     unit: str

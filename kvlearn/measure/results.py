@@ -22,7 +22,7 @@ from kvlearn.measure.timing import Quartiles
 from kvlearn.measure.units import format_bytes, format_rate, format_seconds
 
 SCHEMA = 1
-# What each key of a provenance must hold; more keys are welcome.
+# The type of each key that a provenance must have; more keys are allowed.
 PROVENANCE: dict[str, tuple[type, ...]] = {
     "date": (str,),
     "commit": (str, type(None)),

@@ -185,7 +185,7 @@ def by_layer_type(theirs: Any, spec: Callable[[str, int | None], Spec]) -> tuple
 
 
 def decoder_config(theirs: Any, layers: Spec | Sequence[Spec], **fields: Any) -> ModelConfig:
-    """What configurations of transformers have in common; ``fields`` of ours are added or replace it."""
+    """The fields that transformers' configurations share; ``fields`` of ours are added or replace them."""
     common = {
         "vocab_size": theirs.vocab_size,
         "d_model": theirs.hidden_size,

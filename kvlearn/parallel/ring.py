@@ -34,7 +34,7 @@ from kvlearn.parallel.layout import Layout, Plan
 
 @dataclass
 class Log:
-    """What a rank did, in order: (what, step, owner of the block, bytes or visible pairs).
+    """The actions of a rank, in order: (what, step, owner of the block, bytes or visible pairs).
 
     A "send" begins before the "compute" that it overlaps with; "receive" is the end of a message.
     """

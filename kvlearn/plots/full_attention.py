@@ -42,7 +42,7 @@ def cache_saves(n_tokens: int = 12) -> Picture:
     alt = (
         f"Two triangular grids of attention scores at step {n_tokens}. Without a cache the whole triangle "
         f"of {counts['without']} scores is computed; with a cache only its last row of {counts['with']}. "
-        f"Below the second grid stand {n_tokens} slots of keys and values: one is written in this step, all "
+        f"Below the second grid are {n_tokens} slots of keys and values: one is written in this step, all "
         "of them are read."
     )
     return Picture(figure, alt, {"scores": counts})
@@ -179,7 +179,7 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places, moved up as little as it takes to stand ``gap`` apart: for labels at the ends of curves."""
+    """The places, moved up as little as it takes to be ``gap`` apart: for labels at the ends of curves."""
     moved, below = list(places), -np.inf
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         moved[i] = below = max(places[i], below + gap)

@@ -119,7 +119,7 @@ class Engine:
         assert self.pool.data is not None
         return self.pool.data.nbytes
 
-    # What a user calls
+    # Methods for users
 
     def submit(
         self,
@@ -266,7 +266,7 @@ class Engine:
             insort(self.running, request, key=lambda r: r.number)
 
     def _plan(self) -> list[tuple[Request, int]]:
-        """What is computed: one token for each request in decode, then prompts with what is left.
+        """The tokens of one step: one for each request in decode, then prompts with the rest of the budget.
 
         Room for it is reserved; requests that must give up their blocks for it are not in the list.
         """

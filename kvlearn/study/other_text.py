@@ -19,7 +19,7 @@ CHECKSUM = "557ebc9d2b09a99a976fc19cf7609cafa1742f54cbfdf97276785b0630e52d88"
 
 @cache
 def other_texts() -> dict[str, UInt8[Tensor, "_"]]:
-    """ "networkx", all of its source as it stands, and "prose", the paragraphs of English in it; as bytes.
+    """ "networkx", all of its source as it is, and "prose", the paragraphs of English in it; as bytes.
 
     Raises RuntimeError where the installed networkx is another version or its files have been changed.
     """

@@ -37,7 +37,7 @@ class Texts(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """What ``train`` needs of a task; more of them are in tasks.py."""
+    """The interface that ``train`` needs of a task; more tasks are in tasks.py."""
 
     @property
     def length(self) -> int:
@@ -55,7 +55,7 @@ class Task(Protocol):
 class Recall:
     """The task: texts of ``length`` tokens with ``n_pairs`` pairs, each asked for once.
 
-    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value stands
+    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value is
     in two pairs, so a guess among its values is right once in n_pairs, and a blind one once in n_values.
     """
 

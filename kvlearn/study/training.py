@@ -176,7 +176,7 @@ def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]
 
 
 def _identity(model: Decoder, text: Tensor, config: TrainConfig, origin: str | None) -> dict[str, Any]:
-    """What makes a run this run and no other."""
+    """The settings that identify a run."""
     return {
         **({} if origin is None else {"origin": origin}),
         **model.config.to_dict(),

@@ -23,7 +23,7 @@ NOT_YET = "not yet run"
 
 
 class Verdict(Enum):
-    """What can be said of a claim."""
+    """The possible verdicts on a claim."""
 
     HOLDS = "holds"
     CONDITIONS = "holds under these conditions"
@@ -41,7 +41,7 @@ class NotRecordedError(LookupError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a check found.
+    """The result of a check.
 
     ``measured``: the cell; empty where nothing can be measured. ``note``: the conditions, what is right in
     place of the claim, or who alone could say. ``numbers``: the values in the cell, by name.

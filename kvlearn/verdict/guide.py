@@ -135,7 +135,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What ``recommend`` says. ``best`` is None where nothing can be recommended; ``unknown`` says why."""
+    """The result of ``recommend``. ``best`` is None if nothing can be recommended; ``unknown`` says why."""
 
     question: str
     options: tuple[Option, ...]
@@ -243,7 +243,7 @@ def recommend(
 
 @dataclass(frozen=True)
 class _Question:
-    """What all options of a question have in common."""
+    """The parts of a question that all options share."""
 
     model: ModelShape
     context: int

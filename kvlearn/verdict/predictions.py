@@ -55,7 +55,7 @@ def count(models: Sequence[ModelShape], has: Callable[[ModelShape], bool]) -> Co
 
 @dataclass(frozen=True)
 class SmallCaches:
-    """What P1 is read off from."""
+    """The source of P1's numbers."""
 
     shared_or_latent: Counted
     windows: Counted

@@ -338,7 +338,7 @@ def test_draws_differ_by_block_and_by_seed_and_reach_everywhere() -> None:
 
 
 def test_a_draw_does_not_depend_on_the_run() -> None:
-    """What a checkpoint was trained with must be found again: by another Python, on another day."""
+    """A checkpoint's pattern must be found again: by another Python, on another day."""
     assert [Random(3, 64, 1, 1).draw(n) for n in (2, 5, 9, 63)] == [[], [1, 2, 3], [1, 2, 5], [7, 24, 32]]
 
 

@@ -1,4 +1,4 @@
-"""What compression costs in quality: every mechanism trained on one budget, with error bars. Chapter 10.
+"""The cost of compression in quality: every mechanism trained on one budget, with error bars. Chapter 10.
 
     from kvlearn.study import quality
 
