@@ -467,7 +467,7 @@ def progress(
         Path | None, typer.Option("--html", metavar="FILE", help="write a page of it too, for others to see")
     ] = None,
 ) -> None:
-    """Show the whole course: what is solved, attempted and untouched, points, hints used and what is next.
+    """Show the whole course: exercises solved, attempted and untouched, points, hints used and the next step.
 
     Only answers that changed since their last check are run.
     """

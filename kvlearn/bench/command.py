@@ -1,4 +1,4 @@
-"""``kvlearn bench``: what is refused, what is shown, and what is kept.
+"""``kvlearn bench``: checks of its arguments, its tables, and the rows that are kept.
 
 Names and options are checked before torch is imported, so that a typing mistake is reported at once.
 """

@@ -92,7 +92,7 @@ def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
 def grade_found(found: list[Submission], faults: list[str], grader: Grader) -> tuple[list[Report], list[str]]:
     """``grade`` for notebooks that were found; ``Interrupted`` carries what was finished before a signal.
 
-    A notebook is read when its turn comes: what a run holds at a time does not grow with their number.
+    A notebook is read when its turn comes: the memory of a run does not grow with their number.
     """
     finished: dict[int, Report] = {}
     number: int = signal.SIGINT

@@ -57,7 +57,7 @@ asked again at the end of the round, with None, where i is the number of observa
 
 
 class Stop(Exception):
-    """Nothing more can be learnt from this round; what is wrong has been noted."""
+    """Nothing more can be learnt from this round; the faults have been noted."""
 
 
 class Contradiction(Stop):

@@ -64,7 +64,7 @@ def check(exercise: str, *answers: Any, notebook: Mapping[str, Any] | None = Non
     """Grade an answer: ``check("01.7", merge)``. "Your model" reads other answers: ``notebook=globals()``.
 
     Draws fresh inputs each time. Returns the points as a number that shows a table in a notebook. It never
-    raises on account of an answer and prints nothing; what the answer prints meanwhile is swallowed.
+    raises on account of an answer and prints nothing; output of the answer is discarded.
     In a learner's copy, in work/, the result is remembered (``records``).
     TypeError or ValueError only if there is no such exercise.
     """

@@ -229,7 +229,7 @@ def _in_name(file: Path, unit: str) -> str:
 
 @dataclass
 class Task:
-    """One exercise: what is ours (set-up, stubs, check), and the learner's ``pieces`` in their order."""
+    """One exercise: the course's cells (set-up, stubs, check) and the learner's ``pieces`` in order."""
 
     id: str
     points: float

@@ -159,7 +159,7 @@ def devices_needed(load: Load, device: Device, users: int, reserve: float = 0.1)
 
 
 def sharded(device: Device, n: int) -> Device:
-    """``n`` devices as one: memory, bandwidth and peak added up. What they say to each other is free here."""
+    """``n`` devices as one: memory, bandwidth and peak added up. Communication costs nothing here."""
     validate.instance("device", device, Device)
     validate.positive("n", n)
     return replace(

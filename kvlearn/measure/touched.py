@@ -1,6 +1,6 @@
 """Bytes of a cache and of weights that the operators of a call really read and write, and its FLOPs.
 
-A formula says what a step has to read; an implementation may read more: a copy, a second pass, keys that a
+A formula says what a step must read; an implementation may read more: a copy, a second pass, keys that a
 mask throws away. Here every operator that PyTorch runs is seen with its arguments, and the numbers that it is
 given are counted:
 

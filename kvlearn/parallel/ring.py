@@ -241,9 +241,9 @@ def ring_attention(
 ) -> Float[Tensor, "B H C D"]:
     """Attention of this rank's queries over the keys and values of all ranks of ``group``.
 
-    ``q``, ``k`` and ``v`` are this rank's slots of ``layout`` (``layout.shard``), the output too; what lies
-    in padded slots has no effect, NaN neither, and they give 0. ``rule`` says what a query sees; a block that
-    no rank further along needs is not sent. ``lengths`` are the tokens of each row of the batch, the same on
+    ``q``, ``k`` and ``v`` are this rank's slots of ``layout`` (``layout.shard``), the output too; the
+    content of padded slots, NaN too, has no effect, and they give 0. ``rule`` says what a query sees; a
+    block that no rank further along needs is not sent. ``lengths`` are the tokens of each row of the batch, the same on
     all ranks. H query heads read G KV heads, and only the G travel. Gradients go the same way: every rank
     must call ``backward``.
 

@@ -30,7 +30,7 @@ class Shape:
     batch: int = 1
 
     def block_bytes(self, tokens: int) -> int:
-        """Keys and values of ``tokens`` tokens: what one message carries."""
+        """Bytes of one message: keys and values of ``tokens`` tokens."""
         return 2 * self.batch * self.n_kv_heads * tokens * self.head_dim * self.itemsize
 
     def flops(self, pairs: float) -> float:

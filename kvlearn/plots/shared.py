@@ -1,4 +1,4 @@
-"""Pictures of chapter 02: query heads wired to their pools; what is stored beside what is read."""
+"""Pictures of chapter 02: query heads wired to their pools; bytes stored and bytes read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, log2

@@ -2,7 +2,7 @@
 
 A request waits until its prompt fits, runs, and leaves its place in the batch as soon as it is done; the next
 one takes it in the same step. The cache grows block by block. When no block is left, the request that came
-last gives up its blocks and waits again ("preemption by recomputation"); what it had generated is kept.
+last gives up its blocks and waits again ("preemption by recomputation"); its generated tokens are kept.
 
 Sources: Yu et al., "Orca" (2022), section 3 (scheduling per iteration); Kwon et al., "Efficient Memory
 Management for Large Language Model Serving with PagedAttention" (2023), section 4.5 (preemption); Agrawal et
@@ -305,7 +305,7 @@ class Engine:
                     return False
 
     def _release(self, request: Request) -> None:
-        """Take its blocks back; what is cached of its prompt will be counted when it is found again."""
+        """Take its blocks back; the cached part of its prompt will be counted when it is found again."""
         self.pool.close(request.table)
         if not request.generated:
             request.cached = 0

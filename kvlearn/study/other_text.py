@@ -1,6 +1,6 @@
 """Text of another kind than the corpus, to see what a model forgot that it is trained on the corpus alone.
 
-Converting a model does damage everywhere, and training on the corpus mends it there first. What it cost
+Converting a model does damage everywhere, and training on the corpus mends it there first. Its cost
 elsewhere shows on text that neither training saw: the Python source of networkx, by other authors (torch
 installs it), and English, the paragraphs in its docstrings. networkx 3.6.1 is BSD-licensed.
 """

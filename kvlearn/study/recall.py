@@ -4,8 +4,8 @@ A text names pairs of a key and its value; then keys again, at random places, wh
 
     k₁ v₁ k₂ v₂ … k_P v_P  · · k₂ · k_P · · k₁ ·        · is filler; the answers v₂, v_P, v₁ are not shown
 
-Keys, values and their pairing are drawn anew for every text, so weights cannot know them: what is answered
-has gone through the cache. Two layers and no SwiGLU: a short convolution, which puts a key and its value into
+Keys, values and their pairing are drawn anew for every text, so weights cannot know them: every answer has
+gone through the cache. Two layers and no SwiGLU: a short convolution, which puts a key and its value into
 one token, then the mechanism. All have the same convolution; with nothing behind it, it is the control.
 Source: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023): MQAR,
 multi-query associative recall; here with a small vocabulary and queries that are spread evenly.

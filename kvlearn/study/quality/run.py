@@ -60,7 +60,7 @@ CONVERSION_WINDOWS = 64
 
 
 class OutOfTime(Exception):
-    """The session's seconds are over; what was done is kept."""
+    """The session's seconds are over; finished work is kept."""
 
 
 def source_hash() -> str:
