@@ -243,9 +243,9 @@ def ring_attention(
 
     ``q``, ``k`` and ``v`` are this rank's slots of ``layout`` (``layout.shard``), the output too; the
     content of padded slots, NaN too, has no effect, and they give 0. ``rule`` says what a query sees; a
-    block that no rank further along needs is not sent. ``lengths`` are the tokens of each row of the batch, the same on
-    all ranks. H query heads read G KV heads, and only the G travel. Gradients go the same way: every rank
-    must call ``backward``.
+    block that no rank further along needs is not sent. ``lengths`` are the tokens of each row of the batch,
+    the same on all ranks. H query heads read G KV heads, and only the G travel. Gradients go the same way:
+    every rank must call ``backward``.
 
     Bytes sent by rank r, with K = 2 · B · G · C · D · bytes per number (the gradients are fp32 at least):
     ``plan.n_sent(r)`` · K forward; backward K and the gradient's bytes each ``plan.n_sent(r)`` times, and the
