@@ -1047,7 +1047,7 @@ step.mistakes(
             B, H, D =
         softmax(dim=-1) → softmax(dim=-1).nan_to_num()
     The new token was put at position length − 1, where the token before it is, and wrote over that one.
-    `lengths` says how many tokens a row has seen *before* this one: it is at position `length`.
+    `lengths` says how many tokens the row has seen *before* this one: it is at position `length`.
 
     off by one: counted on before the step
         B, H, D = → lengths = lengths + 1

@@ -471,7 +471,7 @@ SplitsInputs = tuple[Tensor, Tensor, Tensor, Tensor, int]
 
 
 def splits_draw(t: CheckContext, lengths: list[int], n_splits: int) -> SplitsInputs:
-    """Room for 96 keys a row: as many tiles as 2, 3 or 6 splits can share."""
+    """Room for 96 keys per row: as many tiles as 2, 3 or 6 splits can share."""
     B, D, S = len(lengths), t.pick(8, 32), 96
     rows = torch.tensor(lengths, dtype=torch.int32)
     return 2 * t.randn(B, D), t.randn(B, S, D), t.randn(B, S, D), rows, n_splits

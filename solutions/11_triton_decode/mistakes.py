@@ -411,7 +411,7 @@ def tiles_of(k: Tensor, lengths: Tensor) -> Tensor:
 
 
 def within(k: Tensor, ends: Tensor) -> None:
-    """What the interpreter says where a kernel reads up to key ``ends[b]``, behind the last row's room."""
+    """The interpreter's error where a kernel reads up to key ``ends[b]``, beyond the last row's memory."""
     if int(ends[-1]) > k.shape[1]:
         raise IndexError("a read behind the end of the cache")
 
@@ -710,7 +710,7 @@ def right_bounds(split: int, n_splits: int, length: int, capacity: int) -> tuple
 def parts_of(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_splits: int, bounds: Bounds = right_bounds
 ) -> Pair:
-    """What the first kernel stores: (B, splits, D) normalised, and lse (B, splits) in base 2."""
+    """The first kernel's results: (B, splits, D) normalised, and lse (B, splits) in base 2."""
     parts = q.new_zeros(len(q), n_splits, q.shape[1])
     lse = q.new_full((len(q), n_splits), -torch.inf)
     scores = torch.einsum("bd,bsd->bs", q, k) * (q.shape[1] ** -0.5 * LOG2E)
@@ -975,7 +975,7 @@ def through(
 
 
 def narrow(x: Tensor) -> Tensor:
-    """What 32 bits keep of it."""
+    """The value wrapped to 32 bits."""
     return (x + 2**31) % 2**32 - 2**31
 
 

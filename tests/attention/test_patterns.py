@@ -456,7 +456,7 @@ def tensors(time: int, batch: int = 2) -> tuple[Tensor, KV]:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_pattern_is_sdpa_with_a_dense_mask(spec: str) -> None:
-    """Whatever the block, one that does not divide the length too; gradients as well."""
+    """For every block, one that does not divide the length too; gradients as well."""
     pattern = parse(spec)
     q, kv = tensors(TIME)
     for x in (q, kv.k, kv.v):
