@@ -182,7 +182,7 @@ def wide_zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def pool_rows(x: Float[Tensor, "B H T N"], n_kv_heads: int) -> Float[Tensor, "B G nT N"]:
+def pool_rows(x: Float[Tensor, "B H T D"], n_kv_heads: int) -> Float[Tensor, "B G nT D"]:
     """The query heads of each KV head as the rows of one matrix."""
     return x.reshape(len(x), n_kv_heads, -1, x.shape[-1])
 

@@ -2,6 +2,8 @@
 
 Everything but attention works on each token alone, so only attention communicates. The same logits and,
 summed over the ranks, the same gradients as on one device.
+
+Letters beside those of layout.py: V tokens of the vocabulary.
 """
 
 from typing import Any

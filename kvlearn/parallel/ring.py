@@ -8,6 +8,8 @@ next, which is under way meanwhile.
 The gradient goes round in the same way: keys and values again, and with each block the sum of its gradients
 so far, which the last rank on the way sends home.
 
+Letters are those of layout.py.
+
     torchrun --nproc-per-node=4 -m kvlearn.parallel.ring --tokens 1000 --order striped
 
 compares one forward and backward pass with attention on one device, and prints who did what. gloo carries the

@@ -1,4 +1,7 @@
-"""The picture of chapter 06: a state as a memory that is written, faded, erased and read."""
+"""The picture of chapter 06: a state as a memory that is written, faded, erased and read.
+
+Letters beside those of recurrent.py: N keys that are written.
+"""
 
 from typing import NamedTuple
 

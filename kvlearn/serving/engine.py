@@ -4,6 +4,8 @@ A request waits until its prompt fits, runs, and leaves its place in the batch a
 one takes it in the same step. The cache grows block by block. When no block is left, the request that came
 last gives up its blocks and waits again ("preemption by recomputation"); its generated tokens are kept.
 
+Letters beside those of core.py: V tokens of the vocabulary.
+
 Sources: Yu et al., "Orca" (2022), section 3 (scheduling per iteration); Kwon et al., "Efficient Memory
 Management for Large Language Model Serving with PagedAttention" (2023), section 4.5 (preemption); Agrawal et
 al., "Sarathi-Serve" (2024), section 4 (chunked prefill beside decode).

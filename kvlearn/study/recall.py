@@ -7,6 +7,8 @@ A text names pairs of a key and its value; then keys again, at random places, wh
 Keys, values and their pairing are drawn anew for every text, so weights cannot know them: every answer has
 gone through the cache. Two layers and no SwiGLU: a short convolution, which puts a key and its value into
 one token, then the mechanism. All have the same convolution; with nothing behind it, it is the control.
+
+Letters beside those of core.py: P pairs of a text.
 Source: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023): MQAR,
 multi-query associative recall; here with a small vocabulary and queries that are spread evenly.
 """

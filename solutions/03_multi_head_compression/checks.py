@@ -561,7 +561,7 @@ def everything(t: CheckContext, svd_init: Answer) -> None:
 
 naive_or_absorbed = Exercise(
     id="03.6",
-    slug="naive-or-absorbed",
+    slug="roads",
     title="Naive or absorbed: count, and choose",
     answers=("naive_or_absorbed",),
     hints=(

@@ -28,7 +28,7 @@ STEPS = [
     {"verdict"},
     {"plots"},
     {"grading"},
-    {"workbench"},
+    {"workbench", "glossary"},
     {"cli"},
 ]
 STEP = {room: step for step, rooms in enumerate(STEPS) for room in rooms}
