@@ -39,7 +39,7 @@ def chapters() -> dict[Path, tuple[str, list[str]]]:
 
 @cache
 def imports(path: Path) -> set[tuple[str, str]]:
-    """What the code of a chapter imports from kvlearn: modules and names."""
+    """Imports from kvlearn in the code of a chapter, as modules and names."""
     found: set[tuple[str, str]] = set()
     for cell in chapters()[path][1]:
         for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", cell, flags=re.MULTILINE))):
@@ -70,7 +70,7 @@ def chapter_of_mechanism(name: str) -> Path | None:
 
 
 def chapter_of_module(module: Path) -> Path | None:
-    """That of its first mechanism, or else the first that imports a public name of it."""
+    """The chapter of its first mechanism, or else the first that imports a public name of it."""
     mechanisms = [name for name, kind in REGISTRY.items() if file_of(kind) == module]
     if mechanisms:
         return chapter_of_mechanism(mechanisms[0])
