@@ -9,6 +9,7 @@ Letters, here and in every file of kvlearn:
     N   tokens of a text         L  layers of a model     n   any number
 
 The letters of a product or a sum are written together: HD is H · D numbers, and RDr is R + Dr.
+
 A mask is boolean and True means *may attend*. A query that may attend to nothing gets 0, never NaN.
 """
 

@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 PAGE = ROOT / "GLOSSARY.md"
 SHOWN = 3  # modules named in a row
 Row = tuple[str, ...]
-OFTEN = 2  # a chapter from 01 on that has a term so often is about it
+OFTEN = 3  # a chapter from 01 on that has a term so often is about it
 # Stems of words that tell no meanings apart.
 COMMON = {"a", "all", "and", "in", "is", "it", "of", "one", "per", "the", "token", "numbe"}
 
@@ -148,7 +148,7 @@ def letter_rows() -> list[Row]:
     """Letters of shapes: core.py's in its order, then the others by the alphabet."""
     common = list(letters(CORE).values())
     others = sorted(uses().keys() - common, key=lambda x: (x.symbol.lower(), x.symbol, x.module))
-    rows = []
+    rows: list[Row] = []
     for letter in common + others:
         modules = uses().get(letter, {})
         ranked = sorted(modules, key=lambda m: (m != letter.module, -len(modules[m]), m))
@@ -164,7 +164,7 @@ def letter_rows() -> list[Row]:
 
 def other_symbol_rows() -> list[Row]:
     """Symbols that occur in no shape, with the first chapter that writes them."""
-    rows = []
+    rows: list[Row] = []
     for symbol, (written, meaning) in SYMBOLS.items():
         chapter = next((path for path, (text, _) in chapters().items() if written in text), None)
         rows.append((f"`{symbol}`", meaning, link(chapter)))
@@ -186,7 +186,7 @@ def mechanism_rows() -> list[Row]:
 
 def term_rows() -> list[Row]:
     """Terms in the order of the alphabet."""
-    rows = []
+    rows: list[Row] = []
     for term, meaning in sorted(TERMS.items(), key=lambda item: item[0].lower()):
         name, *others = term.split("|")
         shown = f"**{name}**" + (f" ({', '.join(others)})" if others else "")

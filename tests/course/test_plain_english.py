@@ -16,7 +16,7 @@ HABITS = {
     r"(roads?|doors?|gloves?|rivals?|contests?)": "the word that papers use: path, function, baseline",
     r"(dearer|dearest|lest|whence|whoever|whomever)": "costs more; so that ... not; the reader",
     r"(held|hold|holds) against|by turns": "is compared with; interleaved",
-    rf"({COUNTED}) an? ({COUNTS})(?! at a time)": "per: bytes per token",
+    rf"({COUNTED}) an? ({COUNTS})(?! at a time| sees| reads)": "per: bytes per token",
 }
 WORDS = {re.compile(rf"(?<![\w`-])({old})(?![\w`-])", re.IGNORECASE): new for old, new in HABITS.items()}
 # A docstring or a comment that begins with a clause, and says only later or never what it is about.
