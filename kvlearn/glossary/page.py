@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from kvlearn.attention import REGISTRY
-from kvlearn.glossary.letters import CORE, PACKAGE, letters, tree, uses
+from kvlearn.glossary.letters import CORE, PACKAGE, Letter, letters, tree, uses
 from kvlearn.glossary.terms import SYMBOLS, TERMS
 
 ROOT = PACKAGE.parent
@@ -69,25 +69,24 @@ def chapter_of_mechanism(name: str) -> Path | None:
     )
 
 
-def chapter_of_module(module: Path) -> Path | None:
-    """The chapter of its first mechanism, or else the first that imports a public name of it."""
-    mechanisms = [name for name, kind in REGISTRY.items() if file_of(kind) == module]
-    if mechanisms:
-        return chapter_of_mechanism(mechanisms[0])
-    return first_import(
-        module, {n.name for n in tree(module).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    )
+def chapter_of_letter(letter: Letter) -> Path | None:
+    """The chapter of its module's first mechanism, or the first that declares the letter or imports the module.
 
-
-def chapter_of_symbol(symbol: str, meaning: str) -> Path | None:
-    """The first chapter whose line of letters has ``symbol`` with a word of this meaning."""
-    words = stems(meaning)
+    A chapter declares a letter in its line of letters, with a word of this meaning.
+    """
+    module, words = letter.module, stems(letter.meaning)
+    for name, kind in REGISTRY.items():
+        if file_of(kind) == module:
+            return chapter_of_mechanism(name)
     for path, (text, _) in chapters().items():
         for line in re.findall(r"^.*\bLetters\b.*$", text, re.MULTILINE):
-            for said in re.findall(rf"\*\*{re.escape(symbol)}\*\*,?([^*.;,]*)", line):
+            for said in re.findall(rf"\*\*{re.escape(letter.symbol)}\*\*,?([^*.;,]*)", line):
                 if words & stems(said):
                     return path
-    return None
+    if module == CORE:
+        return None
+    names = {n.name for n in tree(module).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return first_import(module, names)
 
 
 def stems(text: str) -> set[str]:
@@ -155,10 +154,8 @@ def letter_rows() -> list[Row]:
         shown = [f"{link(m)} {', '.join(f'`{n}`' for n in modules[m][:2])}" for m in ranked[:SHOWN]]
         if len(ranked) > SHOWN:
             shown.append(f"and {len(ranked) - SHOWN} more")
-        chapter = chapter_of_symbol(letter.symbol, letter.meaning)
-        if chapter is None and letter not in common:
-            chapter = chapter_of_module(letter.module)
-        rows.append((f"`{letter.symbol}`", letter.meaning, "; ".join(shown), link(chapter)))
+        row = f"`{letter.symbol}`", letter.meaning, "; ".join(shown), link(chapter_of_letter(letter))
+        rows.append(row)
     return rows
 
 

@@ -72,9 +72,11 @@ def test_letters_are_read_from_sentences_and_from_columns(tmp_path: Path) -> Non
     own, parent = declared(module)
     assert [(x.symbol, x.meaning) for x in own] == [("J", "index heads"), ("Di", "numbers of a key")]
     assert parent == CORE
+    module = tmp_path / "b.py"
     module.write_text(
         '"""A.\n\nLetters beside those of core.py:\n\n    l   tokens   E  blocks: ⌊S / l⌋\n\nB.\n"""\n'
     )
     assert [(x.symbol, x.meaning) for x in declared(module)[0]] == [("l", "tokens"), ("E", "blocks: ⌊S / l⌋")]
+    module = tmp_path / "c.py"
     module.write_text('"""A. Letters are those of recurrent.py.\n"""\n')
     assert letters(module)["K"].meaning == "numbers of a key"
