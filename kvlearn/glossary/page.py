@@ -70,7 +70,7 @@ def chapter_of_mechanism(name: str) -> Path | None:
 
 
 def chapter_of_letter(letter: Letter) -> Path | None:
-    """The chapter of its module's first mechanism, or the first that declares the letter or imports the module.
+    """The chapter of its module's first mechanism, or the first that declares it or imports the module.
 
     A chapter declares a letter in its line of letters, with a word of this meaning.
     """
