@@ -78,6 +78,7 @@ exercises: $(READY) ## generate exercises/ from solutions/ (a file you changed s
 
 # nvidia-* and cuda-* stay out: torch pins its own, and a CPU build of torch wants none of them.
 site: $(READY) ## the course as a web site, in site/html (outputs as they are committed)
+	@$(BIN)/python -m kvlearn.glossary
 	@$(BIN)/python docs/source.py site/source
 	@$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -b html site/source site/html
 	@echo "kvlearn: open site/html/index.html"

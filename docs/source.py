@@ -1,4 +1,4 @@
-"""What ``make site`` gives to Sphinx: the README, the chapters, the exercises without solutions, the modules.
+"""The source of the site that ``make site`` builds: README, chapters, exercises without solutions, modules.
 
     python docs/source.py FOLDER
 
@@ -18,6 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("attention", "kernels", "model", "parallel", "serving", "measure", "bench", "study")
+PAGES = {  # files at the top, by their pages
+    "GLOSSARY.md": "glossary.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "TEACHING.md": "teaching.md",
+    "CHANGELOG.md": "changelog.md",
+}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 ALIGNED = re.compile(r"\S {2,}\S")
 ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
@@ -46,7 +52,7 @@ def write(folder: Path) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(json.dumps(as_page(json.loads(path.read_text()), path)))
     shutil.copytree(ROOT / "notebooks" / "pictures", folder / "notebooks" / "pictures")
-    pages = {"contributing": "CONTRIBUTING.md", "teaching": "TEACHING.md", "changelog": "CHANGELOG.md"}
+    pages = {page.removesuffix(".md"): file for file, page in PAGES.items()}
     for name, file in pages.items():
         text = with_links((ROOT / file).read_text(), ROOT / file)
         (folder / f"{name}.md").write_text(text)
@@ -113,15 +119,10 @@ def _link(found: re.Match[str], path: Path) -> str:
     if relative.startswith("work/"):  # a learner's copy: on the site, the exercise as it is given
         relative = relative.replace("work/", "exercises/", 1)
         wanted = ROOT / relative
-    known = {
-        "CONTRIBUTING.md": "contributing.md",
-        "TEACHING.md": "teaching.md",
-        "CHANGELOG.md": "changelog.md",
-    }
     if relative == "README.md":
         relative = "index.md"
-    elif relative in known:
-        relative = known[relative]
+    elif relative in PAGES:
+        relative = PAGES[relative]
     elif not (wanted.suffix in {".ipynb", ".png"} and relative.split("/")[0] in {"notebooks", "exercises"}):
         address = repository(ROOT)
         return f"[{words}]({address}/blob/main/{relative})" if address else words

@@ -204,7 +204,7 @@ def study(
         bool, typer.Option("--json", help="the list, or the study's rows, for programs")
     ] = False,
 ) -> None:
-    """Train and evaluate; a run that was killed goes on where it stood (its state is in runs/).
+    """Train and evaluate; a run that was killed continues where it stopped (its state is in runs/).
 
     quality records each run when it is finished, and never repeats one that is recorded.
     """
@@ -467,7 +467,7 @@ def progress(
         Path | None, typer.Option("--html", metavar="FILE", help="write a page of it too, for others to see")
     ] = None,
 ) -> None:
-    """Show the whole course: what is solved, attempted and untouched, points, hints used and what is next.
+    """Show the whole course: exercises solved, attempted and untouched, points, hints used and the next step.
 
     Only answers that changed since their last check are run.
     """

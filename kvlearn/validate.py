@@ -94,7 +94,7 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
 
 
 def function(name: str, value: Any) -> Any:
-    """What can be called."""
+    """An object that can be called."""
     if not callable(value):
         raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
     return value

@@ -98,7 +98,7 @@ class Wiring:
 
     @property
     def shown(self) -> list[Any]:
-        """What ``code`` shows."""
+        """The text that ``code`` shows."""
         return [Model, self.weights, self.new_cache, *self.variants.values()]
 
     def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> "Comparison":
@@ -267,7 +267,7 @@ def theirs(exercise: Exercise, notebook: Mapping[str, Any] | None, *names: str) 
     return namespace(parts, names)
 
 
-# What is shown
+# Tables and pictures
 
 
 @dataclass(frozen=True)

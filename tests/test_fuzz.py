@@ -54,7 +54,7 @@ VALUES: list[Callable[[], Any]] = [
     lambda: torch.zeros(0, 3, 8), lambda: torch.zeros(2, 0, 8), lambda: torch.zeros(2, 3).bool(),
 ]  # fmt: skip
 
-# What an argument is called where it is checked: by a model of its layers, by a cache of itself.
+# The name of an argument where it is checked: by a model of its layers, by a cache of itself.
 ALIASES = ("cache", "layers", "pattern", "rope", "source")
 
 Call = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]

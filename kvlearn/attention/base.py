@@ -1,4 +1,4 @@
-"""The contract: what every mechanism of the course offers, and the cache of keys and values.
+"""The contract: the methods of every mechanism of the course, and the cache of keys and values.
 
     y = layer(x)                                   training: (batch, time, d_model) -> the same, causal
     cache = layer.new_cache(batch=2, max_len=4096)
@@ -240,7 +240,7 @@ class Mechanism(nn.Module, ABC):
 
     @property
     def label(self) -> str:
-        """What a table calls this layer: its name in the registry, or those of its parts."""
+        """The layer's name in a table: its name in the registry, or the names of its parts."""
         return self.name
 
     @abstractmethod

@@ -2,9 +2,13 @@
 
 Letters, here and in every file of kvlearn:
 
-    B  batch              H  query heads        D  head dim
-    T  new tokens         G  KV heads           R  latent rank
-    S  tokens in cache    W  window             C  chunk
+    B   sequences in a batch     H  query heads           D   numbers of a head: head dim
+    T   new tokens               G  KV heads              Dv  numbers of a value, D unless given
+    S   tokens in the cache      W  tokens of a window    Dr  numbers of the key that carries positions
+    M   numbers of a vector      C  tokens of a chunk     R   numbers of a latent: its rank
+    N   tokens of a text         L  layers of a model     n   any number
+
+The letters of a product or a sum are written together: HD is H · D numbers, and RDr is R + Dr.
 
 A mask is boolean and True means *may attend*. A query that may attend to nothing gets 0, never NaN.
 """
@@ -317,8 +321,8 @@ TILE = 64  # queries whose scores exist at the same time, where a query selects 
 
 
 def top_blocks(
-    scores: Float[Tensor, "B H T N"], allowed: Bool[Tensor, "#B #H #T N"], n_blocks: int
-) -> Bool[Tensor, "B H T N"]:
+    scores: Float[Tensor, "B H T n"], allowed: Bool[Tensor, "#B #H #T n"], n_blocks: int
+) -> Bool[Tensor, "B H T n"]:
     """True at the ``n_blocks`` of highest score among those allowed; at all of these, if they are fewer.
 
     Of equal scores the earlier block is selected.
@@ -333,7 +337,7 @@ def attend_to_blocks(
     k: Float[Tensor, "B G S D"],
     v: Float[Tensor, "B G S D"],
     positions: Int[Tensor, "#B T"],
-    selected: Bool[Tensor, "B HG T N"],
+    selected: Bool[Tensor, "B HG T n"],
     block: int,
 ) -> Float[Tensor, "B H T D"]:
     """softmax(q kᵀ / √D) v of each query over the blocks selected for it, up to its own position.
@@ -411,7 +415,7 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm_naive(x: Float[Tensor, "... N"], norm: nn.RMSNorm) -> Float[Tensor, "... N"]:
+def rms_norm_naive(x: Float[Tensor, "... M"], norm: nn.RMSNorm) -> Float[Tensor, "... M"]:
     """x / √(mean(x²) + eps) · w in fp32 at least, written out for ``naive`` forms."""
     assert norm.eps is not None
     return x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * upcast(norm.weight)

@@ -11,8 +11,9 @@ of them. Heavily compressed attention (HCA) reads all entries of long blocks. Co
 
 Letters beside those of core.py:
 
-    m   rate: tokens in a block, for one entry      J   index heads
-    E   entries: complete blocks, E = ⌊S / m⌋       Di  numbers of an index key
+    m   tokens of a block, for one entry: the rate     J   index heads
+    E   entries, complete blocks: E = ⌊S / m⌋          Di  numbers of an index key
+    K   entries selected                               A   numbers of a compressed query
 
 Source: DeepSeek-AI, "DeepSeek-V4" (2026), section 2.3.
 """
@@ -110,13 +111,13 @@ class Compressor(nn.Module):
         """The entries of all complete blocks of a sequence from its start."""
         return self.compress(self.project(x[:, : x.shape[1] // self.rate * self.rate]))
 
-    def project(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T 2 W"]:
+    def project(self, x: Float[Tensor, "B T M"]) -> Float[Tensor, "B T 2 nD"]:
         """[C, Z] of every token."""
         return torch.stack((self.kv_proj(x), self.gate_proj(x)), dim=2)
 
     def compress(
         self,
-        tokens: Float[Tensor, "B N 2 W"],
+        tokens: Float[Tensor, "B T 2 nD"],
         previous: Float[Tensor, "B m 2 D"] | None = None,
         first: int = 0,
     ) -> Float[Tensor, "B E D"]:

@@ -7,6 +7,7 @@ With |k_t| = 1 and β_t = 1 the state then gives exactly v_t for k_t, whatever i
 a = 1, it is DeltaNet's rule; with a decay that the token chooses, Gated DeltaNet's; with one decay per key
 feature, diag(a_t), Kimi's.
 
+Letters beside those of recurrent.py: I inputs of a linear map, O outputs of a linear map.
 Sources: Widrow & Hoff, "Adaptive Switching Circuits" (1960); Schlag et al., "Linear Transformers Are Secretly
 Fast Weight Programmers" (2021), section 4.2; Yang et al., "Parallelizing Linear Transformers with the Delta
 Rule over Sequence Length" (2024), section 3; Yang et al., "Gated Delta Networks" (2025), section 3; Peng et

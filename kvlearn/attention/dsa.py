@@ -6,7 +6,8 @@ share one key per token; attention as in MLA (mla.py) then reads the ``top_k`` t
     I_ts = Σ_j w_tj ReLU(q_tj · κ_s),     S_t = the top_k tokens s ≤ t of largest I_ts
     head_t = Σ_{s ∈ S_t} softmax_{S_t}(scale · q_t · k_s) v_s
 
-Letters beside those of core.py: J index heads, Di numbers of an index key, K tokens selected.
+Letters beside those of core.py: J index heads, Di numbers of an index key, K tokens selected, A numbers of a
+compressed query.
 
 Source: DeepSeek-AI, "DeepSeek-V3.2" (2025), equations 1 and 2.
 """

@@ -7,8 +7,10 @@
     a_t constant              retention, one number γ per head
     a_t chosen by the token   one number per head: Mamba-2 (mamba.py); K numbers: gated linear attention
 
-Decays come as logarithms: products of many become sums, and nothing underflows. The letters and the forms
-"parallel", "recurrent" and "chunked" are those of recurrent.py.
+Decays come as logarithms: products of many become sums, and nothing underflows. The forms "parallel",
+"recurrent" and "chunked" are those of recurrent.py.
+
+Letters beside those of recurrent.py: F features of a query or a key.
 Sources: Katharopoulos et al., "Transformers are RNNs" (2020); Sun et al., "Retentive Network" (2023); Dao &
 Gu, "Transformers are SSMs" (2024), sections 3 and 6; Yang et al., "Gated Linear Attention" (2024).
 """

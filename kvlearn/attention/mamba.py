@@ -8,7 +8,8 @@ In Mamba every entry of h has a decay of its own, so no product of matrices give
 selective scan has no parallel form, and its speed is bound by memory. In Mamba-2 all numbers of a head share
 one decay, and the recurrence is linear attention with C, B and dt x as q, k and v.
 
-Letters of this file: E channels, N state numbers per channel, P channels per head, L tokens per segment.
+Letters beside those of core.py: E channels, N state numbers per channel, P channels per head, L tokens of a
+segment.
 Sources: Gu & Dao, "Mamba" (2023), equation 2 and algorithm 2; A is discretised as in its equation 4 (exact),
 B by dt B (Euler's step), as in the code published with it. Dao & Gu, "Transformers are SSMs" (2024),
 sections 6 and 7.

@@ -7,6 +7,8 @@ transformer over the heads (``mhc_transformer``) in front of the cache. From the
 decompression and the naive and the absorbed path are those of mla.py. Published relatives are MLA, Palu, and
 the conversions of trained models to them. mHC, "manifold-constrained hyper-connections" (2025), is something
 else: it mixes residual streams and saves no cache.
+
+Letters beside those of core.py: N vectors that are compressed to one latent.
 """
 
 import math
@@ -37,7 +39,7 @@ from kvlearn.attention.rope import Rope, RopeConfig
 
 @register("mhc")
 class MultiHeadCompression(Mechanism):
-    """Latent attention with a learned linear map in front, and nothing else.
+    """Multi-head compression: latent attention with a learned linear map in front, and nothing else.
 
         q = W_q x,   [c, r] = W_down x
         head = Σ_s softmax_s([q, RoPE(q_r)] · k_s / √(D + Dr)) v_s,     y = [head_1 … head_H] W_o

@@ -160,7 +160,7 @@ def absorbed_step(
 
 @register("mla")
 class MultiHeadLatentAttention(Mechanism):
-    """The complete layer of DeepSeek-V2, V3 and their successors.
+    """Multi-head latent attention: the complete layer of DeepSeek-V2, V3 and their successors.
 
         c = norm(W_c x),  r = W_r x;     q = W_uq norm(W_dq x),  or W_q x without ``q_rank``
         head = Σ_s softmax_s(scale · [q, RoPE(q_r)] · k_s) v_s,     y = [head_1 … head_H] W_o

@@ -6,7 +6,7 @@ Keys are cut into blocks of fixed length. The mean of a block's keys says whethe
     I   = the query's own block, up to itself, and the n_blocks - 1 blocks of the highest s_i
     head_h = softmax(q_h K[I]ᵀ / √D) V[I],   y = [head_1 … head_H] W_o
 
-Letters beside those of core.py: N blocks, Np complete blocks before the last token's own.
+Letters beside those of core.py: N blocks of keys, Np complete blocks before the last token's own.
 """
 
 import torch

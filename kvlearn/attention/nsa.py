@@ -10,8 +10,9 @@ Three branches of attention, each with keys and values of its own, and gates tha
 Numbers in parentheses are equations of Yuan et al., "Native Sparse Attention" (2025). Letters beside those of
 core.py:
 
-    l   tokens in a compressed block         d   tokens from the start of one to the next: neighbours overlap
-    l'  tokens in a block to select          C   complete compressed blocks: ⌊(S - l) / d⌋ + 1, or none
+    l   tokens of a compressed block         d   tokens from the start of one to the next: neighbours overlap
+    l'  tokens of a block to select          C   complete compressed blocks: ⌊(S - l) / d⌋ + 1, or none
+    N   blocks to select from
 """
 
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def select_blocks(
 
 @register("nsa")
 class NativeSparseAttention(Mechanism):
-    """Attention by the three branches of the module's equation: compressed, selected, window.
+    """Native sparse attention: gates add attention to compressed blocks, selected blocks and a window.
 
     The first block and the last ``n_local`` ones, the own half-filled one among them, are always selected.
     The query heads of a KV head select together, so that each block is read once for all of them. The

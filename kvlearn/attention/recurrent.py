@@ -6,7 +6,7 @@ A recurrence is computed in one of these forms, which give the same numbers:
     recurrent    one token after the other, as in a decode step
     chunked      chunk after chunk, parallel inside, the state carried across: linear in time and in memory
 
-Letters of this family: K key features per head, V numbers of a value per head, C tokens of a chunk.
+Letters beside those of core.py: K numbers of a key, V numbers of a value, E channels, P past inputs.
 """
 
 import math
@@ -247,8 +247,8 @@ class ShortConvolution(nn.Conv1d):
         return self.kernel_size[0] - 1, self.in_channels
 
     def run(
-        self, x: Float[Tensor, "B T C"], past: Float[Tensor, "B P C"]
-    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B P C"]]:
+        self, x: Float[Tensor, "B T E"], past: Float[Tensor, "B P E"]
+    ) -> tuple[Float[Tensor, "B T E"], Float[Tensor, "B P E"]]:
         """Outputs for ``x`` after ``past``, and the past of the next token; a sequence starts after zeros."""
         T, taps = x.shape[1], self.weight[:, 0].T
         inputs = torch.cat((past.to(x.dtype), x), dim=1)
@@ -257,7 +257,7 @@ class ShortConvolution(nn.Conv1d):
             y = torch.addcmul(y, inputs[:, i : i + T], tap)
         return y if self.bias is None else y + self.bias, inputs[:, T:]
 
-    def naive(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def naive(self, x: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
         """The sum above, one product after the other."""
         y = torch.zeros_like(x)
         for t in range(x.shape[1]):

@@ -47,7 +47,7 @@ from kvlearn.attention.window import BLOCK, RingCache, Window
 
 @register("released")
 class ReleasedAttention(Mechanism):
-    """Causal attention of H query heads over G KV heads, with the equations above.
+    """Grouped-query attention with the options of released models: biases, norms, a window, sinks, a gate.
 
     - ``qkv_bias``, ``o_bias``: biases of the projections.
     - ``qk_norm``: RMSNorm of queries and keys before RoPE, of each head alone ("head"; one gain per

@@ -1,4 +1,4 @@
-"""Learned routing: grouped attention in which it is learned which KV head a query head reads.
+"""Learned routing: grouped attention in which it is learned which KV head each query head reads.
 
 Either once for all tokens (``routed``: trained, then fixed; groups may differ in size), or by every token for
 itself (``token_routed``). The G KV heads are called pools here.

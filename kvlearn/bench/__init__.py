@@ -1,4 +1,4 @@
-"""``kvlearn bench NAME``: what is measured with the instruments of ``kvlearn.measure``.
+"""``kvlearn bench NAME``: measurements with the instruments of ``kvlearn.measure``.
 
 A benchmark is a module of this package with a function ``parts(device, small)`` and a line in ``BENCHMARKS``.
 ``common`` has what benchmarks share, ``command`` is the command line. Nothing here imports torch: the command

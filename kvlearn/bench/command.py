@@ -1,4 +1,4 @@
-"""``kvlearn bench``: what is refused, what is shown, and what is kept.
+"""``kvlearn bench``: checks of its arguments, its tables, and the rows that are kept.
 
 Names and options are checked before torch is imported, so that a typing mistake is reported at once.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line; a ``name`` that is empty asks for the list.
+    """The request of the command line; a ``name`` that is empty asks for the list.
 
     ``device`` "" is the GPU where there is one. ``out`` is the folder of the rows, in place of results/.
     """
@@ -46,7 +46,7 @@ class Request:
         return [self.name]
 
     def command(self, name: str) -> str:
-        """What repeats the run of one benchmark; where its rows are kept changes nothing."""
+        """The command that repeats the run of one benchmark, without the place where its rows are kept."""
         given: dict[str, Any] = {"--only": self.only, "--seconds": self.seconds, "--small": self.small}
         options = [
             flag if value is True else f"{flag} {shlex.quote(f'{value:g}' if flag == '--seconds' else value)}"
@@ -124,7 +124,7 @@ def print_list(as_json: bool) -> None:
 
 
 def new_recorder(request: Request, name: str, device: str) -> "Recorder | GpuRecorder | None":
-    """What keeps the rows of a run; its provenance is taken now. None where nothing is to be kept."""
+    """The object that keeps the rows of a run; its provenance is taken now. None if nothing is kept."""
     if not request.record and request.out is None:
         return None
     from kvlearn.bench.common import Recorder

@@ -1,4 +1,4 @@
-"""What benchmarks share: parts within a time, rows that are kept as they are measured, comparisons, growth.
+"""Tools that benchmarks share: parts within a time, rows kept as they are measured, comparisons, growth.
 
 One timing protocol: implementations are compared in one process, interleaved, by the median of the ratios of
 neighbouring runs (``kvlearn.measure.timing``), so that whatever slows the machine slows all. Before anything
@@ -74,7 +74,7 @@ class Progress:
 
 
 class RowRecorder(Protocol):
-    """What keeps rows."""
+    """The interface for keeping rows."""
 
     def add(self, row: Row) -> None:
         """Keep one more row."""
@@ -298,7 +298,7 @@ class Bars:
 
 
 def label(name: str, n: int) -> str:
-    """What a comparison calls ``name`` at ``n`` tokens."""
+    """The name that a comparison gives to ``name`` at ``n`` tokens."""
     return f"{name}, {n} tokens"
 
 

@@ -45,7 +45,7 @@ class Shape:
         return (self.head_dim + self.rope_dim) ** -0.5
 
     def details(self, what: str, name: str, **more: Any) -> dict[str, Any]:
-        """What a plot finds a row by."""
+        """The keys by which a plot finds a row."""
         return {"what": what, "name": name, **asdict(self), "batch": 1, **more}
 
 
@@ -82,7 +82,7 @@ def parts(device: torch.device, small: bool = False) -> list[Part]:
 
 
 class Drawn(NamedTuple):
-    """What both paths start from; in the order of ``naive_attention``'s arguments."""
+    """The inputs of both paths, in the order of ``naive_attention``'s arguments."""
 
     q: Tensor
     latents: Tensor

@@ -58,7 +58,7 @@ def of(benchmark: str, made: Iterable[Part]) -> list[Part]:
 
 
 def hardware_parts(device: torch.device, small: bool) -> list[Part]:
-    """Those of ``kvlearn bench hardware``."""
+    """The parts of ``kvlearn bench hardware``."""
     made = hardware.parts(device, small)
     return made if small else [replace(part, needs=HARDWARE_NEEDS) for part in made]
 
@@ -80,7 +80,7 @@ def interpreter_setup() -> Setup:
     return Setup(device, FirstCallTimer(), Arena(2**17, device), memory=2**20, l2=100)
 
 
-# What is kept
+# Rows and files that are kept
 
 
 @dataclass
@@ -109,7 +109,7 @@ class GpuRecorder:
 
 
 def summary(rows: Sequence[Row], provenance: Mapping[str, Any], most: int = MOST_CHARACTERS) -> str:
-    """What came of a run, at most ``most`` characters: what matters most stands first.
+    """The result of a run, at most ``most`` characters, the most important first.
 
     Failed checks of correctness, counts per benchmark, missed bars, the best tilings and splits, times of the
     kernel, and what is missing with its reason.

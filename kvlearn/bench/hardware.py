@@ -131,7 +131,7 @@ SMALL_CASES = tuple(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: a preset."""
+    """The preset that is measured."""
 
     name: str
     cases: Sequence[Case]
@@ -183,7 +183,7 @@ def parts_of(sizes: Sizes, device: torch.device, known: Iterable[Mapping[str, An
 
 
 def condition_of(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """What must agree before two rows are compared: preset, threads, and the dtype of the times."""
+    """The values that must agree before rows are compared: preset, threads, and the dtype of the times."""
     return {
         "preset": sizes.name,
         "threads": torch.get_num_threads(),
@@ -228,7 +228,7 @@ def others(
 ) -> list[Mapping[str, Any]]:
     """Rows of ``known`` that a run of the parts ``chosen`` (all, unless given) does not give again.
 
-    They are of another condition, or of another part; a new record keeps them. What was missing is dropped.
+    They are of another condition, or of another part; a new record keeps them. Missing parts are dropped.
     """
     condition = condition_of(SMALL if small else REAL, device)
     names = None if chosen is None else set(chosen)
@@ -397,7 +397,7 @@ def bytes_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 @torch.no_grad()
 def decode_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """One step at each length, all lengths by turns, and the exponent of the longest four."""
+    """One step at each length, all lengths interleaved, and the exponent of the longest four."""
     dtype = dtype_of(device)
     layer = case.build(dtype, device)
     lengths = [n for n in sizes.lengths if not too_large(layer, n, sizes, device)]
@@ -438,7 +438,7 @@ def decode_rows(case: Case, sizes: Sizes, device: torch.device) -> Iterator[Row]
 
 
 def work_of(found: Touched, dtype: torch.dtype) -> dict[str, int]:
-    """What ``Machine.step_seconds`` predicts from; ``attention``: FLOPs without those of the weights."""
+    """The inputs of ``Machine.step_seconds``; ``attention``: FLOPs without those of the weights."""
     return {
         "weights": found.weights_read,
         "cache": found.cache_read + found.cache_written,
@@ -616,7 +616,7 @@ def seconds(fn: Callable[[], object], device: torch.device) -> float:
 
 
 def of(case: Case) -> dict[str, Any]:
-    """What finds a case's rows."""
+    """The keys by which a case's rows are found."""
     return {"mechanism": case.mechanism, "model": case.model}
 
 

@@ -128,7 +128,7 @@ def build(kind: str, sizes: Sizes, device: torch.device, **options: Any) -> Any:
 
 
 def details(what: str, kind: str, sizes: Sizes, **more: Any) -> dict[str, Any]:
-    """What finds a row again."""
+    """The keys by which a row is found again."""
     shape = {"n_layers": sizes.n_layers, "d_model": sizes.d_model, "dtype": "float32"}
     return {"what": what, "model": kind, **shape, **more}
 

@@ -198,7 +198,7 @@ def highest_resident() -> int:
 
 
 def ring_rows(order: str, sizes: Sizes) -> Iterator[Row]:
-    """What differs from one device, what every rank computes, and what it sends, beside the formula."""
+    """The difference from one device, the work of every rank, and the bytes it sends, with the formula."""
     shape, n = sizes.shape, sizes.tokens
     heads = (shape.n_heads, shape.n_kv_heads, shape.head_dim)
     ranks = launch(compare, sizes.world, n, *heads, order, None, seconds=120.0)

@@ -308,7 +308,7 @@ def leak_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def noise_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """What random delays leave of the attack by time, after one answer and after many."""
+    """The success of the attack by time under random delays, after one answer and after many."""
     hits, misses = response_times(base(device), sizes.samples)
     for epsilon in (10.0, 1.0, 0.1):
         for probes in (1, 10, 100):

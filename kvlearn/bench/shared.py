@@ -1,4 +1,4 @@
-"""Fewer KV heads: what is stored and read at 8K tokens, steps of decode, and converting a trained model.
+"""Fewer KV heads: bytes stored and read at 8K tokens, steps of decode, and converting a trained model.
 
 Query heads that share KV heads are measured with as many KV heads as query heads, with a few, and with one.
 Full attention that holds the KV heads in copies must answer as those who share them, so layers are checked

@@ -275,7 +275,7 @@ def checked_steps(name: str, design: Design, x: Tensor) -> dict[str, Core]:
 
 
 def attention_alone(layer: Layer, x: Tensor, cache: Cache) -> Core:
-    """What the last token's query does with what the cache holds."""
+    """The attention of the last token's query over the contents of the cache."""
     kv = layer.project_kv(x, cache)
     q = layer.rope(split_heads(layer.q_proj(x), layer.n_heads), kv.positions)
     return partial(layer.attend, q, kv)

@@ -120,7 +120,7 @@ class CallWrapper:
         return CallWrapper(value, f"{self._name}.{name}", self._record) if callable(value) else value
 
     def _borrowed(self) -> str:
-        """The name of the thing itself, if it is one of ours handed in as it stands."""
+        """The name of the thing itself, if it is one of ours handed in as it is."""
         module = str(getattr(self._target, "__module__", ""))
         if GRADING and module.startswith(UNITS) and not self._record.ours:
             return f"{getattr(self._target, '__name__', self._name)} of the unit's own code"
@@ -131,7 +131,7 @@ class CallWrapper:
 
 
 class CallRecord:
-    """What was noted while an answer ran."""
+    """The notes made while an answer ran."""
 
     def __init__(
         self, forbidden: dict[Callable[..., Any], str], may_use_kvlearn: bool, ours: bool = False
@@ -199,7 +199,7 @@ def runs_code(value: Any, depth: int = 2) -> bool:
 
 
 def disguised(value: Any, depth: int = 3) -> str:
-    """What is wrong with a value that would decide by itself how a check compares it; empty if nothing is.
+    """The fault of a value that would decide by itself how a check compares it; empty if there is none.
 
     A class of tensors answers for every function of torch that meets it (``__torch_function__``), and a class
     with an ``__eq__`` of its own for every comparison.
@@ -426,7 +426,7 @@ def _put(into: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool 
     if accumulate or not at or any(indices[i].dtype in (torch.bool, torch.uint8) for i in at):
         return None
     named = torch.broadcast_tensors(*(indices[i] for i in at))
-    # The dimensions of the indices stand where the first of them is, or in front if others lie between.
+    # The dimensions of the indices are where the first of them is, or in front if others lie between.
     first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     rest = [n for i, n in enumerate(into.shape) if i not in at]
     values = values.expand(*rest[:first], *named[0].shape, *rest[first:])

@@ -57,7 +57,7 @@ def keep_points(exercise: str, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_points(work: Path) -> Board | None:
-    """What ``keep_points`` has written; None where there is none or it makes no sense."""
+    """The points that ``keep_points`` has written; None if there are none or they cannot be read."""
     try:
         content = json.loads(file_of(work).read_text("utf-8"))
         if content["schema"] != SCHEMA:

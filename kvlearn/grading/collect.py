@@ -13,7 +13,7 @@ from kvlearn.grading.work import find_copy
 
 
 def solved_answers(here: str, exercise: str) -> dict[str, Any]:
-    """The names that the learner's copy defines for ``exercise``, which earned all its points as it stands.
+    """The names that the learner's copy defines for ``exercise``, which earned all its points as it is.
 
     Names of the cells given before it are among them and, where its check reads the answers before it, theirs
     too. Nothing is checked again: the answer must be the one that its last check has seen.
@@ -43,7 +43,7 @@ def solved_answers(here: str, exercise: str) -> dict[str, Any]:
 
 
 def _run(tasks: Sequence[Task], last: Task) -> dict[str, Any]:
-    """What the cells of these tasks define, the last one's and those that it needs."""
+    """The names that the cells of these tasks define: those of the last task and those that it needs."""
     space: dict[str, Any] = {"__name__": f"collected {last.id}"}
     with quiet():
         for task in tasks:

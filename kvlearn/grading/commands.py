@@ -1,4 +1,4 @@
-"""What ``kvlearn grade`` does once its arguments are known."""
+"""The work of ``kvlearn grade`` once its arguments are known."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from kvlearn.grading.submission import Submission, Unusable, find_all, notebooks
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for; ``timeout`` in seconds.
+    """The request of the command line; ``timeout`` in seconds.
 
     ``style``: "table", "json", "csv", "html", or "canvas" or "moodle" for their gradebooks.
     ``part`` (k, n): only every n-th notebook, from the k-th on. ``container``: the image to grade in, if any.
@@ -92,7 +92,7 @@ def grade(paths: list[Path], grader: Grader) -> tuple[list[Report], list[str]]:
 def grade_found(found: list[Submission], faults: list[str], grader: Grader) -> tuple[list[Report], list[str]]:
     """``grade`` for notebooks that were found; ``Interrupted`` carries what was finished before a signal.
 
-    A notebook is read when its turn comes: what a run holds at a time does not grow with their number.
+    A notebook is read when its turn comes: the memory of a run does not grow with their number.
     """
     finished: dict[int, Report] = {}
     number: int = signal.SIGINT

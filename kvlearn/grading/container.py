@@ -100,7 +100,7 @@ class ContainerGrader(Grader):
         return results
 
     async def _contain(self, folder: Path, unit: str) -> tuple[bytes, bytes]:
-        """What the container wrote to stdout and stderr; it is gone afterwards, however that ends."""
+        """The container's stdout and stderr; the container is removed afterwards in every case."""
         name = f"kvlearn-{uuid.uuid4().hex}"
         runs = engine()
         process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""What a requirement is handed: fresh inputs to draw, comparisons to make, and a record of all that was seen.
+"""The context of a requirement: fresh inputs to draw, comparisons, and a record of all that was seen.
 
 A comparison says the difference in words a learner can use, and never shows a whole tensor.
 """
@@ -25,7 +25,7 @@ notebook_names: ContextVar[Mapping[str, Any] | None] = ContextVar("notebook_name
 
 
 class Difference(NamedTuple):
-    """What was expected and what came; ``what`` names the part, where an answer has several."""
+    """The expected and the actual value; ``what`` names the part, where an answer has several."""
 
     what: str
     expected: str
@@ -57,7 +57,7 @@ asked again at the end of the round, with None, where i is the number of observa
 
 
 class Stop(Exception):
-    """Nothing more can be learnt from this round; what is wrong has been noted."""
+    """Nothing more can be learnt from this round; the faults have been noted."""
 
 
 class Contradiction(Stop):

@@ -147,7 +147,7 @@ class Session:
         self.answers: dict[str, tuple[str, str]] = {}  # the hashes of the answer and of the checks
 
     def unchanged(self, unit: str, tasks: list[Task]) -> dict[str, Result]:
-        """Recorded results of the answers as they stand now; notes the hashes of all."""
+        """Recorded results of the answers as they are now; notes the hashes of all."""
         checks = records.checks_of(unit, self.solutions)
         same = {}
         for task in tasks:

@@ -1,4 +1,4 @@
-"""What an exercise is made of. A unit's ``checks.py`` declares it and its requirements:
+"""The parts of an exercise. A unit's ``checks.py`` declares it and its requirements:
 
     merge = Exercise("99.7", "merge", "Merge two partial results", answers=("merge",), hints=(...))
 

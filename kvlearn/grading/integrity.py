@@ -52,7 +52,7 @@ _opened: list[str] = []  # files of solutions/ that a learner's line has opened
 
 
 class State:
-    """What was found, in a form that reaches the grader however values are displayed here."""
+    """The findings, in a form that reaches the grader however values are displayed here."""
 
     def __init__(self, found: dict[str, str]) -> None:
         self.found = found
@@ -117,7 +117,7 @@ def relied_on(name: str, folder: Path) -> bool:
 
 @cache
 def _called(folder: Path) -> frozenset[str]:
-    """What checks, references and misconceptions call: functions by full name, methods as ".name"."""
+    """The callees of checks, references and misconceptions: functions by full name, methods as ".name"."""
     home = Path(kvlearn.__file__).parent
     engine = [file for file in home.glob("grading/*.py") if file.stem not in NOT_IN_KERNELS]
     given = [file for room in ("attention", "model", "teaching") for file in home.glob(f"{room}/*.py")]
@@ -234,7 +234,7 @@ def _own(value: Any) -> str:
 
 
 def _shell(shell: Any) -> dict[str, str]:
-    """What leads from a cell's value to its output, as far as IPython lets others meddle with it."""
+    """The steps from a cell's value to its output that IPython lets other code change."""
     display = shell.display_formatter
     inputs = shell.input_transformer_manager
     steps = (inputs.cleanup_transforms, inputs.line_transforms, inputs.token_transformers)

@@ -1,9 +1,9 @@
-"""Finished results of whole notebooks, kept so that a run that was interrupted goes on where it stood.
+"""Finished results of whole notebooks, kept so that a run that was interrupted continues where it stopped.
 
 Each notebook's results are a file of their own, written in one step: any number of processes, also on several
 machines, may share the folder. The file's name is a hash of all that the results depend on: the learner's
-cells, the unit, this version of kvlearn and what it runs on, and the limits. What has changed since is graded
-again under another name.
+cells, the unit, this version of kvlearn and what it runs on, and the limits. A notebook that has changed
+since is graded again under another name.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Kept:
             folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, unit: str, solutions: Path, tasks: Sequence[Task], limits: Limits) -> str:
-        """The name of a notebook's results. What the grader does not run, such as outputs, does not count."""
+        """The name of a notebook's results. Parts that are not run, such as outputs, do not count."""
         answers = [[task.id, task.points, task.pieces, task.missing, task.turned] for task in tasks]
         parts = [SCHEMA, version(), unit_version(solutions / unit), astuple(limits), answers]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

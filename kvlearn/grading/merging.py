@@ -69,7 +69,7 @@ def merge(base: Notebook | None, mine: Notebook, new: Notebook) -> Merged:
         cells += [*kept, *added.get(key, [])]
     merged.own = merged.own or any(added.values())
     if _order(own, given) != _order(given, own):
-        merged.clashes.append("cells that you moved stand in the unit's order again")
+        merged.clashes.append("cells that you moved are in the unit's order again")
     merged.notebook = _notebook(mine, new, cells)
     return merged
 

@@ -24,7 +24,7 @@ misconceptions in their order. The code is one of two things:
 
 - **Edits** ``old → new`` of the right answer: of the source of the solution's cell, signature and docstring
   included. Each must apply exactly once to what the edits above it have left. Lines indented by four more
-  continue ``new``; they stand in the source as deep as the line in which ``old`` begins. ``old`` may be
+  continue ``new``; they are in the source as deep as the line in which ``old`` begins. ``old`` may be
   several lines, whatever their depth, and the arrow may begin a line of its own, indented. Nothing after the
   arrow deletes ``old``:
 
@@ -155,7 +155,7 @@ def _set_up(cells: tuple[str, ...]) -> Mapping[str, Any]:
 def run(
     code: CodeType, set_up: Sequence[str], names: Mapping[str, Any], answers: Sequence[str]
 ) -> tuple[Any, ...]:
-    """What the code defines under the names of the answers, run after the set-up cells."""
+    """The objects that the code defines under the names of the answers, run after the set-up cells."""
     space = {**_set_up(tuple(set_up)), **names}
     exec(code, space)
     return tuple(space[answer] for answer in answers)

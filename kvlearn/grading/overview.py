@@ -87,7 +87,7 @@ class Progress:
 
     @property
     def closing(self) -> str:
-        """What comes next, in a sentence."""
+        """The next step, in a sentence."""
         following = self.next
         if following is None:
             return "Next: nothing is left. Every exercise of the course is solved."

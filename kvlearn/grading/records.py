@@ -1,4 +1,4 @@
-"""What is remembered of a learner's work: the last result of each exercise, and the hints that were shown.
+"""The records of a learner's work: the last result of each exercise, and the hints that were shown.
 
 ``work/.kvlearn/progress.json`` holds it. Only a kernel that runs in a learner's copy in work/ writes to it,
 and ``kvlearn progress``: never a grader's kernel, nbgrader or a test. A result belongs to an answer, known by
@@ -55,7 +55,7 @@ def file_of(work: Path) -> Path:
 
 
 def read(work: Path) -> Records:
-    """What is remembered in ``work``: nothing where there is no such file or it is damaged."""
+    """The records in ``work``: empty if there is no such file or it is damaged."""
     content = _content(file_of(work)) or {}
     results: dict[str, Record] = {}
     for name, result in _mapping(content.get("results")).items():

@@ -1,4 +1,4 @@
-"""What came of grading: JSON for programs, a CSV for a spreadsheet, a page, tables for the terminal."""
+"""Reports of grading: JSON for programs, a CSV for a spreadsheet, a page, tables for the terminal."""
 
 import csv
 import io

@@ -64,7 +64,7 @@ def check(exercise: str, *answers: Any, notebook: Mapping[str, Any] | None = Non
     """Grade an answer: ``check("01.7", merge)``. "Your model" reads other answers: ``notebook=globals()``.
 
     Draws fresh inputs each time. Returns the points as a number that shows a table in a notebook. It never
-    raises on account of an answer and prints nothing; what the answer prints meanwhile is swallowed.
+    raises on account of an answer and prints nothing; output of the answer is discarded.
     In a learner's copy, in work/, the result is remembered (``records``).
     TypeError or ValueError only if there is no such exercise.
     """
@@ -142,7 +142,7 @@ def one_thread() -> Iterator[None]:
 
 
 def misfit(exercise: Exercise, answers: Sequence[Any]) -> str:
-    """What is wrong with the things handed in, before any of them runs."""
+    """The faults of the objects handed in, before any of them runs."""
     if len(answers) != len(exercise.answers):
         return f"Expected {len(exercise.answers)} answers, got {len(answers)}: write {exercise.call}."
     wrong = [(n, a) for n, a in zip(exercise.answers, answers, strict=True) if not callable(a)]
@@ -153,13 +153,13 @@ def misfit(exercise: Exercise, answers: Sequence[Any]) -> str:
 def name_mistakes(exercise: Exercise, outcomes: list[Outcome], seed: int) -> list[Mistake]:
     if any(outcome.borrowed for outcome in outcomes):
         return []
-    # What runs the answers to other exercises is left out: a mistake keeps its name whatever those are.
+    # Requirements that run other exercises' answers are left out: a mistake keeps its name whatever they are.
     own = {i: outcomes[i] for i, r in enumerate(exercise.requirements) if not r.reads_answers}
     if {outcome.status for outcome in own.values()} <= {"passed", "not attempted"}:  # nothing wrong was seen
         return []
     try:
         return [Mistake.one_of([(m.name, m.why) for m in alike]) for alike in diagnose(exercise, own, seed)]
-    except Exception:  # a name is a help; the score stands without it
+    except Exception:  # a name is a help; the score does not depend on it
         return []
 
 
@@ -327,7 +327,7 @@ def is_wrong(round: int, i: int, theirs: Observation | None) -> bool:
 
 def diagnose(exercise: Exercise, outcomes: Mapping[int, Outcome], seed: int) -> list[list[Misconception]]:
     """The misconceptions an answer shows, the one that explains most first; empty where none fits. Those that
-    nothing tells apart stand together. ``outcomes`` by the requirement's number.
+    nothing tells apart are listed together. ``outcomes`` by the requirement's number.
 
     A misconception that agrees with the answer in all requirements is it; each of the others is out at its
     first contradiction. Where none agrees in all of them, several may explain a part each.
@@ -335,8 +335,8 @@ def diagnose(exercise: Exercise, outcomes: Mapping[int, Outcome], seed: int) -> 
     candidates = [Candidate(exercise, m, outcomes, seed) for m in exercise.misconceptions]
     failed = {i for i, outcome in outcomes.items() if not outcome.passed}
     wrong = {i: values for i in failed if (values := wrong_values(outcomes[i]))}
-    # What contradicts soonest comes first: what takes little time, and rather wrong values, of which the
-    # first may differ, than a requirement that a candidate need only pass.
+    # The soonest contradiction comes first: requirements that take little time, and rather wrong values, of
+    # which the first may differ, than a requirement that a candidate need only pass.
     order = sorted(outcomes, key=lambda i: outcomes[i].seconds * (1 if i in wrong else 3))
     left = candidates
     for i in order:

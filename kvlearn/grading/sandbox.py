@@ -30,8 +30,8 @@ from kvlearn.grading import launcher
 from kvlearn.grading.folders import MARK
 from kvlearn.grading.score import MIME
 
-# What code in a kernel may know of the environment: where things are, the language, threads, devices. All
-# else stays out: it may hold tokens and passwords, which an error message would carry into a report.
+# Environment variables that code in a kernel may read: where things are, the language, threads, devices.
+# All others are removed: one may hold tokens and passwords, which an error message would carry into a report.
 ALLOWED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|LANG|LANGUAGE|LC_\w+|LD_LIBRARY_PATH|LD_PRELOAD|DYLD_\w+|VIRTUAL_ENV|CONDA_PREFIX"
     r"|XDG_\w+_(HOME|DIR)|PYTHON(PATH|HOME|HASHSEED|UTF8|IOENCODING|WARNINGS|DONTWRITEBYTECODE|PYCACHEPREFIX)"
@@ -46,7 +46,7 @@ PATIENCE = 20.0  # how many times longer than its limit code may take on a machi
 
 @dataclass(frozen=True)
 class Limits:
-    """What one exercise may use. Times in seconds, sizes in bytes."""
+    """The limits of one exercise. Times in seconds, sizes in bytes."""
 
     seconds: float = 60.0  # its answer and its check together
     setup: float = 120.0  # a set-up cell; the first import of torch can be slow
@@ -177,7 +177,7 @@ class Sandbox:
         self._folder.cleanup()
 
     def now(self) -> float:
-        """The kernel's own clock, in seconds: it stands still while the kernel waits for a processor, so that
+        """The kernel's own clock, in seconds: it stops while the kernel waits for a processor, so that
         limits, and with them grades, do not depend on how many kernels share the machine. (A limit is reached
         after ``PATIENCE`` times its seconds in any case.)"""
         return time.monotonic() - self.waited
@@ -237,7 +237,7 @@ class Sandbox:
         return cell.outputs
 
     async def ask(self, expression: str, kind: str, seconds: float) -> Any:
-        """What an expression's value shows of itself as MIME type ``kind``, or None if there is nothing."""
+        """The form of an expression's value as MIME type ``kind``, or None if there is none."""
         assert self._client.kc is not None
         with self._within(seconds):
             try:

@@ -1,4 +1,4 @@
-"""What a check returns: a number that nbgrader can add up, and a table that a learner can read.
+"""The result of a check: a number that nbgrader can add up, and a table that a learner can read.
 
 The table survives JupyterLab's sanitiser: inline styles and class names only, colours translucent over the
 page's own, so that it reads in light and dark and in a notebook that is not trusted.
@@ -102,7 +102,7 @@ class Score(float):
         return f"{float(self):g}"
 
     def to_json(self) -> dict[str, Any]:
-        """What the command line reads: also carried as ``application/vnd.kvlearn.score.v1+json``."""
+        """The form that the command line reads: also carried as ``application/vnd.kvlearn.score.v1+json``."""
         return {
             "exercise": self.exercise,
             "score": float(self),
@@ -169,7 +169,7 @@ def _cells(row: Row) -> list[str | html.Cell]:
 
 
 def _prose(words: str) -> str:
-    """What is written `so` as code, and *so* in italics."""
+    """The text with `so` as code, and *so* in italics."""
     words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(words))
     return re.sub(r"(?<![\w*])\*(\w[^*<]*)\*", r"<em>\1</em>", words)
 

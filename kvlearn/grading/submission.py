@@ -38,7 +38,7 @@ BETWEEN = re.compile(
     r"(?i)(re)?submi(tted|ssions?)|attempts?|hand(ed)?[ _-]?ins?|downloaded|archive|autograded|files?|late"
 )
 NUMBERED = re.compile(r"[ _.-]*\(?\d*\)?$")  # "attempt-2", "submission (1)"
-# What copying, downloading and handing in again add to a file's name: U-Copy1, U (1), U_v2, "Copy of U".
+# Additions to a file's name by copying, downloading and handing in again: U-Copy1, U (1), U_v2, "Copy of U".
 COPY = re.compile(r"(?i)(copy|kopie)\d*|final|solved|new|late|v\d+|\(?\d{1,2}\)?")
 COPY_OF = re.compile(r"(?i)copy( of)?|kopie( von)?|final|my")
 # Moodle's "Ada Byron_123_assignsubmission_file_", Canvas's "byronada_LATE_123_456_".
@@ -218,7 +218,7 @@ def _person(name: str) -> str:
 
 
 def _in_name(file: Path, unit: str) -> str:
-    """What a file's name holds beside the unit's and what copying adds: "ada" in ada_UNIT-Copy1.ipynb."""
+    """The part of a file's name beside the unit's and a copy's addition: "ada" in ada_UNIT-Copy1.ipynb."""
     before, there, after = file.stem.partition(unit)
     before, after = before.strip(" _-"), after.strip(" _-")
     if there and before and not COPY_OF.fullmatch(before):
@@ -229,7 +229,7 @@ def _in_name(file: Path, unit: str) -> str:
 
 @dataclass
 class Task:
-    """One exercise: what is ours (set-up, stubs, check), and the learner's ``pieces`` in their order."""
+    """One exercise: the course's cells (set-up, stubs, check) and the learner's ``pieces`` in order."""
 
     id: str
     points: float
@@ -273,7 +273,7 @@ def tasks_of(unit: str, solutions: Path) -> tuple[list[Task], dict[str, tuple[st
 
 
 def names_of(cell: dict[str, Any]) -> list[str]:
-    """What a cell is known by: its grade id, then its id."""
+    """The names that identify a cell: its grade id, then its id."""
     marks = {"grade_id": nbgrader_of(cell).get("grade_id"), "id": cell.get("id")}
     return [f"{kind} {name}" for kind, name in marks.items() if name]
 
@@ -341,7 +341,7 @@ def _kind(mode: int) -> str:
 
 
 def fill_in(tasks: list[Task], places: dict[str, tuple[str, int]], notebook: dict[str, Any]) -> None:
-    """Give every task its pieces: answer cells by grade id, else by cell id; added cells where they stand.
+    """Give every task its pieces: answer cells by grade id, else by cell id; added cells where they are.
 
     In a notebook whose cells have lost their ids and metadata, checks and set-up are found by their text, and
     all other code before a check is the answer to it.

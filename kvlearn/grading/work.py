@@ -27,7 +27,7 @@ RELOAD = "open in JupyterLab? File → Reload Notebook from Disk"
 
 @dataclass
 class Outcome:
-    """What became of one unit: ``what`` is "copied", "updated", "reset", "unchanged" or "failed"; ``lines``
+    """The result for one unit: ``what`` is "copied", "updated", "reset", "unchanged" or "failed"; ``lines``
     tell the learner more; ``kept`` is the copy of the notebook as it was."""
 
     unit: str
@@ -52,7 +52,7 @@ def start(units: list[str], work: Path) -> list[Outcome]:
 
 
 def copy_chapters(source: Path, target: Path, work: Path) -> list[str]:
-    """Copy every chapter of ``source`` into ``target``, or bring it up to date; what was done, in lines.
+    """Copy every chapter of ``source`` into ``target``, or bring it up to date; return the actions, in lines.
 
     A chapter that differs from the one that was copied last time is the reader's: it is put into work/kept
     before a newer one takes its place. OSError where a file cannot be written.

@@ -1,7 +1,7 @@
 """The course in JupyterLab: unchanged notebooks stay as they are, ours are trusted, figures have alt text.
 
 Installing kvlearn enables this extension of the Jupyter server (``server.json``) and one of JupyterLab's page
-(``labextension/``), and adds a template to nbconvert (``nbconvert/``). What is installed of these is a copy:
+(``labextension/``), and adds a template to nbconvert (``nbconvert/``). The installed files are copies:
 install again after a change (``pip install --no-deps -e .``).
 """
 

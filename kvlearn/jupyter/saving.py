@@ -27,7 +27,7 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def merge(saved: Json, stored: Json) -> Json | None:
-    """What to write for ``saved`` over ``stored``, two notebooks as JSON; None where nothing really changed.
+    """The notebook to write for ``saved`` over ``stored``, both as JSON; None where nothing really changed.
 
     After a real change, all of it is ``saved``'s, except that cells which did not change keep their stored
     metadata and outputs, and the notebook keeps its stored ``language_info`` and, for the same kernel,
@@ -83,7 +83,7 @@ def _metadata(notebook: Json) -> Json:
 
 
 def _content(cell: Json) -> Json:
-    """What of a cell counts as its content, in one form."""
+    """The content of a cell, in one form."""
     metadata = {key: value for key, value in cell.get("metadata", {}).items() if key not in CELL_NOISE}
     if "jupyter" in metadata:
         metadata["jupyter"] = {k: v for k, v in metadata["jupyter"].items() if k not in HIDDEN}

@@ -13,7 +13,7 @@ SERVER = ("formgrader", "validate_assignment", "assignment_list", "course_list")
 
 
 def files(*, teach: bool) -> dict[str, Any]:
-    """What each file of a folder of Jupyter settings holds, by its path."""
+    """The contents of each file of a folder of Jupyter settings, by its path."""
     news = {} if teach else {"@jupyterlab/apputils-extension:announcements": True}
     servers = {f"nbgrader.server_extensions.{name}": teach for name in SERVER}
     return {

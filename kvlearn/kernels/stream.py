@@ -1,6 +1,8 @@
 """Two kernels for measuring a GPU: one only reads, one is empty.
 
 Reading the cache limits a decode step, so its kernel is compared with the fastest read.
+
+Letters beside those of core.py: N numbers that are read.
 """
 
 import kvlearn.kernels.runtime  # noqa: F401  (before triton: it sets whether Triton interprets)

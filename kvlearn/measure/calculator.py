@@ -1,4 +1,4 @@
-"""The calculator of chapter 00: what a cache weighs, for any model, context, number of users and card."""
+"""The calculator of chapter 00: the size of a cache, for any model, context, number of users and card."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What serving costs: users per device, tokens per second and dollars per million tokens.
+"""The cost of serving: users per device, tokens per second and dollars per million tokens.
 
     users   = ⌊(memory · (1 - reserve) - weights) / stored⌋
     step    = max((weights + users · moved) / bandwidth, users · FLOPs / peak)
@@ -28,7 +28,7 @@ HOURS = 8760  # of a year
 
 @dataclass(frozen=True)
 class Load:
-    """What one model asks of a device at one context length.
+    """The demands of one model on a device at one context length.
 
     ``weights``: bytes, once for all users. ``stored``: bytes of cache per user. ``moved``: bytes of cache
     that one step reads and writes per user. ``flops``: of one token of one user.
@@ -159,7 +159,7 @@ def devices_needed(load: Load, device: Device, users: int, reserve: float = 0.1)
 
 
 def sharded(device: Device, n: int) -> Device:
-    """``n`` devices as one: memory, bandwidth and peak added up. What they say to each other is free here."""
+    """``n`` devices as one: memory, bandwidth and peak added up. Communication costs nothing here."""
     validate.instance("device", device, Device)
     validate.positive("n", n)
     return replace(
@@ -216,7 +216,7 @@ def cost_table(
 def costs() -> None:
     """Sliders above, the table below that follows them.
 
-    The table is an ordinary output: where no kernel runs, on GitHub for one, it stands as it was saved.
+    The table is an ordinary output: where no kernel runs, on GitHub for one, it is as it was saved.
     """
     require("ipywidgets", "costs")
     import ipywidgets as widgets

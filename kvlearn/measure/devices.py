@@ -1,6 +1,6 @@
 """Real devices: memory, bandwidth and peak, as their makers state them.
 
-A data sheet's numbers are limits that no program reaches; what one does reach is measured
+A data sheet's numbers are limits that no program reaches; the rate that a program reaches is measured
 (``kvlearn.measure.roofline``).
 """
 

@@ -19,7 +19,7 @@ from kvlearn.measure.roofline import read_bandwidth
 from kvlearn.measure.units import GB, GIB, format_bytes, format_rate
 
 Status = Literal["ok", "note", "wrong"]
-# What `make env` takes on Linux x86-64, by du, with torch's CUDA libraries and without.
+# Disk that `make env` takes on Linux x86-64, by du, with torch's CUDA libraries and without.
 ENVIRONMENT = {"cuda": 5.6 * GB, "cpu": 2.7 * GB}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -104,7 +104,7 @@ def software() -> list[Finding]:
 
 
 def own_requirements() -> list[str]:
-    """What the library itself needs, as lines of a requirements file."""
+    """The requirements of the library itself, as lines of a requirements file."""
     try:
         return requires("kvlearn") or []
     except PackageNotFoundError:  # not installed, but run from its folder
@@ -196,7 +196,7 @@ def free_disk(free: int, cuda: bool) -> Finding:
 
 
 def course() -> list[Finding]:
-    """What will run how."""
+    """How each part of the course will run."""
     browser = next((name for name in BROWSERS if shutil.which(name)), None)
     has_playwright = find_spec("playwright") is not None
     return [

@@ -1,4 +1,4 @@
-"""Peak memory of a call: what it allocates on top of what was allocated before.
+"""Peak memory of a call: the bytes it allocates beyond those allocated before.
 
 On the CPU every allocation of torch's allocator is recorded by the profiler, in order, and summed: exact and
 the same on every run. It sees tensors and what an operator allocates inside itself (the scratch of
@@ -25,7 +25,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes that ``fn()`` has allocated on ``device`` at any one moment; what it returns counts."""
+    """Most bytes that ``fn()`` has allocated on ``device`` at any one moment; its result counts."""
     validate.function("fn", fn)
     device = validate.device("device", device)
     if device.type == "cuda":

@@ -120,7 +120,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _run(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None where it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):

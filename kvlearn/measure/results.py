@@ -22,7 +22,7 @@ from kvlearn.measure.timing import Quartiles
 from kvlearn.measure.units import format_bytes, format_rate, format_seconds
 
 SCHEMA = 1
-# What each key of a provenance must hold; more keys are welcome.
+# The type of each key that a provenance must have; more keys are allowed.
 PROVENANCE: dict[str, tuple[type, ...]] = {
     "date": (str,),
     "commit": (str, type(None)),
@@ -41,7 +41,7 @@ class Row:
     """One measured number in SI units (s, B, B/s, FLOP/s, FLOP/B, tokens/s; x for a ratio), and its bar.
 
     ``bar`` None: measured for the record, nothing to pass. ``spread``: the quartiles behind a median.
-    ``details``: what a plot needs to find the row again (length, batch, …). ``missing``: why there is no
+    ``details``: the keys by which a plot finds the row again (length, batch, …). ``missing``: why there is no
     number; a row that measured NaN or infinity has none either.
     """
 

@@ -52,7 +52,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a step is predicted from: a roofline, and what ``call_seconds`` and ``attention_rate`` measured.
+    """The inputs of a prediction: a roofline, and the results of ``call_seconds`` and ``attention_rate``.
 
     ``matrices`` is the part of the bandwidth that a product of a matrix and one row reaches. ``rates`` is
     keyed by (query rows per KV head, KV heads, width of a head).

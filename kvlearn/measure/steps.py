@@ -9,7 +9,7 @@ from kvlearn.attention import Cache, Mechanism
 
 
 def next_token(layer: Mechanism, x: Tensor, cache: Cache) -> Callable[[], Tensor]:
-    """A step that can be repeated: the cache is put back to where it stood before ``x``."""
+    """A step that can be repeated: the cache is put back to where it was before ``x``."""
     length = cache.length
 
     def step() -> Tensor:

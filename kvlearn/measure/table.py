@@ -12,7 +12,7 @@ from kvlearn.model import Decoder, ModelConfig, Spec
 
 
 class Table:
-    """Rows of text and numbers; numbers stand to the right. HTML in a notebook, text elsewhere."""
+    """Rows of text and numbers; numbers are aligned to the right. HTML in a notebook, text elsewhere."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
         validate.positive("len(rows)", len(validate.instance("rows", rows, (list, tuple))))
@@ -50,7 +50,7 @@ class Table:
 
 
 def running_table(*mechanisms: str | Spec | tuple[str | Spec, ...], n_layers: int = 32) -> Table:
-    """What each mechanism stores and reads, in one and the same model: the table that grows over the course.
+    """Bytes that each mechanism stores and reads in the same model: the table that grows over the course.
 
     The model has ``n_layers`` layers of width 4096 with 32 heads of 128 and a 16-bit cache: an 8B model as it
     was before heads were shared. A tuple is a pattern of layers, repeated to the depth. Every number comes

@@ -46,12 +46,12 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds a call, one value a round; all names were measured in every round."""
+    """Seconds per call, one value per round; all names were measured in every round."""
 
     rounds: Mapping[str, tuple[float, ...]]
 
     def time(self, name: str) -> Quartiles:
-        """Seconds a call."""
+        """Seconds per call."""
         return Quartiles.of(self.rounds[validate.one_of("name", name, list(self.rounds))])
 
     def ratio(self, name: str, base: str) -> Quartiles:
@@ -100,7 +100,7 @@ def compare(
 
 
 def interleaved(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Comparison:
-    """Reads every clock (seconds a call, measured anew) once a round; the order turns from round to round."""
+    """Reads every clock (seconds per call, measured anew) once per round; the order rotates."""
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     names = list(clocks)
     for turn in range(rounds):
@@ -110,7 +110,7 @@ def interleaved(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Compa
 
 
 def _seconds(fn: Callable[[], object], calls: int) -> float:
-    """Seconds a call. (Timer.timeit would call three times where one call is asked for.)"""
+    """Seconds per call. (Timer.timeit would call three times where one call is asked for.)"""
     start = timer()  # waits for the GPU where there is one
     for _ in range(calls):
         fn()

@@ -1,6 +1,6 @@
-"""What a call really touches: bytes of a cache and of weights that its operators read and write, and FLOPs.
+"""Bytes of a cache and of weights that the operators of a call really read and write, and its FLOPs.
 
-A formula says what a step has to read; an implementation may read more: a copy, a second pass, keys that a
+A formula says what a step must read; an implementation may read more: a copy, a second pass, keys that a
 mask throws away. Here every operator that PyTorch runs is seen with its arguments, and the numbers that it is
 given are counted:
 
@@ -51,7 +51,7 @@ class Touched:
 def touched(
     fn: Callable[[], object], cache: Iterable[Tensor] = (), weights: Iterable[Tensor] = ()
 ) -> Touched:
-    """What one call of ``fn`` touches of the tensors of ``cache`` and of ``weights``, and its FLOPs.
+    """Bytes of ``cache`` and of ``weights`` that one call of ``fn`` touches, and its FLOPs.
 
     It runs without gradients. An operator that is compiled or called from elsewhere (a Triton kernel, numpy)
     is not seen.

@@ -1,4 +1,4 @@
-"""What a computation must do: floating-point operations, and bytes moved between memory and the processor.
+"""The work of a computation: floating-point operations, and bytes moved between memory and the processor.
 
 Counted by formula, for ``new`` tokens per sequence that follow ``cached`` ones:
 prefill is (new=N, cached=0), a decode step (new=1, cached=N-1).

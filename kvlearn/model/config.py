@@ -80,7 +80,7 @@ class ModelConfig:
     is 8/3 · d_model, rounded up to a multiple of 32, unless given; with 0 a layer has only its mechanism.
     ``norm`` is "rms" or "layer"; ``embed_norm`` adds one after the embedding.
 
-    What only some released models have:
+    Options of some released models only:
 
     - ``norms``: where each part of a layer is normalised: its input ("pre"), its output ("post", OLMo 2) or
       both ("both", Gemma 2).

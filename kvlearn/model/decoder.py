@@ -3,6 +3,8 @@
 RMSNorm before each part and no bias; SwiGLU; RoPE inside the mechanisms; the output shares its weights with
 the embedding. ``ModelConfig`` has what other models do instead. The cache of the model is a list of its
 layers' caches.
+
+Letters beside those of core.py: V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,6 +3,8 @@
 Their RoPE pairs neighbours (2i, 2i + 1), ours the halves (i, i + Dr/2): ``half_split`` reorders the rotated
 rows, the last Dr of every query head and of the compressed token, when weights are loaded; ``interleave`` is
 its inverse. All other weights are loaded unchanged, V3.2's indexer too, which pairs halves.
+
+Letters beside those of core.py: N rows of a matrix.
 """
 
 import math

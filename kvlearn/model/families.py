@@ -1,7 +1,7 @@
 """Families of transformers' models as decoders of kvlearn: a table of tensor names and a configuration each.
 
-Every line of a ``configure`` function follows from the family's configuration; what it cannot express raises
-ValueError with the name of the field. Other modules of this folder add their families to ``FAMILIES``.
+Every line of a ``configure`` function follows from the family's configuration; a field that it
+cannot express raises ValueError. Other modules of this folder add their families to ``FAMILIES``.
 """
 
 import math
@@ -185,7 +185,7 @@ def by_layer_type(theirs: Any, spec: Callable[[str, int | None], Spec]) -> tuple
 
 
 def decoder_config(theirs: Any, layers: Spec | Sequence[Spec], **fields: Any) -> ModelConfig:
-    """What configurations of transformers have in common; ``fields`` of ours are added or replace it."""
+    """The fields that transformers' configurations share; ``fields`` of ours are added or replace them."""
     common = {
         "vocab_size": theirs.vocab_size,
         "d_model": theirs.hidden_size,

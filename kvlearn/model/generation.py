@@ -1,4 +1,7 @@
-"""Generation: prefill the prompts, whole or in chunks, then one token per step."""
+"""Generation: prefill the prompts, whole or in chunks, then one token per step.
+
+Letters beside those of core.py: V tokens of the vocabulary.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -453,7 +453,7 @@ def lfm2_moe(theirs: Any) -> ModelConfig:
 
 
 def of_convolutions(theirs: Any, **fields: Any) -> ModelConfig:
-    """What both have in common: short gated convolutions, and attention in some layers."""
+    """The configuration that both share: short gated convolutions, and attention in some layers."""
     kinds = {
         "conv": Spec("gated_conv", width=theirs.conv_L_cache, bias=theirs.conv_bias),
         "full_attention": Spec(
@@ -475,7 +475,7 @@ def of_convolutions(theirs: Any, **fields: Any) -> ModelConfig:
 
 
 def vectors(names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that models in half precision may keep in fp32: rates, steps, norms, corrections."""
+    """The ``names`` that models in half precision may keep in fp32: rates, steps, norms, corrections."""
     ends = ("A_log", ".D", "dt_bias", "dt_proj.bias", "norm.weight", "correction_bias", "expert_bias")
     return [name for name in names if name.endswith(ends)]
 

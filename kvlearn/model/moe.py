@@ -6,7 +6,8 @@
 A model has all experts' weights in memory, and a token computes with those of k: ``n_parameters`` and
 ``n_active_parameters`` differ. The cache of keys and values does not change.
 
-Letters of this file: N tokens, E experts, k of them per token, F numbers inside an expert.
+Letters beside those of core.py: N tokens of a batch, E experts, k experts of each token, F numbers inside an
+expert.
 Sources: Shazeer et al., "Outrageously Large Neural Networks" (2017), equations 1 to 5; Jiang et al., "Mixtral
 of Experts" (2024), section 2.1.
 """

@@ -182,7 +182,7 @@ def wide_zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def pool_rows(x: Float[Tensor, "B H T N"], n_kv_heads: int) -> Float[Tensor, "B G nT N"]:
+def pool_rows(x: Float[Tensor, "B H T D"], n_kv_heads: int) -> Float[Tensor, "B G nT D"]:
     """The query heads of each KV head as the rows of one matrix."""
     return x.reshape(len(x), n_kv_heads, -1, x.shape[-1])
 
@@ -223,10 +223,10 @@ def blockwise_attention(
     """softmax(q kᵀ · scale) v over the keys that ``rule`` shows, a tile of ``block`` x ``block`` at a time.
 
     Keys are at positions 0 … S - 1, ``queries`` are the positions of the queries (the last T of S unless
-    given; -1 is padding). ``lengths`` are the tokens of each row of the batch; what lies behind is padding.
-    Whatever padding holds, NaN too, has no effect, and its gradient is 0. H query heads read G KV heads; a
-    query that sees no key gets 0. Memory beside inputs and outputs: O(block²), in the gradient too (with
-    padding a copy of the inputs more). Raises ValueError that names the argument.
+    given; -1 is padding). ``lengths`` are the tokens of each row of the batch; the slots after them are
+    padding. The content of padding, NaN too, has no effect, and its gradient is 0. H query heads read G KV
+    heads; a query that sees no key gets 0. Memory beside inputs and outputs: O(block²), in the gradient too
+    (with padding a copy of the inputs more). Raises ValueError that names the argument.
     """
     check_heads(q, k, v)
     S, T = k.shape[2], q.shape[2]

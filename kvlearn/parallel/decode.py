@@ -4,6 +4,8 @@ In a step a ring would wait P times for a block of keys. The query is small, so 
 every rank attends to what it holds, and outputs and log-sum-exps are merged pair by pair up a tree, in
 ⌈log2 P⌉ rounds, and handed down again. A message has B · H · (D + 1) numbers, however long the text is.
 
+Letters are those of layout.py.
+
 Source: Shyam et al., "Tree Attention: Topology-aware Decoding for Long-Context Attention on GPU clusters"
 (2024).
 """

@@ -2,6 +2,8 @@
 
 Everything but attention works on each token alone, so only attention communicates. The same logits and,
 summed over the ranks, the same gradients as on one device.
+
+Letters beside those of layout.py: V tokens of the vocabulary.
 """
 
 from typing import Any
@@ -77,7 +79,7 @@ class ParallelDecoder(nn.Module):
         return self.decoder.logits(self.decoder.norm(x))
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
-        """What the first layer gets, as in ``Decoder.hidden``."""
+        """The input of the first layer, as in ``Decoder.hidden``."""
         x, scale = self.decoder.embed(tokens.long()), self.decoder.config.embed_scale
         if scale != 1:
             x = x * torch.tensor(scale, dtype=x.dtype)
@@ -163,7 +165,7 @@ def heads_of(
 
 
 def rule_of(mixer: Mechanism) -> Rule:
-    """What a query of this layer sees."""
+    """The rule for the keys that a query of this layer attends to."""
     return Rule(window=mixer.window) if isinstance(mixer, WindowAttention) else Rule()
 
 

@@ -1,4 +1,4 @@
-"""What chapter 08 and ``torchrun … -m kvlearn.parallel.ring`` run on every rank: compared, and counted."""
+"""The demonstration of chapter 08 and ``torchrun … -m kvlearn.parallel.ring``, run on every rank."""
 
 import os
 from typing import Annotated, Any

@@ -8,8 +8,8 @@ from everywhere.
     striped      rank r holds r, r + P, r + 2P, …
     zigzag       rank r holds chunk r and chunk 2P - 1 - r of 2P
 
-with P ranks and C tokens per rank. Where P (for zigzag 2P) does not divide the tokens, the last slots of some
-ranks hold padding: position -1.
+Letters beside those of core.py: P ranks, C tokens of a rank, N tokens of all ranks.
+Where P (for zigzag 2P) does not divide the tokens, the last slots of some ranks hold padding: position -1.
 
 Sources: Liu, Zaharia & Abbeel, "Ring Attention with Blockwise Transformers" (2023); Brandon et al., "Striped
 Attention" (2023); the order in pairs from both ends is that of Llama Team, "The Llama 3 Herd of Models"

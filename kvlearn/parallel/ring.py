@@ -8,6 +8,8 @@ next, which is under way meanwhile.
 The gradient goes round in the same way: keys and values again, and with each block the sum of its gradients
 so far, which the last rank on the way sends home.
 
+Letters are those of layout.py.
+
     torchrun --nproc-per-node=4 -m kvlearn.parallel.ring --tokens 1000 --order striped
 
 compares one forward and backward pass with attention on one device, and prints who did what. gloo carries the
@@ -34,7 +36,7 @@ from kvlearn.parallel.layout import Layout, Plan
 
 @dataclass
 class Log:
-    """What a rank did, in order: (what, step, owner of the block, bytes or visible pairs).
+    """The actions of a rank, in order: (what, step, owner of the block, bytes or visible pairs).
 
     A "send" begins before the "compute" that it overlaps with; "receive" is the end of a message.
     """
@@ -241,11 +243,11 @@ def ring_attention(
 ) -> Float[Tensor, "B H C D"]:
     """Attention of this rank's queries over the keys and values of all ranks of ``group``.
 
-    ``q``, ``k`` and ``v`` are this rank's slots of ``layout`` (``layout.shard``), the output too; what lies
-    in padded slots has no effect, NaN neither, and they give 0. ``rule`` says what a query sees; a block that
-    no rank further along needs is not sent. ``lengths`` are the tokens of each row of the batch, the same on
-    all ranks. H query heads read G KV heads, and only the G travel. Gradients go the same way: every rank
-    must call ``backward``.
+    ``q``, ``k`` and ``v`` are this rank's slots of ``layout`` (``layout.shard``), the output too; the
+    content of padded slots, NaN too, has no effect, and they give 0. ``rule`` says what a query sees; a
+    block that no rank further along needs is not sent. ``lengths`` are the tokens of each row of the batch,
+    the same on all ranks. H query heads read G KV heads, and only the G travel. Gradients go the same way:
+    every rank must call ``backward``.
 
     Bytes sent by rank r, with K = 2 · B · G · C · D · bytes per number (the gradients are fp32 at least):
     ``plan.n_sent(r)`` · K forward; backward K and the gradient's bytes each ``plan.n_sent(r)`` times, and the

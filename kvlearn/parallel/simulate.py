@@ -30,17 +30,17 @@ class Shape:
     batch: int = 1
 
     def block_bytes(self, tokens: int) -> int:
-        """Keys and values of ``tokens`` tokens: what one message carries."""
+        """Bytes of one message: keys and values of ``tokens`` tokens."""
         return 2 * self.batch * self.n_kv_heads * tokens * self.head_dim * self.itemsize
 
     def flops(self, pairs: float) -> float:
-        """Forward: a product with the key and one with the value, 2 FLOPs a number, in every query head."""
+        """Forward: a product with the key and one with the value, 2 FLOPs per number, in every query head."""
         return 4 * self.batch * self.n_heads * self.head_dim * pairs
 
 
 @dataclass(frozen=True)
 class Link:
-    """What connects a device with the next: bytes/s in one direction, and seconds before the first byte."""
+    """The connection of two devices: bytes/s in one direction, and seconds before the first byte."""
 
     name: str
     bandwidth: float

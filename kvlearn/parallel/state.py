@@ -2,6 +2,8 @@
 
 Rank r needs the state after the tokens of rank r - 1, so the ranks work one after the other; the bytes that
 each sends do not depend on the number of tokens.
+
+Letters are those of layout.py.
 """
 
 from typing import Any

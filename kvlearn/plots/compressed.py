@@ -56,7 +56,7 @@ def path_flops(
             panel.set_yscale("log")
             panel.set_xticks(T, [f"{n:,}" if len(T) < 9 or i % 2 == 0 else "" for i, n in enumerate(T)])
             panel.xaxis.set_minor_locator(NullLocator())
-            panel.set_xlabel("new tokens a call")
+            panel.set_xlabel("new tokens per call")
             panel.set_ylabel(label)
             panel.yaxis.set_major_formatter("{x:g}")
         panels[0].legend(loc="upper left")
@@ -71,7 +71,7 @@ def path_flops(
         for name, m in (times or {}).items()
     )
     meet = f" The lines meet at {crossover:.3g} tokens." if crossover and isfinite(crossover) else ""
-    alt = f"{title or 'Two paths of latent attention'}, over new tokens a call: {listed}.{meet}"
+    alt = f"{title or 'Two paths of latent attention'}, over new tokens per call: {listed}.{meet}"
     data = {"T": list(T), "flops": dict(flops), "times": dict(times or {}), "crossover": crossover}
     return Picture(figure, f"{alt} Measured: {measured_}." if times else alt, data)
 
@@ -86,7 +86,7 @@ def spectrum(
     """Share of the energy that the best rank-r approximation keeps, over r: Σ_{i ≤ r} σ_i² / Σ σ_i².
 
     ``energies``: panel -> name -> squared singular values, largest first, the same names in every panel. A
-    marker stands where a curve reaches ``share``; names in ``wrong`` are drawn as mistakes. The axis ends at
+    marker is where a curve reaches ``share``; names in ``wrong`` are drawn as mistakes. The axis ends at
     ``largest``, the largest rank that the tables can have, by default the longest list. Source: Eckart &
     Young (1936).
     """

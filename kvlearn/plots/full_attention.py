@@ -179,7 +179,7 @@ def loss_by_position(curves: Mapping[str, np.ndarray], *, chunk: int, width: int
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places, moved up as little as it takes to stand ``gap`` apart: for labels at the ends of curves."""
+    """The places, moved up as little as it takes to be ``gap`` apart: for labels at the ends of curves."""
     moved, below = list(places), -np.inf
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         moved[i] = below = max(places[i], below + gap)

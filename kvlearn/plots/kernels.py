@@ -16,9 +16,9 @@ ONCE, TWICE, MERGES = COLOURS["full"], COLOURS["sliding"], COLOURS["compressed"]
 
 
 def access_pattern(traces: Mapping[str, Trace], *, columns: int = 3) -> Picture:
-    """Which program reads which keys, one panel a trace, and how many bytes that is for each byte needed.
+    """Which program reads which keys, one panel per trace, and how many bytes that is for each byte needed.
 
-    A trace holds the reads of ``k`` and ``v``, (1, G, S, D); programs stand in the order in which they ran.
+    A trace holds the reads of ``k`` and ``v``, (1, G, S, D); programs are in the order in which they ran.
     Where it holds ``part`` too, or another launch follows, the programs that merge are marked.
     """
     validate.positive("len(traces)", len(traces))
@@ -86,7 +86,7 @@ def achieved_bandwidth(
     t_fixed: float,
     bar: tuple[float, float] | None = None,
 ) -> Picture:
-    """Bytes a second over the bytes that a step must read, under what this memory allows.
+    """Bytes per second over the bytes that a step must read, under what this memory allows.
 
     ``points``: (series, bytes, seconds), the most important series first. The floor's curve is
     bytes / (bytes / bandwidth + t_fixed); ``bar`` = (share, seconds) adds that of share · bandwidth.
@@ -194,7 +194,7 @@ def splits(
     listed = "; ".join(f"{_splits(pieces)}, done at {end:.0f}" for pieces, end in ends.items())
     alt = (
         f"A timetable of {multiprocessors} multiprocessors for {n_kv_heads} KV heads of {n_tiles} tiles: "
-        f"{listed}. With one split most multiprocessors stand idle; a program too many starts a second wave."
+        f"{listed}. With one split most multiprocessors are idle; a program too many starts a second wave."
     )
     return Picture(figure, alt, {"ends": ends})
 

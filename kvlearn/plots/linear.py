@@ -1,4 +1,7 @@
-"""The picture of chapter 06: a state as a memory that is written, faded, erased and read."""
+"""The picture of chapter 06: a state as a memory that is written, faded, erased and read.
+
+Letters beside those of recurrent.py: N keys that are written.
+"""
 
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ CELL, LABELS, CHARACTER = 0.152, 14.5, 0.38  # a cell in inches; the left column
 
 
 class Read(NamedTuple):
-    """What a state gives for ``key``, and what was ``wanted``: the value written last under that key."""
+    """The value that a state gives for ``key``, and the ``wanted`` one: the last written under that key."""
 
     key: int
     given: Float[Tensor, "V"]
@@ -149,7 +152,7 @@ def _cells(axes: Axes, x: float, y: float, matrix: Float[Tensor, "n m"], scale: 
 
 
 def _bars(axes: Axes, x: float, y: float, given: Tensor, wanted: Tensor, scale: float) -> None:
-    """What was given, upwards where positive, and outlines where it should stand."""
+    """The values given, upwards where positive, and outlines of the right ones."""
     axes.plot([x, x + len(given)], [y, y], color=GREY, lw=0.6)
     for j, (number, right) in enumerate(zip(given.tolist(), wanted.tolist(), strict=True), start=1):
         at, colour = (x + j - 0.88, y), POSITIVE if number > 0 else NEGATIVE

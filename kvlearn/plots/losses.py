@@ -1,4 +1,4 @@
-"""Pictures of converting a trained model, chapters 02 and 03: what the loss does, with error bars."""
+"""Pictures of converting a trained model, chapters 02 and 03: the course of the loss, with error bars."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pictures of chapter 00: what a cache weighs."""
+"""Pictures of chapter 00: the size of a cache."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ def cache_growth(
 
 
 def bytes_per_token(models: Sequence[ModelShape], *, length: int = 32_768) -> Picture:
-    """What one sequence of ``length`` tokens stores, and what one step reads, model by model."""
+    """Bytes that one sequence of ``length`` tokens stores, and bytes that one step reads, model by model."""
     models = sorted(models, key=lambda m: cache_bytes(m, length), reverse=True)
     stored = [cache_bytes(m, length) / GIB for m in models]
     read = [read_bytes(m, length) / GIB for m in models]

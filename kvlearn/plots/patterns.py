@@ -131,7 +131,7 @@ def lifetimes(
 
 
 def selections(chosen: Mapping[str, np.ndarray | torch.Tensor], *, title: str = "") -> Picture:
-    """Which keys the queries of one head selected by content: a grid each, one row per query."""
+    """Which keys the queries of one head selected by content: one grid per mechanism, one row per query."""
     grids = {name: torch.as_tensor(grid) for name, grid in chosen.items()}
     validate.positive("len(chosen)", len(grids))
     figure: Figure

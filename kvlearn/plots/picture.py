@@ -119,7 +119,7 @@ def _first_free(lines: Iterable[Line], taken: Iterable[Line]) -> Line:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a notebook cell shows. ``data`` holds what was drawn, for a test to compare with the truth."""
+    """A figure as a notebook cell shows it. ``data`` holds the values drawn, for a test to compare."""
 
     figure: Figure
     alt: str

@@ -71,7 +71,7 @@ RECALL_LINES = {
 
 
 class Claim(NamedTuple):
-    """What the article says of a method: the share of the cache that it saves, and how much worse it gets.
+    """The article's numbers for a method: the share of the cache that it saves, and how much worse it gets.
 
     Ranges, as shares of 1. ``of`` is what gets worse, as far as the article says it; a loss in percent is
     read here as a rise of the perplexity per byte.
@@ -470,7 +470,7 @@ def above_by_position(rows: Iterable[Row], *, budget: str = "cpu", length: int |
             if own:
                 axes.legend(*_unique([axes]), fontsize=7, loc="upper left", ncols=2, handlelength=2.2)
         low, high = panels[0, 0].get_ylim()
-        panels[0, 0].set_ylim(low, high + 0.35 * (high - low))  # the legends stand above the curves
+        panels[0, 0].set_ylim(low, high + 0.35 * (high - low))  # the legends are above the curves
         for axes in panels[1]:
             labels = [f"{a}–{b - 1}" for a, b in buckets]
             axes.set_xticks(range(len(buckets)), labels, rotation=45, ha="right", fontsize=7)

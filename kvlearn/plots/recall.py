@@ -12,7 +12,7 @@ from kvlearn.plots.picture import Picture, drawing, line_styles
 from kvlearn.study.capacity import Cell, compare
 from kvlearn.study.recall import Run
 
-# What is no state of constant size: the ceiling and the floor.
+# The designs that are no state of constant size: the upper and the lower bound.
 NAMES = {"full": "full attention", "short_conv": "short convolution alone"}
 
 
@@ -43,7 +43,7 @@ def recall_over_state(rows: Sequence[Mapping[str, Any]], *, designs: Iterable[st
 
     One panel per number of pairs, one line per design: the same mechanism with smaller and larger states,
     each at its best learning rate, with standard errors over the seeds. Full attention is the upper bound;
-    the lower one is the convolution that stands before every mechanism, alone. ``designs`` names those to
+    the lower one is the convolution before every mechanism, alone. ``designs`` names those to
     draw, all unless given.
     """
     cells = compare(rows)

@@ -86,7 +86,7 @@ def exposed_communication(
 ) -> Picture:
     """The share of its time in which the busiest rank waits for a message, over the tokens per rank.
 
-    From ``simulate``, in striped order, with a device of ``flop_rate`` FLOP/s. The dotted lines stand at
+    From ``simulate``, in striped order, with a device of ``flop_rate`` FLOP/s. The dotted lines are at
     ``hidden_from``, where the formula says that moving takes as long as computing.
     """
     validate.positive("len(links)", len(links))

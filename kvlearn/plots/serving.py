@@ -38,7 +38,7 @@ Z = 1.959964  # of a 95% interval
 
 
 class BlockState(NamedTuple):
-    """What a block is used for, and the tenant that it counts against; a free block is nobody's."""
+    """The use of a block, and the tenant that it counts against; a free block is nobody's."""
 
     kind: Kind
     tenant: str | None

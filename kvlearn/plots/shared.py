@@ -1,4 +1,4 @@
-"""Pictures of chapter 02: query heads wired to their pools; what is stored beside what is read."""
+"""Pictures of chapter 02: query heads wired to their pools; bytes stored and bytes read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, log2
@@ -23,7 +23,7 @@ def pools(
     """Query heads wired to the KV heads they read, one panel per design.
 
     A design is a route, the pool of each query head, or two routes: those of two layers, of which the second
-    reads the keys and values of the first. Under each stand the numbers stored and read for every token in
+    reads the keys and values of the first. Under each are the numbers stored and read for every token in
     the cache, a layer.
     """
     columns = min(columns, validate.positive("len(designs)", len(designs)))
@@ -109,7 +109,7 @@ def _pools_in_words(wires: Iterable[tuple[int, int, int]]) -> str:
 
 
 def stored_and_read(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Picture:
-    """What each design stores and what one step reads, in bytes: two bars a design.
+    """Bytes that each design stores, and bytes that one step reads: two bars per design.
 
     A row has ``name``, ``stored`` and ``read``, as the last of a decoder's table, and may have a ``family``:
     a family or mechanism of PALETTE, "shared" unless given. The axis is logarithmic where amounts lie more

@@ -18,7 +18,7 @@ SLIDING, SINKS, FULL = COLOURS["sliding"], COLOURS["shared"], COLOURS["full"]
 def ring(window: int, *, n_sinks: int = 0, n_tokens: int = 10) -> Picture:
     """The slots of a ring buffer after each token: which position every slot holds, and which was written.
 
-    What is drawn is what a ``RingCache`` holds, asked after each append.
+    The picture shows the contents of a ``RingCache``, read after each append.
     """
     frames = _frames(window, n_sinks, n_tokens)
     n_slots = len(frames[0])

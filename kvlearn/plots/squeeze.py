@@ -112,7 +112,7 @@ def _draw_absorbed_path(
 def _draw_ends(
     axes: Axes, y: float, n_heads: int, head_dim: int, rank: int, rope_dim: int, n_tokens: int
 ) -> tuple[float, float, float]:
-    """What both paths have: the cache at the left, the scores at the right.
+    """The parts of both paths: the cache at the left, the scores at the right.
 
     Returns the width of one number per token, where the cache ends and where the scores end.
     """

@@ -114,7 +114,7 @@ def _board(axes: Axes, groups: list[tuple[str, list[Finding]]], votes: Votes, ta
 
 
 def recommendation(found: Recommendation) -> Picture:
-    """What the guide weighs: bytes per user, users per device, dollars; the recommended change is filled."""
+    """The guide's numbers: bytes per user, users per device, dollars; the recommended change is filled."""
     if not found.options:
         text = f"{found.question}: I do not know\n" + "\n".join(found.unknown)
         with drawing(size=(7.5, 0.8 + 0.3 * len(found.unknown))) as (figure, axes):
@@ -198,7 +198,7 @@ def _log_axis(panel: Axes, values: Sequence[float], *, dollars: bool) -> None:
 
 
 def decisions(panels: Mapping[str, Mapping[tuple[int, int], str | None]]) -> Picture:
-    """What is recommended over context and users, a panel per way of asking; a dot where nothing can be.
+    """The recommendation over context and users, a panel per question; a dot where there is none.
 
     ``panels[title][context, users]`` is the name of a change (``kvlearn.verdict.decision_map``).
     """

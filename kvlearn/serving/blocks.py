@@ -102,7 +102,7 @@ class BlockTable:
 
 @dataclass
 class Counts:
-    """What a pool did so far."""
+    """Counts of a pool's operations so far."""
 
     hits: int = 0  # tokens found in cached blocks
     computed: int = 0  # tokens written
@@ -150,7 +150,7 @@ class BlockPool:
         self.unused: dict[str, OrderedDict[int, None]] = {name: OrderedDict() for name in names}  # the LRU
         self.counts = Counts()
 
-    # What a scheduler calls
+    # Methods for a scheduler
 
     def open(self, tenant: str) -> BlockTable:
         """An empty table."""

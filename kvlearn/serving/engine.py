@@ -2,7 +2,9 @@
 
 A request waits until its prompt fits, runs, and leaves its place in the batch as soon as it is done; the next
 one takes it in the same step. The cache grows block by block. When no block is left, the request that came
-last gives up its blocks and waits again ("preemption by recomputation"); what it had generated is kept.
+last gives up its blocks and waits again ("preemption by recomputation"); its generated tokens are kept.
+
+Letters beside those of core.py: V tokens of the vocabulary.
 
 Sources: Yu et al., "Orca" (2022), section 3 (scheduling per iteration); Kwon et al., "Efficient Memory
 Management for Large Language Model Serving with PagedAttention" (2023), section 4.5 (preemption); Agrawal et
@@ -119,7 +121,7 @@ class Engine:
         assert self.pool.data is not None
         return self.pool.data.nbytes
 
-    # What a user calls
+    # Methods for users
 
     def submit(
         self,
@@ -266,7 +268,7 @@ class Engine:
             insort(self.running, request, key=lambda r: r.number)
 
     def _plan(self) -> list[tuple[Request, int]]:
-        """What is computed: one token for each request in decode, then prompts with what is left.
+        """The tokens of one step: one for each request in decode, then prompts with the rest of the budget.
 
         Room for it is reserved; requests that must give up their blocks for it are not in the list.
         """
@@ -305,7 +307,7 @@ class Engine:
                     return False
 
     def _release(self, request: Request) -> None:
-        """Take its blocks back; what is cached of its prompt will be counted when it is found again."""
+        """Take its blocks back; the cached part of its prompt will be counted when it is found again."""
         self.pool.close(request.table)
         if not request.generated:
             request.cached = 0

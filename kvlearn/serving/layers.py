@@ -2,7 +2,9 @@
 
 All new tokens of all sequences are in one row, one after the other: first those of sequences with one new
 token, a decode step each, then chunks of prompts. Projections work on all of them together; attention takes
-each sequence's own blocks. Letters: N new tokens in all, P blocks of a table.
+each sequence's own blocks.
+
+Letters beside those of core.py: N new tokens of all sequences, P blocks of a sequence's table.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,8 +53,8 @@ class Batch:
     positions: Int[Tensor, "1 N"]
     block: Int[Tensor, "N"]  # that each new token is written to,
     offset: Int[Tensor, "N"]  # and its place there
-    lengths: Int[Tensor, "R"]  # of the first R columns' sequences, which have one new token each
-    block_table: Int[Tensor, "R P"]
+    lengths: Int[Tensor, "B"]  # of the first B columns' sequences, which have one new token each
+    block_table: Int[Tensor, "B P"]
     chunks: list[Chunk]
     last: Int[Tensor, "n"]  # columns of the last new token of every sequence
 

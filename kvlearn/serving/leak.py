@@ -52,7 +52,7 @@ FORM = Template(
 
 N_BLOCKS = 512  # of an engine under attack: enough that nothing is evicted
 
-# What the attacker sees of a request of its own; the more of it was cached, the larger.
+# The attacker's observation of its own request: larger if more of the request was cached.
 Observe = Callable[[bytes], float]
 
 
@@ -148,7 +148,7 @@ def response_times(
 
 @dataclass(frozen=True)
 class Noise:
-    """What random delays leave of the leak, and what they cost: seconds added to every answer."""
+    """The leak that is left under random delays, and their cost: seconds added to every answer."""
 
     success: float  # of one field
     chance: float

@@ -70,7 +70,7 @@ Sharing = Literal["none", "all", "salts", "quotas"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a mix did to a pool. Shares are 0 to 1; means are over the arrivals."""
+    """Statistics of a pool under a mix of requests. Shares are 0 to 1; means are over the arrivals."""
 
     requests: int
     hit_rate: float  # of the prompts' tokens, those found cached

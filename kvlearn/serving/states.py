@@ -4,6 +4,8 @@ Keys and values belong to one token each, so that a prefix of any length can be 
 state is a sum over all tokens so far. None can be taken out of it: a prompt that differs in one token of a
 prefix can use nothing of it. So a snapshot of the whole state is kept every few tokens, and costs as many
 bytes there as at any other place.
+
+Letters beside those of core.py: V tokens of the vocabulary.
 """
 
 from collections import OrderedDict

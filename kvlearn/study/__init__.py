@@ -1,4 +1,4 @@
-"""What a mechanism costs in quality: the corpus, the training loop, the evaluation, the base model."""
+"""The cost of a mechanism in quality: the corpus, the training loop, the evaluation, the base model."""
 
 from kvlearn.study.base import base_model, train_base
 from kvlearn.study.capacity import study_recall

@@ -1,7 +1,7 @@
 """The base model of the course: small, trained on the corpus with full attention, committed with the code.
 
 What later chapters convert to fewer heads, to a latent or to a window, and probe for what was lost.
-``kvlearn study base`` trains it again from nothing, or goes on where a killed run stood.
+``kvlearn study base`` trains it again from nothing, or continues where a killed run stopped.
 """
 
 import json

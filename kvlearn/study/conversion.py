@@ -91,7 +91,7 @@ def convert_and_uptrain(
 
     By default ``seen`` is what the committed base model saw, ``text`` the corpus, in other windows than the
     base model's, and ``held_out`` both more of the corpus ("sympy") and text of another kind ("networkx",
-    "prose"), on which shows what was forgotten. With ``checkpoint`` a killed run goes on where it stood.
+    "prose"), on which shows what was forgotten. With ``checkpoint`` a killed run continues where it stopped.
 
     Raises ValueError for a ``share`` that is not above 0 or is less than one step, and what ``convert`` does.
     """

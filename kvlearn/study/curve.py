@@ -66,7 +66,7 @@ def train_and_measure(
     """Train ``model`` in place; its loss on ``held_out`` before, after the steps in ``at``, and at the end.
 
     The windows that measure are as long as those that train. With ``checkpoint`` a killed run goes on, and
-    gives the same curve: what was measured is kept there too. A checkpoint of a run that began with other
+    gives the same curve: the measurements are kept there too. A checkpoint of a run that began with other
     weights or measured otherwise is refused.
     """
     wanted, clock = {*at, config.steps}, time.perf_counter()

@@ -8,7 +8,7 @@ there. Its Chinese data sets need a word segmenter and get a score of None.
 RULER: ``TASK.jsonl`` or ``TASK/validation.jsonl``, a line per example with ``input`` and ``outputs``, and
 ``answer_prefix`` in newer versions. Nothing is downloaded: bring the folder.
 
-A prompt that is too long loses its middle, as LongBench recommends: its instructions stand at both ends.
+A prompt that is too long loses its middle, as LongBench recommends: its instructions are at both ends.
 Scores are from 0 to 1. Two are approximations of the published programs: ROUGE-L of whole texts, not by
 sentences, and code similarity by difflib's ratio.
 

@@ -1,6 +1,6 @@
 """Text of another kind than the corpus, to see what a model forgot that it is trained on the corpus alone.
 
-Converting a model does damage everywhere, and training on the corpus mends it there first. What it cost
+Converting a model does damage everywhere, and training on the corpus mends it there first. Its cost
 elsewhere shows on text that neither training saw: the Python source of networkx, by other authors (torch
 installs it), and English, the paragraphs in its docstrings. networkx 3.6.1 is BSD-licensed.
 """
@@ -19,7 +19,7 @@ CHECKSUM = "557ebc9d2b09a99a976fc19cf7609cafa1742f54cbfdf97276785b0630e52d88"
 
 @cache
 def other_texts() -> dict[str, UInt8[Tensor, "_"]]:
-    """ "networkx", all of its source as it stands, and "prose", the paragraphs of English in it; as bytes.
+    """ "networkx", all of its source as it is, and "prose", the paragraphs of English in it; as bytes.
 
     Raises RuntimeError where the installed networkx is another version or its files have been changed.
     """

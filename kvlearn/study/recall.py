@@ -4,9 +4,11 @@ A text names pairs of a key and its value; then keys again, at random places, wh
 
     k₁ v₁ k₂ v₂ … k_P v_P  · · k₂ · k_P · · k₁ ·        · is filler; the answers v₂, v_P, v₁ are not shown
 
-Keys, values and their pairing are drawn anew for every text, so weights cannot know them: what is answered
-has gone through the cache. Two layers and no SwiGLU: a short convolution, which puts a key and its value into
+Keys, values and their pairing are drawn anew for every text, so weights cannot know them: every answer has
+gone through the cache. Two layers and no SwiGLU: a short convolution, which puts a key and its value into
 one token, then the mechanism. All have the same convolution; with nothing behind it, it is the control.
+
+Letters beside those of core.py: P pairs of a text.
 Source: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models" (2023): MQAR,
 multi-query associative recall; here with a small vocabulary and queries that are spread evenly.
 """
@@ -37,7 +39,7 @@ class Texts(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """What ``train`` needs of a task; more of them are in tasks.py."""
+    """The interface that ``train`` needs of a task; more tasks are in tasks.py."""
 
     @property
     def length(self) -> int:
@@ -55,7 +57,7 @@ class Task(Protocol):
 class Recall:
     """The task: texts of ``length`` tokens with ``n_pairs`` pairs, each asked for once.
 
-    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value stands
+    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value is
     in two pairs, so a guess among its values is right once in n_pairs, and a blind one once in n_values.
     """
 

@@ -29,7 +29,7 @@ KINDS: dict[str, Spec] = {
     "token_routed": Spec("token_routed", n_kv_heads=2),
     "mqa": Spec("gqa", n_kv_heads=1),
 }
-RIVAL = "gqa"
+BASELINE = "gqa"
 
 
 def study_routing(
@@ -94,7 +94,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[floa
     return {
         kind: {
             "loss": mean_and_error(list(losses.values())),
-            "above_gqa": mean_and_error([loss - by_kind[RIVAL][seed] for seed, loss in losses.items()]),
+            "above_gqa": mean_and_error([loss - by_kind[BASELINE][seed] for seed, loss in losses.items()]),
         }
         for kind, losses in by_kind.items()
     }

@@ -1,4 +1,4 @@
-"""What a window loses with the first token, where heads have made that token their sink.
+"""The loss of a window without the first token, where heads have made that token their sink.
 
 Large models grow such sinks by themselves (Xiao et al., 2023); the base model has grown none, its heads give
 the first token next to nothing. So a sink is trained into it: a loss asks every head to give most of its
@@ -25,7 +25,7 @@ from kvlearn.study.text import SEPARATOR, corpus, windows
 from kvlearn.study.training import TrainConfig, parameter_groups
 
 TRAINING = TrainConfig(steps=300, batch=16, length=256, lr=1e-3, warmup=30)
-FIRST = SEPARATOR[0]  # the token that stands first in every text here
+FIRST = SEPARATOR[0]  # the token that is first in every text here
 SHARE, STRENGTH = 0.9, 0.3  # of a head's weight that the sink should get; of that loss beside the text's
 SINK_WINDOW = 32
 VARIANTS: dict[str, Spec] = {
@@ -45,7 +45,7 @@ def study_sinks(
     n_windows: int = 64,
     progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """A row a model (as trained, with a sink planted) and variant, for results/.
+    """One row per model (as trained, with a sink planted) and variant, for results/.
 
     ``by_position``: the loss at each position of a text of ``training.length`` tokens, in nats per byte.
     ``first_token_weight``: of full attention, the mean weight that heads give the first token.
@@ -79,7 +79,7 @@ def study_sinks(
 
 
 def with_first(tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The text behind the token that always stands first."""
+    """The text behind the token that is always first."""
     return torch.cat((torch.full_like(tokens[:, :1], FIRST), tokens[:, 1:]), dim=1)
 
 

@@ -14,7 +14,7 @@ SHAPE = {"batch": 16, "length": 256}
 
 
 def training_speed(steps: int = 30) -> float:
-    """Tokens a second over ``steps`` steps of 16 x 256 tokens, after a few to warm up."""
+    """Tokens per second over ``steps`` steps of 16 x 256 tokens, after a few to warm up."""
     text = corpus().train
     torch.manual_seed(0)
     model = Decoder(MODEL)

@@ -95,7 +95,7 @@ def train(
     configuration goes on from it. On the same machine, with as many threads, the losses are those of an
     uninterrupted run. ``origin`` says what else makes a run this one: the weights that it starts from, say.
 
-    ``at_step(n)`` is called when n steps are done, with the model in evaluation mode. What it returns, if not
+    ``at_step(n)`` is called when n steps are done, with the model in evaluation mode. Its result, if not
     None, is kept in the history and written at once; plain numbers, strings, lists and dicts.
 
     ``stop(n)`` is asked when n steps are done. Where it is true before the last step, the checkpoint is
@@ -176,7 +176,7 @@ def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]
 
 
 def _identity(model: Decoder, text: Tensor, config: TrainConfig, origin: str | None) -> dict[str, Any]:
-    """What makes a run this run and no other."""
+    """The settings that identify a run."""
     return {
         **({} if origin is None else {"origin": origin}),
         **model.config.to_dict(),

@@ -1,1 +1,1 @@
-"""What exercises give a learner to work with. An answer may call all of it: no exercise asks for it."""
+"""Tools that exercises give a learner. An answer may call all of them: no exercise asks for them."""

@@ -50,7 +50,7 @@ def load_tile(POOL, keys, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def attend_keys(q, K, V, row, lo, hi, D: tl.constexpr, BLOCK: tl.constexpr):
     """Attention to some keys: m, total and acc of the keys lo, lo + 1, …, hi - 1, tile by tile.
 
-    q (D,) is scaled; key n stands in row ``row + n`` of K and V. Without keys: −∞, 0 and 0.
+    q (D,) is scaled; key n is in row ``row + n`` of K and V. Without keys: −∞, 0 and 0.
     """
     m = float("-inf")
     total = 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-# The interpreter's own functions that touch memory, and where their pointers and masks stand.
+# The interpreter's own functions that touch memory, and where their pointers and masks are.
 ACCESSES = {
     "create_masked_load": ("tl.load reads", 0, 1),
     "create_masked_store": ("tl.store writes", 0, 2),
@@ -19,7 +19,7 @@ ACCESSES = {
 
 # Name, first address and the address behind the last of every tensor that the running kernel was given.
 _given: list[tuple[str, int, int]] = []
-# What kernels have done since it was cleared: ("launched", ""), ("called", the name of another function for
+# The actions of kernels since it was cleared: ("launched", ""), ("called", the name of another function for
 # kernels), ("tl.load reads", the tensor's name in the kernel's signature).
 done: set[tuple[str, str]] = set()
 LAUNCHED = ("launched", "")

@@ -1,8 +1,8 @@
 """A claim, the check that decides it, and what the check finds.
 
 A check is a function of ``Records``. It reads what results/ holds, or computes from the package, and returns
-its ``Evidence``: a verdict, the measured cell as text, and the numbers behind it. What has not been recorded
-is "not yet run" in the cell, and no verdict is drawn from it: the verdict is then that of what is published,
+its ``Evidence``: a verdict, the measured cell as text, and the numbers behind it. A number that has not been
+recorded is "not yet run" in the cell, and gives no verdict: the verdict is then that of what is published,
 or "cannot be checked".
 """
 
@@ -23,7 +23,7 @@ NOT_YET = "not yet run"
 
 
 class Verdict(Enum):
-    """What can be said of a claim."""
+    """The possible verdicts on a claim."""
 
     HOLDS = "holds"
     CONDITIONS = "holds under these conditions"
@@ -41,7 +41,7 @@ class NotRecordedError(LookupError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a check found.
+    """The result of a check.
 
     ``measured``: the cell; empty where nothing can be measured. ``note``: the conditions, what is right in
     place of the claim, or who alone could say. ``numbers``: the values in the cell, by name.

@@ -6,7 +6,7 @@ A change of the model's layers is judged by four things: the bytes that its cach
 (formulas, which chapter 12 found equal to what is allocated and touched), users per device and dollars per
 million tokens (``kvlearn.measure.cost``), what it costs in quality (the study of chapter 10, where its rows
 are recorded), and whether every token can still be found. Recommended is the least change whose dollars are
-within ``near`` of the cheapest that is allowed. What is not known is said, in ``unknown``.
+within ``near`` of the cheapest that is allowed. ``unknown`` lists the missing numbers.
 
 The times are those of the roofline of the device that is asked about: on a processor, whose arithmetic is
 small beside its bandwidth, latents are slower than shared heads, as chapter 12 measured.
@@ -43,7 +43,7 @@ class Change:
     so much. ``design``: of the study of chapter 10 the nearest; empty where it has none. ``bench``: of
     ``kvlearn bench hardware`` a layer of this kind with 32 heads of 128, mechanism and model. ``finds``:
     whether any token of the context can be looked up. ``recall``: the design that stands for it in the recall
-    tasks of chapter 10, empty where it has none. ``work``: what has to be done to get such a model.
+    tasks of chapter 10, empty where it has none. ``work``: the steps to get such a model.
     """
 
     name: str
@@ -104,7 +104,7 @@ CHANGES = (
 
 @dataclass(frozen=True)
 class Option:
-    """A change with its numbers. ``excluded``: why it is not recommended; ``unknown``: what is not known.
+    """A change with its numbers. ``excluded``: why it is not recommended; ``unknown``: the missing numbers.
 
     ``stored`` and ``read``: bytes per user. ``group``: devices that hold one copy of the model; ``devices``:
     all that are needed. ``step``: seconds in which each user gets a token. ``quality``: loss above full
@@ -135,7 +135,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What ``recommend`` says. ``best`` is None where nothing can be recommended; ``unknown`` says why."""
+    """The result of ``recommend``. ``best`` is None if nothing can be recommended; ``unknown`` says why."""
 
     question: str
     options: tuple[Option, ...]
@@ -243,7 +243,7 @@ def recommend(
 
 @dataclass(frozen=True)
 class _Question:
-    """What all options of a question have in common."""
+    """The parts of a question that all options share."""
 
     model: ModelShape
     context: int

@@ -55,7 +55,7 @@ def count(models: Sequence[ModelShape], has: Callable[[ModelShape], bool]) -> Co
 
 @dataclass(frozen=True)
 class SmallCaches:
-    """What P1 is read off from."""
+    """The source of P1's numbers."""
 
     shared_or_latent: Counted
     windows: Counted
@@ -102,8 +102,8 @@ def gain_by_compression(length: int = 131_072) -> dict[str, float]:
 class Prediction:
     """A prediction with the day, the criterion and the place by which it is read off.
 
-    ``today``: the verdict that can be given before the day, with its ``note``. ``state``: what can be counted
-    now, in words.
+    ``today``: the verdict that can be given before the day, with its ``note``. ``state``: the count of today,
+    in words.
     """
 
     id: str

@@ -1,6 +1,6 @@
 """The article's claims about products and money, its predictions, remarks and headlines.
 
-Most of them cannot be checked from outside; what can be computed is. Prices per hour and the part of the
+Most of them cannot be checked from outside; the others are computed. Prices per hour and the part of the
 roofline that is reached are assumptions: ``PRICE`` and ``REACHED``.
 """
 

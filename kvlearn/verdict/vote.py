@@ -30,7 +30,7 @@ class Answer:
 
     @property
     def lines(self) -> list[tuple[str, str]]:
-        """What is said, by its title; titles without a text are left out."""
+        """The texts by their titles; titles without a text are left out."""
         finding = self.finding
         chapter = "" if finding.claim.chapter is None else f"{finding.claim.chapter:02}"
         lines = [

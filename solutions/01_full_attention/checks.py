@@ -26,7 +26,7 @@ from kvlearn.grading import (
     plain_number,
 )
 
-# What 01.1 and 01.7 return: a result that merges with others
+# The results of 01.1 and 01.7, which merge with others
 
 Part = tuple[Tensor, Tensor]
 
@@ -178,12 +178,12 @@ mask = Exercise(
     title="A causal mask for rows padded on the left",
     answers=("causal_mask",),
     hints=(
-        "Number the S positions of one row from 0. At which of them do the T queries stand, at which the "
+        "Number the S positions of one row from 0. At which of them are the T queries, at which the "
         "padding, and which keys are left for the query at position p?",
         "Two conditions, and a key must meet both: one says that it is not later than the query, the other "
         "that it is not padding. Which of the two differs from row to row of the batch?",
-        "Query t stands at position S − T + t. In the row with n padding tokens the first key that anybody "
-        "may see stands at position n. A query that is padding needs no case of its own: which keys meet "
+        "Query t is at position S − T + t. In the row with n padding tokens the first key that anybody "
+        "may see is at position n. A query that is padding needs no case of its own: which keys meet "
         "both conditions for it?",
         "Let broadcasting make the four dimensions: key positions (S,), query positions (T, 1), and "
         "`torch.as_tensor(padding)[:, None, None, None]` (B, 1, 1, 1).",
@@ -784,7 +784,7 @@ def shared_draw(
     shift: float = 0.0,
     turns: bool = False,
 ) -> tuple[tuple[Tensor, SharedPrompt, Tensor, Tensor, Tensor], Part]:
-    """What attend_shared is called with, and what it is to give.
+    """Arguments of attend_shared, and the expected result.
 
     ``full`` rows have no empty slot, and ``empty_row`` gives one row the length 0. ``shift`` is added to all
     scores, in every second head with the other sign if ``turns``.
@@ -812,7 +812,7 @@ def shared_draw(
 
 @merge.requirement(2, "a prompt and own keys")
 def shared_values(t: CheckContext, attend_shared: Answer) -> None:
-    """out (B, H, T, D) and lse (B, H, T) as if each row's keys stood behind the prompt's; q, k, v and lengths
+    """out (B, H, T, D) and lse (B, H, T) as if each row's keys came after the prompt's; q, k, v and lengths
     unchanged"""
     given, want = shared_draw(t)
     same_part(t, attend_shared(*given), want)
@@ -991,7 +991,7 @@ def gib(t: CheckContext, cache_size: Answer) -> None:
 
 @dataclass
 class Layer:
-    """What the attention of one layer of the base model needs."""
+    """Inputs of the attention of one layer of the base model."""
 
     qkv: Tensor  # (3·H·D, M): for each head its D rows for q, its D for k, its D for v
     out: Tensor  # (M, H·D)

@@ -200,7 +200,7 @@ mask.mistakes(
     only the padding hidden
         (keys <= queries) & (keys >= padding) → (keys >= padding).expand(-1, -1, n_queries, -1)
     The padding is hidden and the future is not. For the one token of a decode step that is right; a prompt's
-    tokens would see their own future, and what they are to predict stands there.
+    tokens would see their own future, and what they are to predict is there.
 
     the mask of all S positions, not of the last T
         keys[n_keys - n_queries :, None] → keys[:, None]
@@ -214,12 +214,12 @@ mask.mistakes(
 
     the past hidden
         keys <= queries → (keys <= queries) & (keys >= n_keys - n_queries)
-    The triangle stands in the right place, over the last T keys, but the S − T columns before it are False:
+    The triangle is in the right place, over the last T keys, but the S − T columns before it are False:
     the new tokens see each other and nothing of what is in the cache. The past may be seen, but for padding.
 
     decode as an exception, chunks aligned top-left
         keys[n_keys - n_queries :, None] → keys[-1:, None] if n_queries == 1 else keys[:n_queries, None]
-    T = 1 got a branch of its own and the rest is aligned top-left, as if the first query stood at position 0.
+    T = 1 got a branch of its own and the rest is aligned top-left, as if the first query were at position 0.
     With S − T tokens before the first query, one rule serves a prompt, a chunk and a single token.
 
     the padding not hidden
@@ -229,17 +229,17 @@ mask.mistakes(
 
     the padding taken to be on the right
         keys >= padding → keys < n_keys - padding
-    The last keys of each row are hidden, as if the padding stood behind the text. On the left it takes the
-    *first* positions, so that the newest token of every row stands at S − 1 and all rows decode together.
+    The last keys of each row are hidden, as if the padding came after the text. On the left it takes the
+    *first* positions, so that the newest token of every row is at S − 1 and all rows decode together.
 
     off by one: the first real token hidden
         keys >= padding → keys > padding
-    With n padding tokens at the positions 0 … n − 1 the first real token stands at n, and it may be seen. The
+    With n padding tokens at the positions 0 … n − 1 the first real token is at n, and it may be seen. The
     strict comparison hides it, in a row without padding too.
 
     off by one: the last padding token seen
         keys >= padding → keys >= padding - 1
-    With n padding tokens at the positions 0 … n − 1 the last of them stands at n − 1, and it was left
+    With n padding tokens at the positions 0 … n − 1 the last of them is at n − 1, and it was left
     visible. Its key is that of a token without meaning.
 
     padding queries see themselves
@@ -286,7 +286,7 @@ heads.mistakes(
     x was cut into one block for q of all heads, one for k and one for v. That is GPT-2's layout; GPT-NeoX and
     Pythia put q, k and v of one head side by side. Every shape fits both layouts, only the numbers differ.
 
-    q, k and v in turns within a head
+    q, k and v interleaved within a head
         x.view(B, T, n_heads, 3, -1).transpose(1, 2).unbind(dim=3)
             → x.view(B, T, n_heads, -1, 3).transpose(1, 2).unbind(dim=-1)
     The 3·D columns of a head were cut as (D, 3), so q took every third column. They come as D numbers of q,
@@ -329,8 +329,8 @@ heads.mistakes(
 
     merge interleaves the heads
         x.transpose(1, 2).flatten(-2) → x.permute(0, 2, 3, 1).flatten(-2)
-    The numbers of the heads come in turns: first of head 0, first of head 1, … The output projection expects
-    head 0 whole, then head 1 whole: keep D last when you join the two dimensions.
+    The numbers of the heads are interleaved: first of head 0, first of head 1, … The output projection
+    expects head 0 whole, then head 1 whole: keep D last when you join the two dimensions.
     """
 )
 
@@ -395,7 +395,7 @@ rope.mistakes(
 
     positions counted from 1
         positions.float() → (positions.float() + 1)
-    Every token is turned by one position too many. The first stands at position 0 and is not turned at all.
+    Every token is turned by one position too many. The first is at position 0 and is not turned at all.
     Scores hide it, since they depend on distances; a cache filled by other code would not fit.
 
     the exponent without its minus
@@ -653,7 +653,7 @@ prefill.mistakes(
 
     positions restarted in every chunk
         cache.positions(q_new.shape[2]) → torch.arange(q_new.shape[2])[None]
-    RoPE counts from 0 again in each chunk, so tokens of different chunks seem to stand at the same place. The
+    RoPE counts from 0 again in each chunk, so tokens of different chunks seem to be at the same place. The
     first chunk is right, which hides it. Count from the cache's length on: cache.positions(n).
 
     attending before writing
@@ -690,7 +690,7 @@ prefill.mistakes(
     what the cache holds already is not counted
         cache.positions(q_new.shape[2]) → torch.arange(start, start + q_new.shape[2])[None]
     Positions are counted from the start of this prompt. It may continue what is in the cache (the next turn
-    of a chat): then its first token stands at cache.length, as cache.positions(n) says.
+    of a chat): then its first token is at cache.length, as cache.positions(n) says.
 
     keys cached before RoPE
         cache.append(rope(k_new, positions), v_new) → cache.append(k_new, v_new)
@@ -716,7 +716,7 @@ prefill.mistakes(
 
     positions asked after the append
         core.attention(rope(q_new, positions), → core.attention(rope(q_new, cache.positions(q_new.shape[2])),
-    cache.positions(n) says where the *next* n tokens will stand. After the append these are no longer the
+    cache.positions(n) says where the *next* n tokens will be. After the append these are no longer the
     chunk's, so its queries are turned n positions too far. Ask before you append.
 
     keys rotated twice
@@ -967,7 +967,7 @@ model.mistakes(
     positions start at 0 in each call
         torch.arange(start, start + T) → torch.arange(T)
     Queries and keys were rotated to positions 0 … T − 1 in each call. The first chunk is right, which hides
-    it; in decode every token seems to stand at position 0. Count from `start`.
+    it; in decode every token seems to be at position 0. Count from `start`.
 
     the mask of the first chunk used for all
         parts.causal_mask(T, keys.shape[2], [0])
@@ -992,7 +992,7 @@ model.mistakes(
         mask = parts → keys = torch.cat((keys[:, :, : -T], parts.rotate(k, positions, layer.theta)), dim=2)
             mask = parts
     The keys went into the cache as they were, and only those of this call were rotated. Earlier keys come
-    back as if they stood at position 0. Rotate first, then append.
+    back as if they were at position 0. Rotate first, then append.
 
     values rotated too
         parts.rotate(k, positions, layer.theta) → parts.rotate(k, positions, layer.theta)
@@ -1068,7 +1068,7 @@ model.mistakes(
 
     start not advanced in the prompt
         logits = model(piece, caches, start) → logits = model(piece, caches, 0)
-    Every chunk of the prompt was fed with start = 0, so tokens of different chunks seem to stand at the same
+    Every chunk of the prompt was fed with start = 0, so tokens of different chunks seem to be at the same
     place. After each chunk, `start` grows by its size.
 
     start not advanced in decode
@@ -1091,7 +1091,7 @@ model.mistakes(
             start += 1
             for _ in range(n_new - 1):
     After the prompt, its last token was fed once more to get logits. It is in the cache already and now
-    stands there twice. The logits of the next token are the last ones of the prompt's own call.
+    is there twice. The logits of the next token are the last ones of the prompt's own call.
 
     the logits of the chunk's first token
         token = logits[:, -1:].argmax(dim=-1) → token = logits[:, :1].argmax(dim=-1)

@@ -157,7 +157,7 @@ def called() -> Iterator[Calls]:
 size = Exercise(
     id="02.2",
     slug="size",
-    title="Bytes a token of five real models",
+    title="Bytes per token of five real models",
     answers=("bytes_per_token",),
     hints=(
         "Go layer by layer: what does this layer keep of a token, and does it keep it itself? Add to "
@@ -389,7 +389,7 @@ route = Exercise(
         "`torch.unique` gives the pools that occur in these choices, once each and in ascending order: "
         "that is `kept`.",
         "The choices are numbers of the old pools, and what stays is an array of U. "
-        "`torch.unique(choices, return_inverse=True)` gives besides where each choice stands in `kept`: "
+        "`torch.unique(choices, return_inverse=True)` gives besides where each choice is in `kept`: "
         "that is `route`.",
         "A pool's rows in the weight are a block of D = head_dim. Give the pools a dimension of their "
         "own, `weight.unflatten(0, (-1, head_dim))`, take `[kept]`, and flatten again.",
@@ -559,7 +559,7 @@ def layers_same(t: CheckContext, got: Any, want: list[int]) -> None:
     if not isinstance(got, list | tuple) or not all(
         isinstance(i, Integral) and not isinstance(i, bool) for i in got
     ):
-        t.true(False, "a list of whole numbers, one a layer", describe(got))
+        t.true(False, "a list of whole numbers, one per layer", describe(got))
         raise Stop
     t.close(torch.tensor([int(i) for i in got], dtype=torch.int64), torch.tensor(want), "the owners:")
 
@@ -807,7 +807,7 @@ class Model:
         ]
 
     def run(self) -> list[list[Tensor]]:
-        """What the answer gives for each chunk: [of the owner, of the reader]."""
+        """The answer's outputs for each chunk: [of the owner, of the reader]."""
         got = []
         for x_owner, x_reader in zip(*(x.split(self.chunks, dim=1) for x in self.xs), strict=True):
             outs = self.shared_step(x_owner, x_reader, self.owner, self.reader, self.cache, self.rope)

@@ -65,9 +65,9 @@ attend.mistakes(
         scores = scores.masked_fill(~mask.unsqueeze(-3), -torch.inf)
             → hidden = ~mask.repeat_interleave(H // G, dim=-2)
             scores = scores.view(B, G, H // G * T, S).masked_fill(hidden, -torch.inf)
-    The R·T queries of a pool stand head by head: all T tokens of the first head, then of the second. The mask
-    was stretched with repeat_interleave, row 0 R times, then row 1; `repeat` fits, or cut the scores into (R,
-    T, S) and let the mask broadcast. With one query it cannot be seen.
+    The R·T queries of a pool are in the order of heads: all T tokens of the first head, then of the second.
+    The mask was stretched with repeat_interleave, row 0 R times, then row 1; `repeat` fits, or cut the scores
+    into (R, T, S) and let the mask broadcast. With one query it cannot be seen.
 
     the masks of the batch laid over the pools
         ~mask.unsqueeze(-3) → ~mask
@@ -134,7 +134,7 @@ attend.mistakes(
 )
 
 
-# 02.2: Bytes a token of five real models
+# 02.2: Bytes per token of five real models
 
 
 size.mistakes(
@@ -183,8 +183,8 @@ size.mistakes(
     four bytes per number
         widths[kind] * 2 → widths[kind] * 4
         config["qk_rope_head_dim"]) * 2 → config["qk_rope_head_dim"]) * 4
-    Each number was counted with 4 bytes, as fp32 takes. The cache is kept in 16 bits here, which is 2 bytes a
-    number. (Bits for bytes would be 8 times too much; this is twice.)
+    Each number was counted with 4 bytes, as fp32 takes. The cache is kept in 16 bits here, which is 2 bytes
+    per number. (Bits for bytes would be 8 times too much; this is twice.)
 
     layers that share store too
         sum(each[:n_own]) → sum(each)
@@ -735,7 +735,7 @@ step.mistakes(
             keys, values, _ = cache.append(rope(reader.k(x_reader), positions), reader.v(x_reader))
             mask = core.causal_mask(T, keys.shape[2])
             out_reader = core
-    Keys and values of both layers go into the one cache: twice the memory, and every token stands in it
+    Keys and values of both layers go into the one cache: twice the memory, and every token is in it
     twice, the second time at a wrong position. The reader stores nothing; that is the whole point.
 
     the owner's keys appended twice
@@ -744,7 +744,7 @@ step.mistakes(
             mask = core.causal_mask(T, keys.shape[2])
             out_reader = core
     The same keys were appended once for the owner and once more for the reader. The cache counts 2T tokens
-    for T, and all that follow stand at wrong positions. The first append has returned what the reader needs:
+    for T, and all that follow are at wrong positions. The first append has returned what the reader needs:
     keep it.
 
     the owner's keys appended twice, and no mask for the reader
@@ -753,7 +753,7 @@ step.mistakes(
             out_reader = core
         reader.q(x_reader), positions), keys, values, mask) → reader.q(x_reader), positions), keys, values)
     The owner's keys were appended once more for the reader, and as the mask no longer fitted, it was left
-    out: every token stands in the cache twice, and the reader sees later tokens too. The first append has
+    out: every token is in the cache twice, and the reader sees later tokens too. The first append has
     returned what the reader needs, and the owner's mask fits it.
 
     the reader appends its own keys, and has no mask
@@ -790,7 +790,7 @@ step.mistakes(
         keys, values, _ = → keys, values = cache.k[:, :, : cache.length], cache.v[:, :, : cache.length]
             out_reader = core.attention(rope(reader.q(x_reader), positions), keys, values)
             keys, values, _ =
-    The reader read the cache as it stood before this step, so no token sees itself, and a prompt sees nothing
+    The reader read the cache as it was before this step, so no token sees itself, and a prompt sees nothing
     at all. The owner comes first in the model, and it writes before it attends.
 
     the reader's mask aligned top-left
@@ -834,7 +834,7 @@ step.mistakes(
 
     the reader's queries from the owner's input
         reader.q(x_reader) → reader.q(x_owner)
-    The reader's queries were made from x_owner. The reader stands further up in the model and has an input of
+    The reader's queries were made from x_owner. The reader is further up in the model and has an input of
     its own, x_reader; only keys and values come from the owner's.
 
     the owner's query weights for the reader
@@ -854,12 +854,12 @@ step.mistakes(
     the reader's positions start at 0
         rope(reader.q(x_reader), positions) → rope(reader.q(x_reader), torch.arange(T)[None])
     The reader's queries were turned to positions 0 … T − 1. For a prompt that is right, and from then on
-    every new token asks as if it stood at the start. The reader has no cache to count with: it takes the
+    every new token asks as if it were at the start. The reader has no cache to count with: it takes the
     owner's positions.
 
     all positions start at 0
         cache.positions(T) → torch.arange(T)[None]
-    Queries and keys of every step were turned to positions 0 … T − 1, so in decode every token seems to stand
+    Queries and keys of every step were turned to positions 0 … T − 1, so in decode every token seems to be
     at the start. The first step is right, which hides it. Count from what the cache holds:
     cache.positions(T).
 
@@ -871,7 +871,7 @@ step.mistakes(
     positions asked for after the append
         rope(reader.q(x_reader), positions) → rope(reader.q(x_reader), cache.positions(T))
     cache.positions(T) was called again for the reader. By then the owner has appended, so it tells where the
-    *next* tokens will stand, T too far on. Ask once, before the append, and use the answer for both.
+    *next* tokens will be, T too many. Ask once, before the append, and use the answer for both.
 
     cached keys turned again
         out_reader = core → keys = rope(keys, torch.arange(keys.shape[2])[None])

@@ -151,7 +151,7 @@ decoupled = Exercise(
         "q_rope with rotated k_rope. The scale comes last, over the sum.",
         "`rope` wants four dimensions. The one rotary key for all heads is a single head: "
         "`k_rope[:, None]` is (B, 1, S, Dr), and in the product it serves every head.",
-        "The T queries are the last T of the S tokens, so they stand at `positions[:, -T:]`. Only q_rope and "
+        "The T queries are the last T of the S tokens, so they are at `positions[:, -T:]`. Only q_rope and "
         "k_rope are turned, never q and k.",
         "A score is a sum over D + Dr products, whatever they are called, so its spread is √(D + Dr): divide "
         "the sum by `(q.shape[-1] + q_rope.shape[-1]) ** 0.5`.",
@@ -187,13 +187,13 @@ def decoupled_draw(
     """Fresh inputs; T = 1 in the second round, and always more keys than queries."""
     B, H, T = 2, t.pick(3, 5), (1 if t.round == 1 else t.integer(3, 5))
     S, D, Dr = T + t.integer(4, 7), t.pick(12, 16), t.pick(4, 6)
-    stands = torch.arange(S)[None]
+    places = torch.arange(S)[None]
     if positions == "later":
-        stands = stands + t.integer(20, 60)
+        places = places + t.integer(20, 60)
     if positions == "gaps":
-        stands = torch.tensor([sorted(t.random.sample(range(5, 300), S)) for _ in range(B)])
+        places = torch.tensor([sorted(t.random.sample(range(5, 300), S)) for _ in range(B)])
     q, q_rope = t.randn(B, H, T, D, dtype=dtype), t.randn(B, H, T, Dr, dtype=dtype)
-    return q, q_rope, t.randn(B, H, S, D, dtype=dtype), t.randn(B, S, Dr, dtype=dtype), stands
+    return q, q_rope, t.randn(B, H, S, D, dtype=dtype), t.randn(B, S, Dr, dtype=dtype), places
 
 
 def decoupled_same(t: CheckContext, decoupled_scores: Answer, inputs: DecoupledInputs) -> None:
@@ -255,9 +255,9 @@ absorb = Exercise(
         "In matrices: q · (W c) = (Wᵀ q) · c. A transpose, no inverse: nothing has to be undone, the "
         "product is only taken in another order.",
         "The values: Σ_s p_s (W_uv c_s) = W_uv (Σ_s p_s c_s). The weighted sum of latents, o, has R "
-        "numbers, and W_uv[h] takes it up to D: here the matrix stands as it is, not transposed.",
+        "numbers, and W_uv[h] takes it up to D: here the matrix is used as it is, not transposed.",
         'Every head has its own matrix and meets no other: `torch.einsum("bhtd,hdr->bhtr", q, w_uk)` and '
-        '`torch.einsum("bhtr,hdr->bhtd", o, w_uv)`. The letter h stands in both inputs and in the result.',
+        '`torch.einsum("bhtr,hdr->bhtd", o, w_uv)`. The letter h is in both inputs and in the result.',
     ),
 )
 
@@ -438,7 +438,7 @@ def small(t: CheckContext, latent_step: Answer) -> None:
 
 
 def too_large(made: list[Made], inputs: StepInputs) -> tuple[str, Made | None]:
-    """What was built that should not be, by its size: the sizes that occur in it give it away."""
+    """Tensors that should not be built, recognised by the sizes that occur in them."""
     _, q_rope, cache, length, w_uk, _ = inputs
     H, D, R = w_uk.shape
     for one in made:
@@ -559,11 +559,11 @@ def everything(t: CheckContext, svd_init: Answer) -> None:
 
 # 03.6: what the naive and the absorbed path cost, compared with a count head by head and a search
 
-roads = Exercise(
+naive_or_absorbed = Exercise(
     id="03.6",
     slug="roads",
     title="Naive or absorbed: count, and choose",
-    answers=("roads",),
+    answers=("naive_or_absorbed",),
     hints=(
         "A product of an (n, m) with an (m, p) matrix has n·p results of m multiply-adds each: 2·n·m·p "
         "FLOPs. Write down the products of each path, with their shapes, and add.",
@@ -580,7 +580,7 @@ roads = Exercise(
 
 
 # H, D, R, Dr of DeepSeek-V2-Lite, DeepSeek-V2 and -V3, MiniCPM3 and Kimi K2, from their config.json.
-ROADS_MODELS = [(16, 128, 512, 64), (128, 128, 512, 64), (40, 64, 256, 32), (64, 128, 512, 64)]
+PATH_MODELS = [(16, 128, 512, 64), (128, 128, 512, 64), (40, 64, 256, 32), (64, 128, 512, 64)]
 
 
 def product(n: int, m: int, p: int) -> int:
@@ -593,7 +593,7 @@ def naive(H: int, D: int, R: int, Dr: int, S: int, T: int) -> int:
     return H * one_head
 
 
-def roads_absorbed(H: int, D: int, R: int, Dr: int, S: int, T: int) -> int:
+def absorbed(H: int, D: int, R: int, Dr: int, S: int, T: int) -> int:
     one_head = product(T, D, R) + product(T, R + Dr, S) + product(T, S, R) + product(T, R, D)
     return H * one_head
 
@@ -603,7 +603,7 @@ def largest(H: int, D: int, R: int, Dr: int, S: int) -> int | None:
     """Tries T: doubling until absorbed loses, then halving the interval."""
 
     def wins(T: int) -> bool:
-        return roads_absorbed(H, D, R, Dr, S, T) < naive(H, D, R, Dr, S, T)
+        return absorbed(H, D, R, Dr, S, T) < naive(H, D, R, Dr, S, T)
 
     low, high = 0, 1
     while wins(high):
@@ -620,7 +620,7 @@ def model(t: CheckContext, S: int | None = None) -> tuple[int, ...]:
     """H, D, R, Dr, S, T of a real model: a few queries before a long cache. In the first round it is short
     enough that T tokens more or less in it move the largest T."""
     drawn = t.integer(300, 600) if t.round == 0 else t.integer(1000, 9000)
-    return *ROADS_MODELS[t.round % len(ROADS_MODELS)], S or drawn, t.pick(1, 4, 256, 700)
+    return *PATH_MODELS[t.round % len(PATH_MODELS)], S or drawn, t.pick(1, 4, 256, 700)
 
 
 def field(t: CheckContext, got: Any, name: str) -> Any:
@@ -631,8 +631,8 @@ def field(t: CheckContext, got: Any, name: str) -> Any:
     return got[name]
 
 
-def largest_is(t: CheckContext, roads: Answer, shape: tuple[int, ...], want: int | None) -> None:
-    got = field(t, roads(*shape), "largest_T")
+def largest_is(t: CheckContext, naive_or_absorbed: Answer, shape: tuple[int, ...], want: int | None) -> None:
+    got = field(t, naive_or_absorbed(*shape), "largest_T")
     if want is None:
         shown = describe(got) if got is not None else "None"
         t.true(got is None, "largest_T None: absorbed wins at any T", f"largest_T {shown}")
@@ -645,52 +645,54 @@ def largest_is(t: CheckContext, roads: Answer, shape: tuple[int, ...], want: int
     t.number(got if whole is None else whole, want, "largest_T")
 
 
-@roads.requirement(1, "naive", rounds=4)
-def naive_flops(t: CheckContext, roads: Answer) -> None:
+@naive_or_absorbed.requirement(1, "naive", rounds=4)
+def naive_flops(t: CheckContext, naive_or_absorbed: Answer) -> None:
     """2·S·R·H·2D to decompress, then 2·T·S·H·(2D + Dr) to attend; shapes of DeepSeek, MiniCPM3, Kimi K2"""
     shape = model(t)
-    t.number(field(t, roads(*shape), "naive"), naive(*shape), "naive")
+    t.number(field(t, naive_or_absorbed(*shape), "naive"), naive(*shape), "naive")
 
 
-@roads.requirement(1, "absorbed", rounds=4)
-def absorbed_flops(t: CheckContext, roads: Answer) -> None:
+@naive_or_absorbed.requirement(1, "absorbed", rounds=4)
+def absorbed_flops(t: CheckContext, naive_or_absorbed: Answer) -> None:
     """2·T·H·D·R · 2 for the ways in and out, and 2·T·S·H·(2R + Dr) to attend"""
     shape = model(t)
-    t.number(field(t, roads(*shape), "absorbed"), roads_absorbed(*shape), "absorbed")
+    t.number(field(t, naive_or_absorbed(*shape), "absorbed"), absorbed(*shape), "absorbed")
 
 
-@roads.requirement(2, "the largest T at which absorbed wins", rounds=4)
-def largest_t(t: CheckContext, roads: Answer) -> None:
+@naive_or_absorbed.requirement(2, "the largest T at which absorbed wins", rounds=4)
+def largest_t(t: CheckContext, naive_or_absorbed: Answer) -> None:
     """the last whole number of queries at which absorbed has fewer FLOPs, whatever T was handed in; where the
     cache is so short that it lies beyond S, it is that number all the same"""
     shape = model(t)
-    largest_is(t, roads, shape, largest(*shape[:-1]))
+    largest_is(t, naive_or_absorbed, shape, largest(*shape[:-1]))
     # With R < D the lines cross behind S while S · (D − R) < D · R, and never cross beyond that.
     D = (64, 96, 128, 160)[t.round]
     R = D * 3 // 4
     short = (t.integer(3, 8), D, R, 16, D * R // (D - R) * t.integer(2, 8) // 10, t.integer(1, 9))
-    largest_is(t, roads, short, largest(*short[:-1]))
+    largest_is(t, naive_or_absorbed, short, largest(*short[:-1]))
 
 
-@roads.requirement(1, "where absorbed always wins, or never")
-def always_or_never(t: CheckContext, roads: Answer) -> None:
+@naive_or_absorbed.requirement(1, "where absorbed always wins, or never")
+def always_or_never(t: CheckContext, naive_or_absorbed: Answer) -> None:
     """None where it wins at every T, as with R < D and a long cache, and where each further query costs the
     same on both paths; 0 where it loses already at T = 1"""
     H, T = t.pick(3, 5, 8), t.integer(1, 9)
     D = t.pick(64, 96, 128)
     always = (H, D, D // 2, 16, t.integer(1000, 5000), T)
-    largest_is(t, roads, always, None)
-    largest_is(t, roads, (H, D, D // 2, 16, D, T), None)  # one more query costs the same on both paths
+    largest_is(t, naive_or_absorbed, always, None)
+    largest_is(
+        t, naive_or_absorbed, (H, D, D // 2, 16, D, T), None
+    )  # one more query costs the same on both paths
     never = (H, D, 4 * D, 16, 1, T)
-    largest_is(t, roads, never, 0)
+    largest_is(t, naive_or_absorbed, never, 0)
 
 
-@roads.requirement(1, "a tie", rounds=2)
-def tie(t: CheckContext, roads: Answer) -> None:
+@naive_or_absorbed.requirement(1, "a tie", rounds=2)
+def tie(t: CheckContext, naive_or_absorbed: Answer) -> None:
     """equal FLOPs are no win: the largest T is the one before"""
     D = t.pick(16, 32, 64)
     shape = (t.pick(3, 5, 8), D, 2 * D, t.pick(8, 16), 2 * D, t.integer(1, 9))
-    largest_is(t, roads, shape, largest(*shape[:-1]))
+    largest_is(t, naive_or_absorbed, shape, largest(*shape[:-1]))
 
 
 # 03.7: the rank that a budget of memory allows, compared with trying every rank
@@ -827,4 +829,4 @@ def too_little(t: CheckContext, rank_for_budget: Answer) -> None:
     )
 
 
-EXERCISES = (latent, decoupled, absorb, step, svd, roads, budget)
+EXERCISES = (latent, decoupled, absorb, step, svd, naive_or_absorbed, budget)

@@ -1,6 +1,6 @@
 """Unit 03: known mistakes of the exercises on multi-head compression."""
 
-from .checks import absorb, budget, decoupled, latent, roads, step, svd
+from .checks import absorb, budget, decoupled, latent, naive_or_absorbed, step, svd
 
 # 03.1: Down to the latent, up again
 
@@ -21,7 +21,7 @@ latent.mistakes(
     the latent left transposed
         x @ w_down.T → w_down @ x.transpose(1, 2)
     w_down was put on the left, w_down xᵀ, and the result left as (B, R, T). The numbers are right, and they
-    stand in columns; everything else in the course has one token per row: (B, T, R). Transpose once more, or
+    are in columns; everything else in the course has one token per row: (B, T, R). Transpose once more, or
     write `x @ w_down.T`.
 
     the latent reshaped back, not transposed
@@ -194,18 +194,18 @@ decoupled.mistakes(
 
     the queries at the first T positions
         positions[:, -T:] → positions[:, :T]
-    The queries were turned to `positions[:, :T]`, where the first T tokens stand. They are the last T of the
+    The queries were turned to `positions[:, :T]`, where the first T tokens are. They are the last T of the
     S tokens: `positions[:, -T:]`.
 
     the queries behind the last token
         positions[:, -T:] → positions[:, -1:] + 1 + torch.arange(T)
     The queries were turned to the positions that *follow* the last key's. The new tokens are among the S
-    already, their keys with them: they stand at `positions[:, -T:]`.
+    already, their keys with them: they are at `positions[:, -T:]`.
 
     tokens counted, positions not read
         T, width = → positions = torch.arange(k.shape[2])[None]
             T, width =
-    The tokens were taken to stand at 0, 1, 2, … S − 1. That is right only where nothing is missing: with
+    The tokens were taken to be at 0, 1, 2, … S − 1. That is right only where nothing is missing: with
     padding or dropped tokens the distances differ. The positions are handed in: use them.
 
     every row at the positions of the first
@@ -300,7 +300,7 @@ absorb.mistakes(
 
     W_uv on the wrong side
         torch.einsum("bhtr,hdr->bhtd", o, w_uv) → o @ w_uv
-    The output was multiplied as `o @ w_uv`, like the query. But the values' matrix stands where it stood,
+    The output was multiplied as `o @ w_uv`, like the query. But the values' matrix is not moved:
     W_uv o, which is `o @ w_uv[h].T` for a row: it takes R numbers up to D, while W_uk's transpose takes D
     down to R. (Where D = R both run, and this one is wrong.)
 
@@ -579,7 +579,7 @@ svd.mistakes(
 # 03.6: Naive or absorbed: count, and choose
 
 
-roads.mistakes(
+naive_or_absorbed.mistakes(
     r"""
     multiply-adds, not FLOPs
         decompress = 2 * S → decompress = S
@@ -697,7 +697,7 @@ roads.mistakes(
     a crossing beyond S cut off at S
         (decompress - 1) // slope → min((decompress - 1) // slope, S)
     Where the lines cross at more than S queries, S came back. The question is where they cross, for this H,
-    D, R, Dr and S; that so many new tokens cannot stand in this cache is no matter.
+    D, R, Dr and S; that so many new tokens do not fit in this cache is no matter.
 
     R < D taken for "always"
         None if slope <= 0 → None if R < D

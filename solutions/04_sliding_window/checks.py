@@ -56,7 +56,7 @@ def ring_of(t: CheckContext, x: Tensor, window: int) -> Tensor:
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, first: int = 0) -> Tensor:
-    """Attention of q (B, H, T, D), which stand at ``first`` and after, one token at a time."""
+    """Attention of q (B, H, T, D), which are at ``first`` and after, one token at a time."""
     outs = []
     for i in range(q.shape[2]):
         seen = slice(max(0, first + i + 1 - window), first + i + 1)
@@ -65,7 +65,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: int, first: int = 0) -> Te
 
 
 def three(t: CheckContext, got: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What came back, taken apart into the output and two rings, or the end of this round."""
+    """The returned value, split into the output and two rings, or the end of this round."""
     if isinstance(got, tuple | list) and len(got) == 3 and all(isinstance(part, Tensor) for part in got):
         return got[0], got[1], got[2]
     t.note(got, Difference("", "three tensors, (out, ring_k, ring_v)", describe(got)))
@@ -97,7 +97,7 @@ mask = Exercise(
     answers=("window_mask",),
     hints=(
         "Two conditions for each pair: the key is not in the future, and it is not too far back. Write down "
-        "the positions first: keys stand at 0 … S − 1, queries at S − T … S − 1.",
+        "the positions first: keys are at 0 … S − 1, queries at S − T … S − 1.",
         "The distance of a pair is query position − key position. Itself is at distance 0, so a window of "
         "W tokens that counts the token itself reaches to distance W − 1.",
         "`distance = queries[:, None] - keys[None, :]` is (T, S); the mask is `(distance >= 0) & (distance "
@@ -216,11 +216,11 @@ def same_ring(t: CheckContext, write_ring: Answer, window: int, start: int, *chu
 
 
 def ring_same_positions(t: CheckContext, held_positions: Answer, n_tokens: int, window: int) -> None:
-    """Whole numbers, one a slot."""
+    """Whole numbers, one per slot."""
     got: Any = held_positions(n_tokens, window)
     numbers = whole_numbers(got)
     if numbers is None:
-        t.true(False, "whole numbers, one a slot", describe(got))
+        t.true(False, "whole numbers, one per slot", describe(got))
         raise Stop
     want = torch.tensor(held(n_tokens, window))
     t.close(torch.tensor(numbers, dtype=torch.int64), want, f"after {n_tokens} tokens:")
@@ -244,7 +244,7 @@ def single(t: CheckContext, write_ring: Answer, held_positions: Answer) -> None:
 
 @ring.requirement(1, "write_ring: a chunk across the edge")
 def across(t: CheckContext, write_ring: Answer, held_positions: Answer) -> None:
-    """T ≤ W tokens of which the first stand before the edge and the rest behind it; also exactly W"""
+    """T ≤ W tokens of which the first are before the edge and the rest behind it; also exactly W"""
     window = t.integer(6, 9)
     T = t.integer(4, window - 1)
     n_laps = 1 if t.round == 0 else t.integer(2, 3)
@@ -562,7 +562,7 @@ def mixed(t: CheckContext, reach: Answer, layers_needed: Answer) -> None:
 
 @field.requirement(1, "reach: windows and full layers")
 def field_full(t: CheckContext, reach: Answer, layers_needed: Answer) -> None:
-    """one full layer (None), wherever it stands, and every position up to the token's own is reached"""
+    """one full layer (None), wherever it is, and every position up to the token's own is reached"""
     window = t.integer(3, 5)
     n_layers = t.integer(4, 6)
     middle = t.integer(1, n_layers - 2)

@@ -22,7 +22,7 @@ mask.mistakes(
 
     W tokens before it, and not itself
         (distance >= 0) & (distance < window) → (distance > 0) & (distance <= window)
-    Distances 1 … W: the window stands before the token. But a token attends to itself too, and counts among
+    Distances 1 … W: the window is before the token. But a token attends to itself too, and counts among
     the W; the first token of a prompt would have nothing to attend to.
 
     a token cannot see itself
@@ -98,13 +98,13 @@ mask.mistakes(
 
     rows for keys, columns for queries
         queries[:, None] - torch.arange(n_keys) → queries - torch.arange(n_keys)[:, None]
-    The dimensions are swapped: (S, T). A score stands in the row of its query and the column of its key, so
+    The dimensions are swapped: (S, T). A score is in the row of its query and the column of its key, so
     the queries' positions get the new dimension behind them, `queries[:, None]`, and the keys' in front.
 
     decode as an exception, chunks aligned top-left
         torch.arange(n_keys - n_queries, n_keys)
             → torch.arange(n_keys - 1, n_keys) if n_queries == 1 else torch.arange(n_queries)
-    T = 1 got a branch of its own and the rest is aligned top-left, as if the first query stood at position 0.
+    T = 1 got a branch of its own and the rest is aligned top-left, as if the first query were at position 0.
     With S − T tokens before the first query, one rule serves a prompt, a chunk and a single token.
 
     the near edge aligned top-left
@@ -166,7 +166,7 @@ ring.mistakes(
     `start` was not looked at: each chunk begins at slot 0, so in decode all tokens go to the same slot. The
     slot follows from the token's position in the whole sequence.
 
-    the pointer stands still within a chunk
+    the pointer does not advance within a chunk
         torch.arange(end - n, end) % window → start % window
         new[:, :, -n:] → new[:, :, -1]
     All tokens of the chunk went to the slot of its first one, and only the last is left. One token at a time
@@ -174,7 +174,7 @@ ring.mistakes(
 
     off by one: positions counted from 1
         torch.arange(end - n, end) → torch.arange(end - n + 1, end + 1)
-    Every token stands one slot too far: (position + 1) % W. `start` is the position of the chunk's first
+    Every token is one slot too far: (position + 1) % W. `start` is the position of the chunk's first
     token, and positions count from 0.
 
     modulo W − 1
@@ -211,7 +211,7 @@ ring.mistakes(
         window, end = → new = new[:, :, -ring.shape[2] :]
             window, end =
     The last W tokens of a long chunk are right, but they were laid from start % W on, the slot of the chunk's
-    first token. It is gone. The first that stays stands at start + T − W: that is its position, and decides
+    first token. It is gone. The first that stays is at start + T − W: that is its position, and decides
     its slot.
 
     a long chunk laid from slot 0
@@ -259,11 +259,11 @@ ring.mistakes(
         return (newest - back).clamp(min=-1) → slots = torch.arange(window)
             return torch.where(slots < n_tokens, slots, -1)
     The positions start over with every lap: a slot's number was given, 0 … W − 1. RoPE and the mask need
-    where the token stands in the whole sequence.
+    where the token is in the whole sequence.
 
     one token ahead: n for n − 1
         newest = n_tokens - 1 → newest = n_tokens
-    n was taken for the newest position. After n tokens the newest stands at n − 1, and slot n % W still holds
+    n was taken for the newest position. After n tokens the newest is at n − 1, and slot n % W still holds
     the oldest.
 
     one token behind
@@ -384,7 +384,7 @@ prefill.mistakes(
             ring_k[:, :, slots], ring_v[:, :, slots] = k[:, :, -window:], v[:, :, -window:]
             keys =
     The chunk went into the ring, and ring and chunk were joined to attend. What it wrote over is gone, and in
-    its place stand its own tokens, taken for older ones: they are seen twice. Attend to the ring as it was
+    its place are its own tokens, taken for older ones: they are seen twice. Attend to the ring as it was
     *before* the chunk.
 
     the ring not written
@@ -403,7 +403,7 @@ prefill.mistakes(
     a long chunk's end in the slots of its beginning
         new[-window:] → new[:window]
     The last W tokens were written, but from start % W on, the slot of the chunk's first token. The first that
-    stays stands at start + T − W, and that decides its slot.
+    stays is at start + T − W, and that decides its slot.
 
     the ring laid in the order of time
         slots = new[-window:] % window → n = min(keys.shape[2], window)
@@ -467,7 +467,7 @@ sinks.mistakes(
         [p for p in range(position + 1) if p < n_sinks or p > position - window]
             → [*range(min(n_sinks, position + 1)), *range(max(0, position + 1 - window), position + 1)]
     The sinks and the window were listed one after the other, and while the window still reaches over the
-    first tokens these stand there twice. In a softmax they would get twice their weight. A position has two
+    first tokens these are there twice. In a softmax they would get twice their weight. A position has two
     reasons to be seen, and is seen once.
 
     no sinks
@@ -506,14 +506,14 @@ sinks.mistakes(
     sinks that do not exist yet
         range(position + 1) → range(max(position + 1, n_sinks))
         p > position - window → position - window < p <= position
-    The first n_sinks positions were listed even where the token stands before some of them: it sees its own
+    The first n_sinks positions were listed even where the token is before some of them: it sees its own
     future. What is seen ends at the token itself, be it a sink or not.
 
     places in the cache in place of positions
         [p for p in → [i for i, p in enumerate(p for p in
         position - window] → position - window)]
     These are 0, 1, 2 … without the gap: how the kept tokens lie in the cache. StreamingLLM does turn its keys
-    by such numbers; asked for is where the tokens stand in the sequence, and the gap is real.
+    by such numbers; asked for is where the tokens are in the sequence, and the gap is real.
 
     the gap and not the tokens
         p < n_sinks or p > position - window → p >= n_sinks and p <= position - window
@@ -527,7 +527,7 @@ sinks.mistakes(
     the window listed before the sinks
         [p for → sorted([p for
         position - window] → position - window], key=lambda p: p <= position - window)
-    The right positions, and not in the order asked for: ascending, so the sinks stand in front of the window.
+    The right positions, and not in the order asked for: ascending, so the sinks are in front of the window.
 
     the newest first
         position - window] → position - window][::-1]
@@ -546,7 +546,7 @@ sinks.mistakes(
 
     the wrong column dropped
         (scores, sinks) → (sinks, scores)
-    The logit was put at one end of the scores and a column dropped at the other: the sink's share stands
+    The logit was put at one end of the scores and a column dropped at the other: the sink's share is
     where a token's weight should be, and every weight belongs to its neighbour. Drop the column that you
     added.
 
@@ -583,8 +583,8 @@ sinks.mistakes(
         return torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :S]
             → exp = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e30)).exp()
             return exp / (exp.sum(-1, keepdim=True) + sinks.exp())
-    The scores were lowered by their maximum and the logit was not. The two no longer stand on the same
-    ground: the sink weighs exp(maximum) times too much. What is subtracted from one is subtracted from all.
+    The scores were lowered by their maximum and the logit was not. The two no longer have the same
+    scale: the sink weighs exp(maximum) times too much. What is subtracted from one is subtracted from all.
 
     the logit itself, not its exp
         return torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :S]
@@ -600,7 +600,7 @@ sinks.mistakes(
 
     the first head's logit for all
         sink_logits.view(1, H, 1, 1) → sink_logits[:1].view(1, 1, 1, 1)
-    Every head got the logit of head 0. There are H logits, one a head; to lay them over (B, H, T, S) they
+    Every head got the logit of head 0. There are H logits, one per head; to lay them over (B, H, T, S) they
     need the shape (1, H, 1, 1).
 
     all heads' logits in every denominator
@@ -722,7 +722,7 @@ field.mistakes(
 
     sinks after the token
         [*sinks, *range(first, position + 1)] → sorted({*range(n_sinks), *range(first, position + 1)})
-    All n_sinks first positions were listed for a token that stands before some of them. What can have an
+    All n_sinks first positions were listed for a token that is before some of them. What can have an
     influence on a token ends at the token.
 
     each layer carries W
@@ -932,7 +932,7 @@ step.mistakes(
             ring_k[rows, :, lengths % window] = k
             ring_v[rows, :, lengths % window] = v
             return out
-    The ring was read as it stood before this step: the new token does not see itself, and sees one that has
+    The ring was read as it was before this step: the new token does not see itself, and sees one that has
     just left its window. The very first token sees nothing. Write first, then attend.
 
     attended before it was written, with the mask of afterwards
@@ -943,7 +943,7 @@ step.mistakes(
             ring_k[rows, :, lengths % window] = k
             ring_v[rows, :, lengths % window] = v
             return out
-    The ring was read before the new token stood in it, and its slot was taken to be filled: what was read
+    The ring was read before the new token was in it, and its slot was taken to be filled: what was read
     there is the token that has just left the window, or a leftover. Write first, then attend.
 
     attended before it was written, and 0 / 0 for the first token
@@ -955,7 +955,7 @@ step.mistakes(
             ring_k[rows, :, lengths % window] = k
             ring_v[rows, :, lengths % window] = v
             return out
-    The ring was read as it stood before this step: the new token does not see itself, and sees one that has
+    The ring was read as it was before this step: the new token does not see itself, and sees one that has
     just left its window; for the very first token every slot is hidden, and the output is NaN. Write first,
     then attend: then at least one slot is filled.
 
@@ -1038,7 +1038,7 @@ step.mistakes(
     off by one: the slot of the next token
         ring_k[rows, :, lengths % window] → ring_k[rows, :, (lengths + 1) % window]
         ring_v[rows, :, lengths % window] → ring_v[rows, :, (lengths + 1) % window]
-    The token was written to (length + 1) % W. With `length` tokens before it the new one stands at position
+    The token was written to (length + 1) % W. With `length` tokens before it the new one is at position
     `length`, since positions count from 0. In a full ring it replaces the oldest but one, and an empty slot
     is taken for filled before.
 
@@ -1046,14 +1046,14 @@ step.mistakes(
         B, H, D = → lengths = lengths - 1
             B, H, D =
         softmax(dim=-1) → softmax(dim=-1).nan_to_num()
-    The new token was put at position length − 1, where the token before it stands, and wrote over that one.
-    `lengths` says how many tokens a row has seen *before* this one: it stands at position `length`.
+    The new token was put at position length − 1, where the token before it is, and wrote over that one.
+    `lengths` says how many tokens the row has seen *before* this one: it is at position `length`.
 
     off by one: counted on before the step
         B, H, D = → lengths = lengths + 1
             B, H, D =
     The lengths were raised by one and the new token put at length + 1: a slot too far, with an empty one left
-    out before it. It stands at position `length`; only afterwards has the row seen length + 1 tokens.
+    out before it. It is at position `length`; only afterwards has the row seen length + 1 tokens.
 
     one length for all rows
         B, H, D = → lengths = lengths.max().expand_as(lengths)
@@ -1125,8 +1125,8 @@ step.mistakes(
 
     the first head's slope for all
         slopes.view(1, H, 1) → slopes[:1].view(1, 1, 1)
-    Every head got slope 0's. There are H slopes, one a head; over scores of (B, H, W) they need the shape (1,
-    H, 1).
+    Every head got slope 0's. There are H slopes, one per head; over scores of (B, H, W) they need the shape
+    (1, H, 1).
 
     ages that run the wrong way round
         lengths[:, None] - slots → slots - lengths[:, None]

@@ -146,7 +146,7 @@ def far(t: CheckContext, strided_mask: Answer, fixed_mask: Answer) -> None:
 
 @classic.requirement(1, "fixed: the query's own block")
 def classic_own(t: CheckContext, strided_mask: Answer, fixed_mask: Answer) -> None:
-    """all tokens of the block that the query stands in, up to itself"""
+    """all tokens of the block that the query is in, up to itself"""
     n, block, summary = fixed_sizes(t)
     i, j = positions(n)
     own_block = (i > j) & (i // block == j // block)
@@ -189,7 +189,7 @@ sentence = Exercise(
 
 
 def read(t: CheckContext, got: Any) -> Pattern:
-    """What a sentence means, or the end of this round."""
+    """The mask of a sentence, or the end of this round."""
     if not isinstance(got, str):
         t.true(False, "a sentence: text", describe(got))
         raise Stop
@@ -226,7 +226,7 @@ def first_tokens(n_tokens: int, n: int) -> Tensor:
 
 
 def drawn(n_tokens: int, block: int, n_window: int, n_global: int, n_random: int, seed: int) -> Tensor:
-    """What the word draws, block by block."""
+    """The blocks that the word draws, block by block."""
     word = Random(n_random, block, skip_first=n_global, skip_last=n_window, seed=seed)
     mask = torch.zeros(n_tokens, n_tokens, dtype=torch.bool)
     for start in range(0, n_tokens, block):
@@ -450,7 +450,7 @@ def large(t: CheckContext, block_sparse_attention: Answer) -> None:
     """scores of some hundreds, positive and negative: the same softmax, without overflow and without NaN"""
     block, n = t.integer(3, 5), t.integer(4, 5)
     q, k, v = union_draw(t, n * block)
-    # Far apart, so that rounding decides nothing, but for a key that stands twice in block 0 and once in 1.
+    # Far apart, so that rounding decides nothing, but for a key that is twice in block 0 and once in 1.
     k[:, :, 1] = k[:, :, block] = k[:, :, 0]
     given = 100 * q, k, v, some(t, n), block
     t.close(block_sparse_attention(*given), union_reference(*given), tolerance=1e-3)
@@ -514,7 +514,7 @@ def with_global(n: int, size: int, at: int) -> Tensor:
 
 
 def drawn_global(t: CheckContext) -> Tensor:
-    """The global token stands in the first half or at the end of it, far enough from both ends."""
+    """The global token is in the first half or at the end of it, far enough from both ends."""
     size = t.integer(2, 3)
     at = size + t.integer(4, 6)
     return with_global(at + size + t.integer(6, 9), size, at)
@@ -647,7 +647,7 @@ def select_form(t: CheckContext, select_blocks: Answer) -> None:
 
 @select.requirement(1, "its own block, and none after it", rounds=2)
 def select_own(t: CheckContext, select_blocks: Answer) -> None:
-    """the block that the query stands in is picked always, whatever it would score; later ones never"""
+    """the block that the query is in is picked always, whatever it would score; later ones never"""
     block = t.integer(3, 5)
     T = 5 * block
     q, k = select_draw(t, T)
@@ -736,7 +736,7 @@ step = Exercise(
     answers=("select_step",),
     hints=(
         "In this order: append the new key and value, bring the means up to date, select, attend. The new "
-        "token stands at position S, so its own block is S // block, and it reads itself.",
+        "token is at position S, so its own block is S // block, and it reads itself.",
         "A mean is appended only when the new token fills its block: (S + 1) % block == 0. Then it is the "
         "mean of the last `block` keys, the new one among them. In between the means stay as they are: the "
         "keys of the half-filled block are in the cache.",
@@ -794,7 +794,7 @@ def output(state: State, block: int, n_blocks: int) -> Tensor:
 
 
 def four(t: CheckContext, got: Any) -> list[Tensor]:
-    """What came back, taken apart, or the end of this round."""
+    """The returned values, or the end of this round."""
     if isinstance(got, tuple | list) and len(got) == 4 and all(isinstance(part, Tensor) for part in got):
         return list(got)
     t.note(got, Difference("", "four tensors, (out, keys, values, means)", describe(got)))

@@ -43,7 +43,7 @@ classic.mistakes(
 
     the local part one short
         i - j < stride → i - j < stride - 1
-    The query's own token was not counted among the last `stride`, or `<` stands where `<=` belongs: the
+    The query's own token was not counted among the last `stride`, or `<` is where `<=` belongs: the
     distances 0 … stride − 2 were marked. They are 0 … stride − 1, so `i - j < stride`.
 
     the local part too wide
@@ -112,7 +112,7 @@ classic.mistakes(
     The summaries were taken from the start of each block. A token can only sum up what it has seen, and the
     first token of a block has seen nothing of it: the *last* ones are the summary.
 
-    one summary token a block
+    one summary token per block
         j % block >= block - summary → j % block == block - 1
     Only the last token of each block can be seen from later blocks; `summary` was not looked at. The last
     `summary` tokens count.
@@ -134,7 +134,7 @@ classic.mistakes(
 
     a window in place of the own block
         (i // block == j // block) → (i - j < block)
-    The last `block` tokens were marked wherever they stand. The fixed pattern is cut at fixed places: a query
+    The last `block` tokens were marked wherever they are. The fixed pattern is cut at fixed places: a query
     sees its own block, and of the block before only the summary, however near the rest of it is.
 
     the own block without the rest
@@ -149,7 +149,7 @@ classic.mistakes(
 
     own block and summary at once
         (i // block == j // block) | → (i == j) | (i // block == j // block) &
-    `and` in place of `or`: only summary tokens of the query's own block are left. A key is seen if it stands
+    `and` in place of `or`: only summary tokens of the query's own block are left. A key is seen if it is
     in the own block *or* is a summary.
 
     summaries that only summary tokens see
@@ -451,7 +451,7 @@ union.mistakes(
 
     the last listed block taken for the diagonal one
         there > here[:, None] → (there // block == listed[-1]) & (there % block > here[:, None] % block)
-    The triangle was laid over the block that stands last in the list, and the own one, wherever it stands,
+    The triangle was laid over the block that is last in the list, and the own one, wherever it is,
     was read whole. The lists may have any order: whether a key is hidden depends on its position.
 
     the own token hidden
@@ -532,7 +532,7 @@ union.mistakes(
     the triangle laid from the first gathered key
         there > here[:, None] → torch.ones(len(here), len(there), dtype=torch.bool).triu(1)
     `tril()` over the gathered scores takes query 0 of the block for the first of all, so it sees the first
-    gathered key and no other. The queries stand at the *end* of the past: compare positions in the text,
+    gathered key and no other. The queries are at the *end* of the past: compare positions in the text,
     those of the gathered keys with those of the queries.
 
     keys used as values
@@ -1031,7 +1031,7 @@ step.mistakes(
     the own block begins one token too late
         own = S // block → own = max(S - 1, 0) // block
     The own block was taken as (S − 1) // block: the new token at position S was added to the old block, even
-    where that was full. The first token of a block stands at a multiple of `block`: S // block.
+    where that was full. The first token of a block is at a multiple of `block`: S // block.
 
     the own block begins one token too early
         own = S // block → own = (S + 1) // block
@@ -1054,7 +1054,7 @@ step.mistakes(
             weights =
         keys.gather(2, at) → torch.cat((keys.gather(2, at), empty), dim=2)
         @ values.gather(2, at) → @ torch.cat((values.gather(2, at), empty), dim=2)
-    The own block was read as a whole, with zeros where no token stands yet. A key of zeros has the score 0,
+    The own block was read as a whole, with zeros where no token is yet. A key of zeros has the score 0,
     and that is no small weight: the softmax gives the empty places their share.
 
     a mean for the half-filled block
@@ -1211,7 +1211,7 @@ cache_bytes.mistakes(
     the block of the token to come
         (n_tokens - 1) // config["block"] → n_tokens // config["block"]
         (n_tokens - 1) % block + 1 → n_tokens % block
-    N // block and N % block were taken for the own block and what is in it. The last token stands at N − 1.
+    N // block and N % block were taken for the own block and what is in it. The last token is at N − 1.
     When it fills its block, N belongs to the next one, which is still empty, and the own one was not counted
     at all: (N − 1) // block, and (N − 1) % block + 1 tokens.
 

@@ -28,7 +28,7 @@ def phi(x: Tensor) -> Tensor:
 
 
 def outer(k: Tensor, v: Tensor) -> Tensor:
-    """What one token (B, H, K), (B, H, V) writes: (B, H, K, V)."""
+    """The write of one token (B, H, K), (B, H, V): (B, H, K, V)."""
     return k[..., :, None] * v[..., None, :]
 
 
@@ -73,7 +73,7 @@ def draw(t: CheckContext, n_tokens: int, square: bool = True) -> QKV:
 
 
 def tensors(t: CheckContext, got: Any, names: str) -> list[Tensor]:
-    """What came back, taken apart into as many tensors as ``names`` lists, or the end of this round."""
+    """The returned value, split into as many tensors as ``names`` lists, or the end of this round."""
     n = names.count(",") + 1
     if isinstance(got, tuple | list) and len(got) == n and all(isinstance(part, Tensor) for part in got):
         return list(got)
@@ -760,7 +760,7 @@ def quarters(x: Tensor) -> Tensor:
 
 
 def wkv_draw(t: CheckContext, T: int) -> WkvGiven:
-    """Ordinary numbers: decays of 0.25 to 1.25 a step, and a bonus above 0."""
+    """Ordinary numbers: decays of 0.25 to 1.25 per step, and a bonus above 0."""
     B, C = t.pick(2, 3), t.pick(5, 6, 7)
     w = quarters(torch.rand(C, generator=t.generator)) + 0.25
     u = 0.5 + t.randn(C).abs()
@@ -894,7 +894,7 @@ REAL = ((MAMBA, PYTHIA), (RWKV, QWEN_2_5), (QWEN_3_NEXT, ALL_FULL))
 
 
 def kept(model: Config) -> list[tuple[int, tuple[int, ...]]]:
-    """What one layer keeps: for each tensor the bytes of a number, and the shape."""
+    """The state of one layer: for each tensor the bytes of a number, and the shape."""
     if model["kind"] == "mamba":
         channels = model["expand"] * model["d_model"]
         return [(STATE, (channels, model["d_state"])), (OTHER, (model["conv_width"] - 1, channels))]
@@ -940,7 +940,7 @@ def draw_attention(t: CheckContext, layers: int | None = None) -> Config:
 
 
 def ask(t: CheckContext, crossing: Answer, model: Config, attention: Config, *names: str) -> Config:
-    """What came, if it is a dict with these keys; else the end of this round."""
+    """The returned value, if it is a dict with these keys; else the end of this round."""
     got = crossing(model, attention)
     for name in names:
         if not isinstance(got, dict) or name not in got:

@@ -31,7 +31,7 @@ features.mistakes(
     a normaliser without the feature map
         weights.sum( → (q @ k.transpose(-2, -1)).tril().sum(
     The outputs are divided by the sum of q·k, without φ. Such a sum may be 0 or negative, and it is not what
-    the weights sum to. The same φ(q)·φ(k) stand above and below.
+    the weights sum to. The same φ(q)·φ(k) is above and below.
 
     elu without + 1
         (F.elu(q) + 1) @ (F.elu(k) + 1) → F.elu(q) @ F.elu(k)
@@ -69,7 +69,7 @@ features.mistakes(
         ((F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-2, -1)).tril()
             → softmax_of(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5)
     This is softmax attention as in unit 01, without a feature map. Linear attention puts φ(q)·φ(k) where
-    exp(q·k / √K) stood.
+    exp(q·k / √K) was.
 
     a scale before the feature map
         F.elu(q) → F.elu(q * q.shape[-1] ** -0.5)
@@ -448,7 +448,7 @@ chunked.mistakes(
             q, k, v = (F.pad(x, (0, 0, -T % chunk, 0)) for x in (q, k, v))
             state = q.new_zeros
         torch.cat(outs, dim=2) → torch.cat(outs, dim=2)[:, :, :T]
-    Zeros were put before the text, and as many rows cut off behind it: every output stands too far back. Cut
+    Zeros were put before the text, and as many rows cut off behind it: every output is too far back. Cut
     off where you padded.
 
     a last state without the last chunk
@@ -744,13 +744,13 @@ delta.mistakes(
         error = v - → error = beta[..., None] * v -
         (beta[..., None] * error) → error
     The old value was removed whole, and the share β of the new one written. A small β then empties the
-    memory. It is one step on one error: β stands before both, β k (v − Sᵀk)ᵀ.
+    memory. It is one step on one error: β multiplies both, β k (v − Sᵀk)ᵀ.
 
     β on the old value only
         v - (memory → v - beta[..., None] * (memory
         (beta[..., None] * error) → error
     The share β of the old value was removed, and the new one written whole. So (1 − β) of the old is left
-    beside all of the new, and a token with β = 0, which wants to write nothing, writes everything. β stands
+    beside all of the new, and a token with β = 0, which wants to write nothing, writes everything. β is
     before the whole error: β k (v − Sᵀk)ᵀ.
 
     β left out
@@ -914,7 +914,7 @@ mamba.mistakes(
 
     softplus missing
         torch.nn.functional.softplus(dt + dt_bias) → (dt + dt_bias)
-    Δ = dt + dt_bias as it stands, which may be negative: then Ā is above 1 and the state grows. softplus
+    Δ = dt + dt_bias as it is, which may be negative: then Ā is above 1 and the state grows. softplus
     makes every step positive.
 
     ReLU for softplus
@@ -1040,7 +1040,7 @@ wkv.mistakes(
     the bonus multiplied, not in the exponent
         torch.maximum(m, u + k[:, t]) → torch.maximum(m, k[:, t])
         (u + k[:, t] - n).exp() → u * (k[:, t] - n).exp()
-    The token's own weight was u e^k. u stands in the exponent, e^(u + k): so it may be any number, and the
+    The token's own weight was u e^k. u is in the exponent, e^(u + k): so it may be any number, and the
     weight stays positive.
 
     the token's own weight without its key
@@ -1128,7 +1128,7 @@ wkv.mistakes(
     no running maximum
         torch.maximum(m, u + k[:, t]) → torch.zeros_like(m)
         torch.maximum(m - w, k[:, t]) → torch.zeros_like(m)
-    The exponentials were computed as they stand: e^k is infinite for k above 88, and 0 for k below −104, so
+    The exponentials were computed as they are: e^k is infinite for k above 88, and 0 for k below −104, so
     the average is ∞/∞ or 0/0, NaN. Divide both sums by e^m, m the largest exponent so far.
 
     fp64 for a running maximum
@@ -1137,7 +1137,7 @@ wkv.mistakes(
         torch.maximum(m, u + k[:, t]) → torch.zeros_like(m)
         torch.maximum(m - w, k[:, t]) → torch.zeros_like(m)
         torch.stack(outs, dim=1) → torch.stack(outs, dim=1).float()
-    The exponentials were computed as they stand, in fp64. That moves the limit from 88 to 709 and no further,
+    The exponentials were computed as they are, in fp64. That moves the limit from 88 to 709 and no further,
     and kernels do not compute in fp64. With a running maximum fp32 does for any keys.
 
     the maximum without the bonus
@@ -1202,7 +1202,7 @@ wkv.mistakes(
         torch.maximum(m, u + k[:, t]) → torch.zeros_like(m)
         torch.maximum(m - w, k[:, t]) → torch.zeros_like(m)
         torch.stack(outs, dim=1) → torch.stack(outs, dim=1).nan_to_num()
-    The exponentials were computed as they stand and the NaN set to 0. That hides the overflow and returns 0
+    The exponentials were computed as they are and the NaN set to 0. That hides the overflow and returns 0
     where an average of the values is right. Subtract the running maximum, and there is no NaN.
 
     the denominator without the bonus
@@ -1329,7 +1329,7 @@ crossing.mistakes(
     Keys and values were counted at every query head. With grouped queries only the KV heads have keys and
     values, and the crossing comes so many times later.
 
-    keys only, or one byte a number
+    keys only, or one byte per number
         * 2 * attention["kv_heads"] → * attention["kv_heads"]
     Half of a token is missing. It leaves a key *and* a value, in each layer and at each KV head, and each of
     their numbers takes 2 bytes.
@@ -1346,7 +1346,7 @@ crossing.mistakes(
     the layers of the wrong model
         attention["layers"] → model["layers"]
     Keys and values were counted with the layers of the recurrent model. The two need not be equally deep: 64
-    layers of Mamba-2.8B stand against 32 of Pythia-2.8B, since a Mamba layer has no MLP beside it.
+    layers of Mamba-2.8B compare with 32 of Pythia-2.8B, since a Mamba layer has no MLP beside it.
 
     a hybrid's states against keys and values of all layers
         attention["layers"] - full → attention["layers"]
@@ -1416,6 +1416,6 @@ crossing.mistakes(
         state // per_token + 1
             → state // (model["layers"] - full) // (per_token // (attention["layers"] - full)) + 1
     The crossing was computed for one layer against one layer. That is right only where both models have as
-    many of them; here the whole state stands against all keys and values of a token.
+    many of them; here the whole state is compared with all keys and values of a token.
     """,
 )

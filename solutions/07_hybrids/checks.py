@@ -1220,7 +1220,7 @@ def real_kinds(n: int) -> Kinds:
 
 
 def allowed(kinds: Kinds, counts: Mapping[str, int], budget: float, read_limit: float, distance: int) -> str:
-    """What such a stack violates; empty if nothing."""
+    """The rules that such a stack violates; empty if none."""
     stored, read = (sum(kinds[name][key] * n for name, n in counts.items()) for key in ("stored", "read"))
     if stored > budget:
         return f"{stored:,} bytes stored, more than {budget:,}"
@@ -1477,7 +1477,7 @@ def recall_of(logits: Tensor, texts: Any) -> float:
 
 
 def layer_kinds() -> Kinds:
-    """What one layer of each kind costs and can do at ``LONG`` tokens, from the layers themselves."""
+    """The costs and abilities of one layer of each kind at ``LONG`` tokens, from the layers themselves."""
     reach = {"full": None, "window": 7, "linear": 0}
     kinds = {}
     for name, (kind, options) in MIXERS.items():

@@ -603,7 +603,7 @@ deadlock = Exercise(
         "`stuck` in pseudocode: each rank has a place in its program. Again and again, until nothing moves: "
         "look at the operation at the place of each rank; if it can end, move on. Who is not at the end then "
         "is stuck.",
-        "A send ends if its rank has fewer than `room` messages under way, or if the receiver stands at just "
+        "A send ends if its rank has fewer than `room` messages under way, or if the receiver is at just "
         "this receive: then both move on. A receive ends if its message is under way, which takes it off.",
         "`mend`: imagine all messages in one list, in one order for everybody. If every rank keeps to that "
         "order, the first message that is left has both its ranks ready: there is no deadlock.",
@@ -708,15 +708,15 @@ def deadlock_some(t: CheckContext, stuck: Answer, mend: Answer) -> None:
 
 @deadlock.requirement(1, "stuck: room for messages")
 def deadlock_room(t: CheckContext, stuck: Answer, mend: Answer) -> None:
-    """a rank may have `room` messages under way, to whomever, until each is received; then its next send
-    waits"""
+    """a rank may have `room` messages under way, to all receivers together, until each is received; then its
+    next send waits"""
     P = (3, 4, 5)[t.round]
     same_stuck(t, stuck, ring_programs(P, P - 1), 1)  # each message leaves room again
     everybody = [(a, (a + d) % P, a) for d in range(1, P) for a in range(P)]
     sends_first = [sorted(p, key=lambda op: op[0], reverse=True) for p in programs_of(everybody, P)]
     for n in (0, P - 2, P - 1):
         same_stuck(t, stuck, sends_first, n)
-    # Rank 0 has no room for its second message; rank 2 stands ready for it.
+    # Rank 0 has no room for its second message; rank 2 is ready for it.
     ready: Programs = [
         [("send", 1, 0), ("send", 2, 0)],
         [("recv", 2, 2), ("recv", 0, 0)],
@@ -726,7 +726,7 @@ def deadlock_room(t: CheckContext, stuck: Answer, mend: Answer) -> None:
 
 
 def changed_operations(programs: Programs, mended: Programs) -> str:
-    """What the first rank with other operations than before lacks or has too much; "" if there is none."""
+    """The operations that the first changed rank lacks or has too many; "" if there is none."""
     if len(mended) != len(programs):
         return f"{len(mended)} programs for {len(programs)} ranks"
     for rank, (old, new) in enumerate(zip(programs, mended, strict=True)):
@@ -814,7 +814,7 @@ ragged = Exercise(
     answers=("ring",),
     hints=(
         "There are two kinds of slots without a token: those of queries and those of keys. What has to "
-        "come out of the first, and what must the second not do, whatever stands in them?",
+        "come out of the first, and what must the second not do, whatever is in them?",
         "In pseudocode: for each rank, for each step: the block of (rank − step) mod P; the mask from "
         "*positions* (rank · C + slot), not from slots; a partial result with its log-sum-exp; merge.",
         "A key is visible if its position is < n_tokens, that of the query too, and if causal, key ≤ query. "
@@ -901,7 +901,7 @@ def ragged_all(t: CheckContext, ring: Answer) -> None:
 
 @ragged.requirement(1, "NaN and inf in the padding")
 def ragged_junk(t: CheckContext, ring: Answer) -> None:
-    """whatever stands in slots without a token has no effect"""
+    """whatever is in slots without a token has no effect"""
     P = (3, 2, 3)[t.round]
     n, causal = P * 4 - (1, 1, 2)[t.round], t.round != 1
     junk = (math.nan, math.inf, math.nan)[t.round]
@@ -1138,7 +1138,7 @@ SECONDS = 16.0  # a run takes less than one; two that fail stay within the 60 s 
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote, and the bytes of the ranks' messages and caches in all layers."""
+    """The model's text, and the bytes of the ranks' messages and caches in all layers."""
 
     tokens: Tensor
     sent: list[int]

@@ -40,7 +40,7 @@ merge.mistakes(
 
     exp without a maximum
         both = torch.logaddexp(state[1], lse) → both = torch.log(state[1].exp() + lse.exp())
-    exp(lse) was computed as it stands. Above about 88 it is inf in fp32, below about −103 it is 0, and the
+    exp(lse) was computed as it is. Above about 88 it is inf in fp32, below about −103 it is 0, and the
     logarithm does not bring it back. Take the larger lse out first, as torch.logaddexp does.
 
     one maximum for all rows
@@ -368,7 +368,7 @@ balance.mistakes(
               shares = [order[:whole][rank::world] for rank in range(world)]
               shares[-1] += order[whole:]
               return shares
-    The whole remainder went to one rank, and it is that of the dearest tokens. Spread it: one token each.
+    The whole remainder went to one rank, the most expensive tokens. Spread it: one token for each rank.
 
     costs in place of positions
         return [order[rank::world] for rank in range(world)]
@@ -436,12 +436,12 @@ deadlock.mistakes(
 
     sends that only room can end
         elif kind == "send" and left[peer][:1] == [("recv", rank, block)]: → elif False:
-    A send that found no room never ended. It also ends when the receiver stands at its receive; without room
+    A send that found no room never ended. It also ends when the receiver is at its receive; without room
     that is the only way.
 
     no hand-over for those who have had room
         left[peer][:1] == [("recv", → not room and left[peer][:1] == [("recv",
-    With its room taken, a rank was made to wait although the receiver of this message stood ready. A receiver
+    With its room taken, a rank was made to wait although the receiver of this message was ready. A receiver
     that waits takes a message whether there is room or not.
 
     every rank looked at once
@@ -458,7 +458,7 @@ deadlock.mistakes(
         sum(message[0] == rank for message in under_way) < room
             → sum(message[:2] == (rank, peer) for message in under_way) < room
     The messages were counted separately for each receiver. A rank has `room` messages under way in all, to
-    whomever they go.
+    all receivers together.
 
     room shared by all ranks
         sum(message[0] == rank for message in under_way) < room → len(under_way) < room

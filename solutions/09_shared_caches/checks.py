@@ -55,7 +55,7 @@ def brief(value: Any) -> str:
 
 
 def without_error(t: CheckContext, call: Callable[[], Any], what: str) -> Any:
-    """What ``call`` returns, or the end of this round."""
+    """The result of ``call``, or the end of this round."""
     try:
         return call()
     except Raised as error:
@@ -1380,7 +1380,7 @@ class Serving:
 
 
 def written_by(texts: Mapping[str, Sequence[int]]) -> str:
-    """What the model wrote for the first user."""
+    """The model's text for the first user."""
     name = next(iter(PROMPTS))
     return bytes(texts[name][len(PROMPTS[name]) :]).decode(errors="replace")
 

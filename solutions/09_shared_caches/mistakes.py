@@ -369,7 +369,7 @@ prefix.mistakes(
     salt in the first block only
         parent = hash_function(sizes + salt + parent + content)
             → parent = hash_function((parent or salt) + content)
-    The salt stands where later blocks have their parent's key. A tenant whose salt is another's key continues
+    The salt is where later blocks have their parent's key. A tenant whose salt is another's key continues
     the other's chain.
 
     salt and parent without their lengths

@@ -350,7 +350,7 @@ def pairs_in(row: Sequence[int], n_keys: int) -> list[tuple[int, int, int]]:
 
 
 def first_fault(rows: Sequence[Any], fault: Callable[..., str]) -> str:
-    """What is wrong in the first row in which anything is; and in how many rows something is."""
+    """The fault of the first wrong row, and the number of wrong rows."""
     found = [(i, text) for i, row in enumerate(rows) if (text := fault(*row))]
     return f"row {found[0][0]}: {found[0][1]}; {len(found)} of {len(rows)} rows" if found else ""
 
@@ -432,7 +432,7 @@ def mqar_drawn(t: CheckContext, make_batch: Answer, has_one_answer: Answer) -> N
 def rows_to_prove(t: CheckContext, spoil: str) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """Rows that have one answer, and rows spoiled in one way; the last tensor says which are good.
 
-    Half of the good rows ask one key twice, which is allowed; in the others a query may stand next to
+    Half of the good rows ask one key twice, which is allowed; in the others a query may be next to
     another. The first and last two places are filler.
     """
     n_pairs, n_keys, n_values, B = 4, 7, 9, 12
@@ -515,7 +515,7 @@ def mqar_order(t: CheckContext, make_batch: Answer, has_one_answer: Answer) -> N
 
 @mqar.requirement(1, "a proof: leaks")
 def mqar_leaks(t: CheckContext, make_batch: Answer, has_one_answer: Answer) -> None:
-    """False where the answer stands in the row a second time"""
+    """False where the answer is in the row a second time"""
     mqar_proved(t, has_one_answer, "leaks")
 
 
@@ -737,7 +737,7 @@ def take_reference(rows: Sequence[Design], n_tokens: int, budget: float) -> str 
 
 
 def wrong_sizes(n_tokens: int) -> list[Callable[[Design], float]]:
-    """What one might take for the bytes of a row with a window or a state."""
+    """Numbers that one might take for the bytes of a row with a window or a state."""
     return [
         lambda row: row["fixed"] + row["per_token"] * n_tokens,
         lambda row: row["fixed"] + row["per_token"] * (row["most"] or n_tokens),
@@ -1199,7 +1199,7 @@ def train_small(recipe: Mapping[str, Any], seed: int, n_tokens: int) -> tuple[Sm
 
 @torch.no_grad()
 def measure(model: SmallModel, parts: Any) -> dict[str, float]:
-    """What parts say of the model on 128 windows of the test text, the same for all models."""
+    """The parts' results for the model on 128 windows of the test text, the same for all models."""
     text = corpus().test
     starts = torch.arange(128) * (len(text) // 128)
     rows = text[starts[:, None] + torch.arange(LONGEST + 1)].long()

@@ -40,7 +40,7 @@ perplexity.mistakes(
     padding taken for token 0
         (place < length[:, None]) → (target != 0)
     The padding was looked for by its token. Token 0 is an ordinary token within a text, and other tokens
-    stand in the padding: only `length` tells.
+    are in the padding: only `length` tells.
 
     context counted
         counted = (place >= start[:, None]) & (place < length[:, None]) → counted = place < length[:, None]
@@ -56,7 +56,7 @@ perplexity.mistakes(
         place = torch.arange(1, tokens.shape[1])
             → place = torch.arange(0, tokens.shape[1] - 1)
     `start` and `length` were compared with the place of the logits. They speak of tokens, and the token that
-    is predicted stands one place further.
+    is predicted is one place further.
 
     the mean of the texts' means
         nats += losses[counted].double().sum().item()
@@ -132,7 +132,7 @@ positions.mistakes(
     r"""
     position is the column
         position = mask.cumsum(dim=1) - 1 → position = torch.arange(mask.shape[1]).expand_as(mask)
-    The column was taken for the position. In a row that is padded on the left the first token stands further
+    The column was taken for the position. In a row that is padded on the left the first token is further
     right: count the tokens before it in its own row.
 
     positions counted from the end
@@ -268,7 +268,7 @@ mqar.mistakes(
         cards = torch.randperm(length - n_pairs, generator=generator).tolist()
             → cards = torch.randperm(length - n_pairs, generator=generator).tolist()
               cards = sorted(cards, key=lambda card: card >= n_pairs)
-    All pairs stand at the beginning of the row and the queries behind them. That is the task of the chapter;
+    All pairs are at the beginning of the row and the queries behind them. That is the task of the chapter;
     here pairs, queries and filler are to be mixed.
 
     the place behind the query
@@ -287,7 +287,7 @@ mqar.mistakes(
                   if row[place + 1 : place + 2] == [0]:
                       row[place + 1] = values[pair]
               tokens.append(row)
-    The value stands behind the query in the text. As input of a later place it is no longer recalled but
+    The value is behind the query in the text. As input of a later place it is no longer recalled but
     read, and the key is in two pairs: leave filler there.
 
     values numbered from 1
@@ -297,7 +297,7 @@ mqar.mistakes(
 
     keys numbered from 0
         keys = 1 + torch.randperm(n_keys → keys = torch.randperm(n_keys
-    Keys begin at 0. That is the filler: a key with this number would stand in all places that hold nothing.
+    Keys begin at 0. That is the filler: a key with this number would be in all places that hold nothing.
 
     torch's own generator
         torch.randperm(length - n_pairs, generator=generator) → torch.randperm(length - n_pairs)
@@ -318,7 +318,7 @@ mqar.mistakes(
 
     the order not looked at
         good.append(one and before and right → good.append(one and right
-    The pair may stand behind its query here. A causal model reads from left to right: at the query it has
+    The pair may be behind its query here. A causal model reads from left to right: at the query it has
     not seen the pair.
 
     the answers not compared
@@ -328,12 +328,12 @@ mqar.mistakes(
     leaks not looked for
         good.append(one and before and right and all(row.count(want) == 1 for want in wanted))
             → good.append(one and before and right)
-    The answer may stand elsewhere in the row here. It must be there exactly once, in its pair.
+    The answer may be elsewhere in the row here. It must be there exactly once, in its pair.
 
     leaks looked for before the query only
         all(row.count(want) == 1 for want in wanted)
             → all(row[:p].count(want) == 1 for p, want in zip(places, wanted))
-    Leaks were looked for only in front of each query. The answer stands nowhere else in the *row*: a later
+    Leaks were looked for only in front of each query. The answer is nowhere else in the *row*: a later
     query could be answered from there.
 
     a key asked twice refused
@@ -344,7 +344,7 @@ mqar.mistakes(
 
     a key with any token behind it
         if 0 < row[s] <= n_keys < row[s + 1]] → if 0 < row[s] <= n_keys and row[s + 1] > 0]
-    A key with another key behind it was taken for a pair. It is a query: in a pair a *value* stands behind
+    A key with another key behind it was taken for a pair. It is a query: in a pair a *value* is behind
     the key.
     """
 )

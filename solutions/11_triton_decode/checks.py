@@ -273,14 +273,14 @@ def several_tiles(t: CheckContext, online_attention: Answer) -> None:
 
 @online.requirement(1, "a maximum that rises, and one that falls", rounds=2)
 def moving_maximum(t: CheckContext, online_attention: Answer) -> None:
-    """right where the largest score stands in the last tile, and where it stands in the first"""
+    """right where the largest score is in the last tile, and where it is in the first"""
     slope = torch.arange(3).repeat_interleave(BLOCK) * t.pick(2.0, 3.0)
     online_same(t, online_attention, aligned(t, torch.stack([slope, -slope]) + t.randn(2, len(slope))), 1e-3)
 
 
 @online.requirement(1, "scores up to ±1000", rounds=2)
 def online_large(t: CheckContext, online_attention: Answer) -> None:
-    """finite and right where exp of a score would overflow, in whichever tile it stands"""
+    """finite and right where exp of a score would overflow, in whichever tile it is"""
     hills = torch.arange(3).repeat_interleave(BLOCK) * 400.0
     scores = torch.stack([hills - 100, 900 - hills]) + 2 * t.randn(2, len(hills))
     online_same(t, online_attention, aligned(t, scores), 1e-2)
@@ -471,7 +471,7 @@ SplitsInputs = tuple[Tensor, Tensor, Tensor, Tensor, int]
 
 
 def splits_draw(t: CheckContext, lengths: list[int], n_splits: int) -> SplitsInputs:
-    """Room for 96 keys a row: as many tiles as 2, 3 or 6 splits can share."""
+    """Room for 96 keys per row: as many tiles as 2, 3 or 6 splits can share."""
     B, D, S = len(lengths), t.pick(8, 32), 96
     rows = torch.tensor(lengths, dtype=torch.int32)
     return 2 * t.randn(B, D), t.randn(B, S, D), t.randn(B, S, D), rows, n_splits
@@ -582,7 +582,7 @@ def pages_draw(
 ) -> PagesInputs:
     """q (B, G, D), pools (blocks, G, page, D), table (B, width), lengths (B,).
 
-    ``behind`` fills the slots of a row's last page that hold no keys; ``stray`` stands in the table behind
+    ``behind`` fills the slots of a row's last page that hold no keys; ``stray`` is in the table behind
     it.
     """
     B, G, D = len(lengths), 2, t.pick(8, 32)
@@ -647,7 +647,7 @@ def other_sizes(t: CheckContext, paged_attention: Answer) -> None:
 
 @pages.requirement(1, "a last page that is not full", rounds=2)
 def partial_page(t: CheckContext, paged_attention: Answer) -> None:
-    """slots without a key have no weight, whatever stands in them"""
+    """slots without a key have no weight, whatever is in them"""
     page, behind = ((BLOCK, 50.0), (8, NAN))[t.round]
     pages_same(
         t, paged_attention, pages_draw(t, [t.integer(BLOCK + 1, BLOCK + 7), 2 * BLOCK], page, behind=behind)
@@ -666,7 +666,7 @@ def stray_entries(t: CheckContext, paged_attention: Answer) -> None:
 
 @pages.requirement(1, "a pool of more than 2³¹ numbers", rounds=3)
 def large_pool(t: CheckContext, paged_attention: Answer) -> None:
-    """the same where the pages stand behind 3·2³⁰ numbers, slots or pairs of page and head: none of the
+    """the same where the pages are behind 3·2³⁰ numbers, slots or pairs of page and head: none of the
     products passes 2³¹ in 32 bits"""
     q, k, v, table, lengths = pages_draw(t, [t.integer(18, 24), 7], BLOCK)
     _, G, page, D = k.shape

@@ -69,7 +69,7 @@ floor.mistakes(
     a latent for each head
         vector * config["number"] → config["n_heads"] * vector * config["number"]
     The latent was multiplied by the heads. All heads read the same vector (each looks at it through its own
-    up-projection, which is absorbed into the query): there is one a token.
+    up-projection, which is absorbed into the query): there is one per token.
 
     the latent without its RoPE part
         vector * config["number"] → config["latent"] * config["number"]
@@ -352,7 +352,7 @@ online.mistakes(
 
             return walk(q, k, v, body)
     The factor exp2(m − new) was applied to the sums after this tile's share had been added, so it shrinks
-    that share too (in the first tile: to 0). Only what was there before stands under the old maximum.
+    that share too (in the first tile: to 0). Only what was there before has the old maximum.
 
     only the last tile counts
         def online_attention(q, k, v):
@@ -411,14 +411,14 @@ def tiles_of(k: Tensor, lengths: Tensor) -> Tensor:
 
 
 def within(k: Tensor, ends: Tensor) -> None:
-    """What the interpreter says where a kernel reads up to key ``ends[b]``, behind the last row's room."""
+    """The interpreter's error where a kernel reads up to key ``ends[b]``, beyond the last row's memory."""
     if int(ends[-1]) > k.shape[1]:
         raise IndexError("a read behind the end of the cache")
 
 
 @tail.misconception("no mask")
 def no_mask(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, guard: bool = True) -> Tensor:
-    """The whole last tile counts, with the keys that stand behind the length: another row's, an earlier
+    """The whole last tile counts, with the keys that are behind the length: another row's, an earlier
     prompt's, or NaN. Mask the loads of K and V, and set the masked scores to −∞."""
     within(k, (lengths + BLOCK - 1) // BLOCK * BLOCK)
     return rows(q, k, v, tiles_of(k, lengths), guard=guard)
@@ -426,7 +426,7 @@ def no_mask(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, guard: bool = True
 
 @tail.misconception("the values loaded without a mask")
 def values_unmasked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, guard: bool = True) -> Tensor:
-    """The scores are masked, so the weights behind the length are 0, but V is loaded as it stands, and
+    """The scores are masked, so the weights behind the length are 0, but V is loaded as it is, and
     0 · NaN is NaN (0 · ∞ too). Old memory may hold anything: mask the load of V as well."""
     within(v, (lengths + BLOCK - 1) // BLOCK * BLOCK)
     return rows(q, k, v, below(k, lengths), tiles=tiles_of(k, lengths), load_all_values=True, guard=guard)
@@ -495,7 +495,7 @@ tail.mistakes(
     values unmasked, and length 0 divides by 0
         def ragged_attention(q, k, v, lengths):
             return values_unmasked(q, k, v, lengths, guard=False)
-    Two mistakes. V is loaded as it stands, and a weight of 0 times NaN is NaN: mask that load too. And a row
+    Two mistakes. V is loaded as it is, and a weight of 0 times NaN is NaN: mask that load too. And a row
     without keys divides 0 by 0: divide by 1 there.
 
     no mask, and length 0 divides by 0
@@ -633,7 +633,7 @@ packing.mistakes(
             group, _ = packing_sizes(q, k)
             first = torch.arange(q.shape[1], device=q.device) // group * group
             return grouped(q[:, first], k, v)
-    All heads of a group gave the same: the query of the first head stands in every row. The pointers need
+    All heads of a group gave the same: the query of the first head is in every row. The pointers need
     each row's own head, `h[:, None] * D`, not the scalar g · GROUP.
 
     the scale upside down
@@ -710,7 +710,7 @@ def right_bounds(split: int, n_splits: int, length: int, capacity: int) -> tuple
 def parts_of(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, n_splits: int, bounds: Bounds = right_bounds
 ) -> Pair:
-    """What the first kernel stores: (B, splits, D) normalised, and lse (B, splits) in base 2."""
+    """The first kernel's results: (B, splits, D) normalised, and lse (B, splits) in base 2."""
     parts = q.new_zeros(len(q), n_splits, q.shape[1])
     lse = q.new_full((len(q), n_splits), -torch.inf)
     scores = torch.einsum("bd,bsd->bs", q, k) * (q.shape[1] ** -0.5 * LOG2E)
@@ -941,7 +941,7 @@ Walk = Callable[[Tensor, int, int, Tensor, int, int], Tensor]
 
 
 def entry(table: Tensor, row: int, index: Tensor) -> Tensor:
-    """Entries of the table, which is one piece of memory: behind a row stands the next."""
+    """Entries of the table, which is one piece of memory: the next row follows at once."""
     at = row * table.shape[1] + index
     if int(at.max()) >= table.numel():
         raise IndexError("a read behind the table")
@@ -975,7 +975,7 @@ def through(
 
 
 def narrow(x: Tensor) -> Tensor:
-    """What 32 bits keep of it."""
+    """The value wrapped to 32 bits."""
     return (x + 2**31) % 2**32 - 2**31
 
 
@@ -1022,7 +1022,7 @@ pages.mistakes(
                 lengths,
                 lambda t, b, g, n, page, G: (entry(t, b, n % page) * G + g) * page + n // page,
             )
-    n % PAGE was taken for the page and n // PAGE for the slot. Neighbouring keys stand on the *same* page:
+    n % PAGE was taken for the page and n // PAGE for the slot. Neighbouring keys are on the *same* page:
     the page is n // PAGE, which changes rarely, the slot is n % PAGE.
 
     logical pages taken for physical ones
@@ -1035,7 +1035,7 @@ pages.mistakes(
                 lengths,
                 lambda t, b, g, n, page, G: (n // page * G + g) * page + n % page,
             )
-    n // PAGE counts the pages of the *sequence*. Where its page number 3 stands in the pool is what the table
+    n // PAGE counts the pages of the *sequence*. Where its page number 3 is in the pool is what the table
     says; only a sequence that was there first has them in order. Look it up.
 
     every sequence reads the first one's table
@@ -1049,7 +1049,7 @@ pages.mistakes(
                 lambda t, b, g, n, page, G: pages_right(t, 0, g, n, page, G),
             )
     The row of the table is missing, so all sequences walk through the pages of the first: one reads another's
-    context, and that is a leak, not only a wrong number. Entry j of row b stands at b · max_pages + j.
+    context, and that is a leak, not only a wrong number. Entry j of row b is at b · max_pages + j.
 
     the table's rows one entry apart
         def paged_attention(q, k_pages, v_pages, table, lengths):
@@ -1097,7 +1097,7 @@ pages.mistakes(
                 lengths,
                 lambda t, b, g, n, page, G: pages_right(t, b, 0, n, page, G),
             )
-    Every program reads the keys of KV head 0. Inside a page the heads stand one after the other, PAGE · D
+    Every program reads the keys of KV head 0. Inside a page the heads are one after the other, PAGE · D
     numbers apart: add `g * PAGE * D`.
 
     slots before heads
@@ -1107,7 +1107,7 @@ pages.mistakes(
 
             return through(q, k_pages, v_pages, table, lengths, walk)
     The pool was read as (blocks, PAGE, G, D): one slot further G · D, one head further D. Here a head's keys
-    stand together, (blocks, G, PAGE, D), so that a tile is one long stretch of memory.
+    are together, (blocks, G, PAGE, D), so that a tile is one long stretch of memory.
 
     the page in the tile looked up by its index
         def paged_attention(q, k_pages, v_pages, table, lengths):
@@ -1158,7 +1158,7 @@ choose.mistakes(
 
     the KV heads not counted
         len(lengths) * n_kv_heads → len(lengths)
-    The programs were counted as one a sequence. Every KV head has a program of its own: batch · n_kv_heads.
+    The programs were counted as one per sequence. Every KV head has a program of its own: batch · n_kv_heads.
 
     the resident programs forgotten
         multiprocessors * resident → multiprocessors

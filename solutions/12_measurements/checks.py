@@ -1216,7 +1216,7 @@ Curve = list[tuple[int, int, int]]
 
 
 def served(choice: Config, answers: Mapping[str, Answer], parts: Any) -> tuple[dict[str, str], Curve]:
-    """What one decoder serves: numbers as text by what they are, and (context, predicted, measured)."""
+    """The serving numbers of one decoder: texts by name, and (context, predicted, measured)."""
     config = complete(choice)
     weights, one = parts.stored_bytes(config, 1, CONTEXT)
     curve = [

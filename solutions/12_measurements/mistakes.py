@@ -546,8 +546,8 @@ bench.mistakes(
     a and g exchanged
         names = ["unequal lengths", → names = ["one after the other",
         names += ["one after the other", → names += ["unequal lengths",
-    bench_a measures by turns, but the text grows between the two sides. bench_g has equal lengths, and one
-    side runs when the device is warm already.
+    bench_a interleaves its measurements, but the text grows between the two sides. bench_g has equal
+    lengths, and one side runs when the device is warm already.
 
     c and f exchanged
         "queued work", → "set-up timed",
@@ -628,7 +628,7 @@ bench.mistakes(
                   [once(device, b, length) for _ in range(21)]
               )
     All runs of a came before all of b. The device got warmer meanwhile, so b is measured on a slower device.
-    Measure by turns.
+    Interleave the measurements.
 
     b over a
         once(device, a, length) / once(device, b, length) for

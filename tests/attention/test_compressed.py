@@ -162,7 +162,7 @@ def test_either_path_stays_near_in_half_precision(name: str, dtype: torch.dtype,
     assert error < (0.05 if dtype == torch.bfloat16 else 0.008)
 
 
-# Which path, and what each costs
+# The choice of the path, and the cost of each
 
 
 def test_the_counts_are_those_worked_out_on_paper() -> None:
@@ -338,7 +338,7 @@ def test_a_whole_step_of_a_layer_keeps_within_the_bound(name: str) -> None:
         assert peak_memory(lambda: layer(x, cache)) <= 3 * 4 * 4 * 4001
 
 
-# What is cached
+# The cache
 
 
 @every_kind

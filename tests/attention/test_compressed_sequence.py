@@ -70,7 +70,7 @@ def compressor(overlap: bool, rate: int = 3) -> Compressor:
     return randomised(Compressor(WIDTH, 8, rate, overlap, 4, None, 1e-6))
 
 
-# What the compressor makes
+# The compressor's entries
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -381,7 +381,7 @@ def test_bytes_are_those_on_paper() -> None:
     )  # fewer than top_k
     assert heavy.read_bytes(4096, **half) == 2 * (128 + 32) * 512
     assert heavy.read_bytes(127, **half) == 2 * 127 * 512  # no block is whole
-    # What a token adds in the long run, in numbers: MLA's 576 are 160 and 4.
+    # Numbers that a token adds in the long run: MLA's 576 are 160 and 4.
     for layer, numbers in ((sparse_layer, 160), (heavy, 4)):
         assert layer.cache_bytes(2**20, **half) - layer.cache_bytes(2**19, **half) == 2 * numbers * 2**19
 

@@ -57,7 +57,7 @@ def in_pieces(layer: Any, x: Tensor, cache: Cache) -> Tensor:
 
 @every_mechanism
 def test_it_is_built_alike_under_every_default_dtype(name: str) -> None:
-    """What is not drawn by ``nn.Linear`` is computed wide, and rounded once. (Seeds differ in two builds:
+    """Weights not drawn by ``nn.Linear`` are computed in fp32, and rounded once. (Seeds differ in two builds:
     what these agree in is a constant, or set by ``initialise``.)"""
 
     def build(seed: int, dtype: torch.dtype) -> Any:

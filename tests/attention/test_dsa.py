@@ -48,7 +48,7 @@ def tokens(time: int = 13, batch: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(batch, time, 24, generator=RNG().manual_seed(seed))
 
 
-# What is selected
+# The selection
 
 
 @given(
@@ -164,7 +164,7 @@ def test_where_all_is_selected_it_is_mla(top_k: int, q_rank: int | None) -> None
     assert not torch.allclose(tiny(q_rank=q_rank)(x), expected, atol=1e-2)
 
 
-# What is stored and what is read
+# Bytes stored and read
 
 
 def test_more_is_stored_than_by_mla_and_less_is_read() -> None:

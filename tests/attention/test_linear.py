@@ -203,7 +203,7 @@ def test_a_layer_takes_memory_linear_in_time(kind: Any) -> None:
     assert largest(4096) <= 2 * largest(2048)
 
 
-# What is refused
+# Refused inputs
 
 
 @every_core

@@ -338,7 +338,7 @@ def test_draws_differ_by_block_and_by_seed_and_reach_everywhere() -> None:
 
 
 def test_a_draw_does_not_depend_on_the_run() -> None:
-    """What a checkpoint was trained with must be found again: by another Python, on another day."""
+    """A checkpoint's pattern must be found again: by another Python, on another day."""
     assert [Random(3, 64, 1, 1).draw(n) for n in (2, 5, 9, 63)] == [[], [1, 2, 3], [1, 2, 5], [7, 24, 32]]
 
 
@@ -456,7 +456,7 @@ def tensors(time: int, batch: int = 2) -> tuple[Tensor, KV]:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_pattern_is_sdpa_with_a_dense_mask(spec: str) -> None:
-    """Whatever the block, one that does not divide the length too; gradients as well."""
+    """For every block, one that does not divide the length too; gradients as well."""
     pattern = parse(spec)
     q, kv = tensors(TIME)
     for x in (q, kv.k, kv.v):

@@ -1,4 +1,4 @@
-"""What tests of benchmarks share: a provenance, and times that the test sets in place of measured ones."""
+"""Tools that tests of benchmarks share: a provenance, and times that the test sets."""
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -23,7 +23,7 @@ PROVENANCE = {
 
 
 def shown_times(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> dict[str, float]:
-    """Every call of a comparison runs once and takes the seconds that stand here under its name: else 1."""
+    """Every call of a comparison runs once and takes the seconds given here under its name: else 1."""
     shown: dict[str, float] = {}
 
     def compare(fns: Mapping[str, Callable[[], Tensor]], *, rounds: int, **_: Any) -> Comparison:

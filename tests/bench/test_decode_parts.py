@@ -1,4 +1,4 @@
-"""What ``kvlearn bench decode`` is made of: cases, tensors, the exact result, timers, comparisons."""
+"""The parts of ``kvlearn bench decode``: cases, tensors, the exact result, timers, comparisons."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

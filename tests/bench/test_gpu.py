@@ -149,7 +149,7 @@ def test_a_row_without_keys_must_give_zero(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(row.passed is False for row in checks_of(monkeypatch, never_empty, "splits"))
 
 
-# What is cut keeps what it had
+# An interrupted run keeps its rows
 
 
 def test_a_lost_device_keeps_every_row_before_it(tmp_path: Path) -> None:

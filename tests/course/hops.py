@@ -25,7 +25,7 @@ BARS = {"gqa": 4, "window": 4, "mla": 4, "mamba": 4, "delta": 5, "gated_delta": 
 
 @dataclass
 class Hops:
-    """What ran: files, functions as (file, name), and lines as (file, number)."""
+    """The code that ran: files, functions as (file, name), and lines as (file, number)."""
 
     files: set[str] = field(default_factory=set)
     functions: set[tuple[str, str]] = field(default_factory=set)

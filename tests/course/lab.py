@@ -163,7 +163,7 @@ class Notebook:
         return found
 
     def score(self, index: int) -> dict[str, Any]:
-        """What the check in this cell answered, as its output carries it for machines."""
+        """The result of the check in this cell, from the part of its output for machines."""
         (result,) = [output for output in self.cells()[index]["outputs"] if SCORE in output.get("data", {})]
         return result["data"][SCORE]
 

@@ -28,7 +28,7 @@ STEPS = [
     {"verdict"},
     {"plots"},
     {"grading"},
-    {"workbench"},
+    {"workbench", "glossary"},
     {"cli"},
 ]
 STEP = {room: step for step, rooms in enumerate(STEPS) for room in rooms}
@@ -60,7 +60,7 @@ def test_imports_go_one_way() -> None:
     for path in SOURCES:
         room = room_of(path)
         if room in {"__init__", "__main__"}:
-            continue  # the front door opens every room
+            continue  # the top package may import every layer
         assert room in STEP, f"kvlearn/{room} has no place in the order of rooms"
         for name in imports(path, lazy=True):
             top, _, rest = name.partition(".")
@@ -205,7 +205,7 @@ def test_a_mechanism_file_holds_its_forward_its_naive_form_and_its_cache() -> No
         for method in ("forward", "naive", "new_cache", "cache_bytes", "read_bytes"):
             assert getattr(kind, method).__module__ == kind.__module__, f"{name}.{method}"
         cache = type(kind.tiny().new_cache(1, 4)).__module__
-        # A sparse pattern's cache follows from the pattern, and stands with it.
+        # A sparse pattern's cache follows from the pattern, and is in the same file.
         home = {kind.__module__, *(f"kvlearn.attention.{room}" for room in shared_caches)}
         allowed = home | {
             "mhc": {"kvlearn.attention.mla"},

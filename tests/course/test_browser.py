@@ -139,7 +139,7 @@ def test_moving_the_calculators_slider_changes_its_result(page: Page, server: Se
 
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OPENED = ["notebooks/00_start_here.ipynb", "exercises/01_full_attention/01_full_attention.ipynb"]
-# What a reader needs of an open notebook in a narrow window: each output that is cut off, each image that is.
+# The faults of an open notebook in a narrow window: each output that is cut off, each image that is.
 CUT_OFF = """() => {
   const scrolls = (node) => ["auto", "scroll"].includes(getComputedStyle(node).overflowX);
   const areas = [...panel.node.querySelectorAll(".jp-OutputArea-output, .jp-MarkdownOutput")];

@@ -1,4 +1,4 @@
-"""Set-up: one pinned list behind every door, and a clear line where it cannot work."""
+"""Set-up: one pinned list for every way to install, and a clear message where it cannot work."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def test_the_list_installs_the_course_with_every_extra() -> None:
 
 
 def test_everything_is_pinned_to_one_version() -> None:
-    assert len(PINS) == len(LINES) - 1, "a package stands in the list twice"
+    assert len(PINS) == len(LINES) - 1, "a package is in the list twice"
     for pin in PINS.values():
         assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin} is not pinned"
         assert not pin.url, f"{pin} names an address"
@@ -58,7 +58,7 @@ def test_triton_is_for_linux_and_cuda_is_left_to_torch() -> None:
 
 
 def test_the_list_is_complete() -> None:
-    """Whatever the installed packages need is pinned too, torch's own CUDA packages aside."""
+    """All requirements of the installed packages are pinned too, except torch's own CUDA packages."""
     todo, seen = [("kvlearn", frozenset(PROJECT["optional-dependencies"]))], set()
     while todo:
         name, extras = todo.pop()
@@ -127,7 +127,7 @@ def script(folder: Path, body: str) -> str:
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:
-    """What kvlearn itself said on stderr; make adds its own `*** Error 1`."""
+    """The lines of kvlearn itself on stderr; make adds its own `*** Error 1`."""
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     return line

@@ -1,4 +1,4 @@
-"""What holds for the exercises of every unit, as a learner meets them: in a notebook, run in a kernel."""
+"""Rules for the exercises of every unit, as a learner meets them: in a notebook, run in a kernel."""
 
 import json
 import os

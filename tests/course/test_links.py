@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("solutions/*/*.ipynb")]
+NOTEBOOKS = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("solutions/*/*.ipynb")]
+PAGES = [ROOT / "README.md", ROOT / "GLOSSARY.md", *NOTEBOOKS]
 
 
 def prose(page: Path) -> str:
@@ -31,7 +32,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
             assert leads_to(page, target).exists(), f"{target} leads nowhere"
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_a_notebook_lead_to_files_because_jupyterlab_opens_no_folder(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" not in target and not target.startswith("#"):

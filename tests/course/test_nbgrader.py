@@ -63,7 +63,7 @@ def nbgrader(course: Path, *commands: str) -> None:
 
 
 def answered(released: Notebook, solved: Notebook, student: str) -> Notebook:
-    """What a student hands in: blank, half (right, empty, right, wrong, …) or full."""
+    """A student's submission: blank, half (right, empty, right, wrong, …) or full."""
     notebook = json.loads(json.dumps(released))
     answers = {cell["id"]: cell["source"] for cell in solved["cells"] if nbgrader_of(cell).get("solution")}
     if student == "half":

@@ -1,4 +1,4 @@
-"""What every notebook of the course keeps, so that what a reader sees is what the code does."""
+"""Rules for every notebook of the course, so that its outputs are those of the code."""
 
 import json
 import re
@@ -130,7 +130,7 @@ def test_a_chapter_reads_in_the_order_of_the_course(path: Path) -> None:
 
 
 def test_generated_exercises_pass_lint(tmp_path: Path) -> None:
-    """What a learner starts from is clean; what a learner wrote is never linted."""
+    """The learner's starting point is clean; the learner's own code is never linted."""
     from kvlearn.grading import catalogue, work
 
     for unit in catalogue.unit_names(ROOT / "solutions"):

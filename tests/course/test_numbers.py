@@ -169,7 +169,7 @@ def test_predictions_of_chapter_08() -> None:
 
 
 def test_numbers_of_chapter_13() -> None:
-    """What the text says of 405B and of 69 KB per token; all else is printed."""
+    """The text's numbers for 405B and 69 KB per token; all others are printed."""
     found = {
         name: claim.check(Records()).numbers for name, claim in ((c.id, c) for c in CLAIMS) if name in CITED
     }

@@ -19,17 +19,17 @@ def _right(exercise_id: str) -> tuple[Any, ...]:
 
 
 def right(exercise: Exercise) -> tuple[Any, ...]:
-    """What the check of an exercise is handed by a learner who solved it."""
+    """The arguments of an exercise's check from a learner who solved it."""
     return _right(exercise.id)
 
 
 def stub(*_: Any, **__: Any) -> Any:
-    """What an answer cell holds before anybody has touched it."""
+    """The text of an answer cell before anybody has changed it."""
     raise NotImplementedError()
 
 
 def full_marks(exercise: str, *answers: Any) -> bool:
-    """Whatever is drawn: once, and with HYPOTHESIS_PROFILE=thorough three times."""
+    """For all inputs: once, and with HYPOTHESIS_PROFILE=thorough three times."""
     seeds = (1, 20, 300) if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else (1,)
     scores = [judge(find_exercise(exercise), answers, seed) for seed in seeds]
     assert all(score.status == "passed" for score in scores), scores[0].to_text()

@@ -1,4 +1,4 @@
-"""What ``kvlearn grade`` and ``kvlearn progress`` print, and what they say of notebooks they cannot grade."""
+"""Output of ``kvlearn grade`` and ``kvlearn progress``, also for notebooks they cannot grade."""
 
 import asyncio
 import json

@@ -140,7 +140,7 @@ def test_what_nothing_tells_apart_is_named_as_one_of_these() -> None:
 
 
 def picked(seed: int, rounds: int, *options: Any, per_round: int = 1) -> list[list[Any]]:
-    """What each round picks."""
+    """The pick of each round."""
     contexts = [CheckContext(seed, round, CallRecord({}, True), rounds) for round in range(rounds)]
     return [[t.pick(*options) for _ in range(per_round)] for t in contexts]
 

@@ -1,4 +1,4 @@
-"""What a mistake costs, and what it does not: the points of one thing hang on that thing alone."""
+"""The cost of a mistake: the points of one requirement depend on that requirement alone."""
 
 from fractions import Fraction
 from functools import partial

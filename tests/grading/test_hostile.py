@@ -24,7 +24,7 @@ U = small.UNIT
 
 
 def reasons(student: str = "eve") -> set[str]:
-    """What the report on a student's notebook says, without a kernel."""
+    """The report on a student's notebook, without a kernel."""
     graded, _ = grade([Path("all")], Grader())
     return {each.message for report in graded if report.student == student for each in report.exercises}
 

@@ -1,4 +1,4 @@
-"""What an answer changes is seen, and costs points only if checks rely on it."""
+"""Changes by an answer are seen, and cost points only if checks rely on the changed object."""
 
 import asyncio
 from pathlib import Path

@@ -181,7 +181,7 @@ def test_a_state_written_token_by_token_is_not_the_chunked_form() -> None:
     assert names(score) == ["one token after the other"]
 
 
-# What the exercises ask for is what the course builds
+# The exercises ask for the course's own results
 
 
 def draw(*, T: int = 13, V: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +245,7 @@ def test_the_examples_of_chunks_and_of_decay_are_true() -> None:
     assert float(state) == pytest.approx(4)
 
 
-# What does not count
+# Differences without effect on the score
 
 
 def test_the_courses_own_recurrence_earns_nothing() -> None:

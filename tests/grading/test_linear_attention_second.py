@@ -148,7 +148,7 @@ def test_a_right_answer_in_another_style_earns_full_marks(exercise: str, answers
         assert score.status == "passed", score.to_text()
 
 
-# What the exercises ask for is what the course computes
+# The exercises ask for the course's own results
 
 
 def test_the_gradient_step_is_the_courses_delta_rule() -> None:
@@ -276,7 +276,7 @@ def test_the_example_of_the_crossing_is_true() -> None:
     assert cross(model, attention) == {"state": 960, "per_token": 64, "tokens": 16}
 
 
-# What does not count, and what half an answer earns
+# Differences without effect on the score, and the points of half an answer
 
 
 def test_the_courses_own_functions_earn_nothing() -> None:

@@ -211,7 +211,7 @@ def test_when_all_is_solved_nothing_is_next(course: Path) -> None:
 
 
 def test_a_teachers_source_shows_nobodys_progress(in_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What git keeps as output must not depend on who ran it."""
+    """Outputs in git must not depend on who ran the notebook."""
     before = "".join(overview.progress("90").to_html())
     monkeypatch.chdir(in_copy / "solutions" / U)
     empty = repr(front.progress("90"))

@@ -129,7 +129,7 @@ def test_positions_of_any_type_count() -> None:
     assert full_marks("04.2", write_ring, lambda n, W: list(held(n, W)))
     score = check("04.2", write_ring, lambda n, W: held(n, W).float())
     assert earned(score) == [1, 1, 1, 1, 0, 0]
-    assert "whole numbers, one a slot" in row(score, "held_positions").expected
+    assert "whole numbers, one per slot" in row(score, "held_positions").expected
 
 
 def test_numpys_mask_loses_the_point_for_its_form_alone() -> None:
@@ -178,7 +178,7 @@ def test_a_prefill_of_any_style_is_right(window_prefill: Callable[..., Any]) -> 
 
 
 def test_a_chunk_written_before_it_attends_is_told_so() -> None:
-    """What comes of it is the same as trimming, in another way."""
+    """The result is the same as that of trimming, in another way."""
 
     def written_first(
         q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, start: int

@@ -201,7 +201,7 @@ def test_every_sentence_of_the_same_meaning_is_right() -> None:
     assert full_marks("05.2", longformer_by_name, bigbird_in_another_order)
 
 
-# What the exercises ask for is what the course builds
+# The exercises ask for the course's own results
 
 
 def test_the_masks_are_those_of_the_pattern_language() -> None:
@@ -311,7 +311,7 @@ def test_the_example_of_bytes_is_true() -> None:
     assert counted == [(3200, 3200), (640, 640), (3200, 1152), (4200, 1320)]
 
 
-# What does not count
+# Differences without effect on the score
 
 
 def test_the_courses_own_patterns_earn_nothing() -> None:
@@ -457,5 +457,5 @@ def test_two_mistakes_at_once_are_both_named() -> None:
 
     assert set(names(check("05.1", mask, fixed))) == {
         "the stride counted from 0",
-        "one summary token a block",
+        "one summary token per block",
     }

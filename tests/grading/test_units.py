@@ -99,7 +99,7 @@ def known_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def complaint(exercise: Exercise, misconception: Misconception) -> str:
-    """What is wrong with how a known mistake is judged; empty where nothing is."""
+    """The faults of the judgement on a known mistake; empty if there are none."""
     scores = [judge(exercise, misconception.answers, seed * 1000) for seed in range(8 if THOROUGH else 1)]
     if len({tuple(row.earned for row in score.rows) for score in scores}) > 1:
         return f"loses other points on another draw: {[[row.earned for row in s.rows] for s in scores]}"
@@ -153,7 +153,7 @@ def test_the_source_notebook_and_the_unit_agree(unit) -> None:  # type: ignore[n
 
 
 def results(sources: list[str]) -> Iterator[Any]:
-    """What the cells of a notebook show, run one after the other in one namespace."""
+    """The outputs of a notebook's cells, run one after the other in one namespace."""
     namespace: dict[str, Any] = {}
     for i, source in enumerate(sources):
         tree = ast.parse(source)

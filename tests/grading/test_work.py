@@ -164,7 +164,7 @@ def test_cells_that_the_learner_added_deleted_split_and_moved_survive(course: Pa
     small.write(notebook, FILE)
     upstream(new_task)
     result = kvlearn("start")
-    assert "cells that you moved stand in the unit's order again" in result.stdout
+    assert "cells that you moved are in the unit's order again" in result.stdout
     ids = [cell["id"] for cell in read()["cells"]]
     assert ids[:6] == ["setup", "task1", "answer1", "half", "try-it", "check1"]
     assert "check2" not in ids

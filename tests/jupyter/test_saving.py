@@ -1,4 +1,4 @@
-"""What JupyterLab writes by itself never changes a notebook on disk; what a person changed always does."""
+"""JupyterLab's own changes are never written to a notebook on disk; a person's changes always are."""
 
 import copy
 import json

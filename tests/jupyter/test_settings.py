@@ -1,4 +1,4 @@
-"""What the course's own environment sets in Jupyter, and whose notebooks it trusts."""
+"""Jupyter's settings in the course's own environment, and the notebooks that it trusts."""
 
 import json
 import logging

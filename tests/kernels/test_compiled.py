@@ -26,7 +26,7 @@ compiles = [
 
 
 def rows(group: str, target: int) -> list[Compiled]:
-    """What was compiled; a form that a card cannot have is not among them."""
+    """The compiled forms; a form that a card cannot have is not among them."""
     found = [row for row in compiled.report() if row.group == group and row.target == target]
     assert found
     return [row for row in found if not row.problem]

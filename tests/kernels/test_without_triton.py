@@ -13,7 +13,7 @@ interpreted = pytest.mark.skipif(
 
 
 def run(code: str) -> str:
-    """What a fresh Python prints."""
+    """The output of a fresh Python."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code], check=False, capture_output=True, text=True, env=env, timeout=600

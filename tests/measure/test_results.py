@@ -127,7 +127,7 @@ def test_all_results_of_the_repository_hold_what_they_should() -> None:
             results.read(path)
 
 
-# What must not be compared
+# Rows that must not be compared
 
 
 def save(

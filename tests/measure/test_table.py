@@ -58,7 +58,7 @@ def test_the_running_table_tells_two_mechanisms_in_one_layer() -> None:
 
 
 def test_controls_fall_back_to_a_sentence_and_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What GitHub shows, and JupyterLab before the cell is run."""
+    """The form that GitHub shows, and JupyterLab before the cell is run."""
     shown: list[tuple[Any, dict[str, Any]]] = []
 
     class Handle:

@@ -1,4 +1,4 @@
-"""Medians, quartiles and comparisons by turns; nothing here depends on how fast the machine is."""
+"""Medians, quartiles and interleaved comparisons; nothing here depends on how fast the machine is."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a call touches: operators are watched, and the numbers agree with the formulas on paper."""
+"""Bytes that a call touches: operators are watched, and the numbers agree with the formulas on paper."""
 
 import pytest
 import torch

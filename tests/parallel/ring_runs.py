@@ -1,4 +1,4 @@
-"""What the processes of the tests of kvlearn.parallel do; importable, because they are started afresh."""
+"""The code of the processes in kvlearn.parallel's tests; importable, because they are started afresh."""
 
 import os
 import signal
@@ -148,7 +148,7 @@ def raise_at(rank: int) -> None:
 
 
 def settings() -> list[str]:
-    """What this rank is told when one of them calls with other settings, or with bad arguments."""
+    """The error of this rank when one of them calls with other settings, or with bad arguments."""
     told = []
     for rank, changed in (
         (1, {"layout": Layout(15, 3)}),

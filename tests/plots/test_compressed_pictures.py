@@ -29,8 +29,8 @@ def test_the_crossover_is_where_the_lines_meet() -> None:
 
     meet = crossover(16, 32)
     flops = {
-        road: [path_flops(road, 8, 16, 32, 8, new=n, cached=100_000) for n in (int(meet) - 1, int(meet) + 2)]
-        for road in ("naive", "absorbed")
+        path: [path_flops(path, 8, 16, 32, 8, new=n, cached=100_000) for n in (int(meet) - 1, int(meet) + 2)]
+        for path in ("naive", "absorbed")
     }
     picture = plots.path_flops([int(meet) - 1, int(meet) + 2], flops, crossover=meet)
     first, last = zip(*picture.data["flops"].values(), strict=True)

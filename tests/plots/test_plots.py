@@ -77,7 +77,7 @@ def window_rows() -> list[dict[str, Any]]:
 
 
 def recall_rows() -> list[dict[str, Any]]:
-    """Rows as ``kvlearn study recall`` keeps them, of one design between ceiling and floor."""
+    """Rows as ``kvlearn study recall`` keeps them, of one design between the upper and the lower bound."""
     return [
         {
             "design": design,

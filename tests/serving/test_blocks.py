@@ -37,7 +37,7 @@ def one_hash(content: bytes) -> bytes:
 
 
 def stamps(table: BlockTable, tokens: list[int]) -> torch.Tensor:
-    """What a token's cached numbers depend on: itself, all tokens before it, and whose they are.
+    """The inputs of a token's cached numbers: itself, all tokens before it, and whose they are.
 
     A number that is no stamp of another sequence, up to chance.
     """

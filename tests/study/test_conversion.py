@@ -82,7 +82,7 @@ def uptrain(base: Decoder, layers: Any = ROUTED, init: str = "mean", **changes: 
 def test_one_call_converts_and_trains_on_a_share_of_the_tokens(base: Decoder) -> None:
     result = uptrain(base)
     assert result.model.mixers[0].name == "routed"
-    assert [result.curve[0].step, result.curve[-1].step] == [0, 30]  # 0.3 · 8000 tokens, 80 a step
+    assert [result.curve[0].step, result.curve[-1].step] == [0, 30]  # 0.3 · 8000 tokens, 80 per step
     assert [point.tokens for point in result.curve] == [80 * point.step for point in result.curve]
     assert [point.step for point in result.curve] == sorted({point.step for point in result.curve})
     assert set(result.curve[0].windows) == set(HELD_OUT)

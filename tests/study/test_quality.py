@@ -176,7 +176,7 @@ def test_no_window_that_evaluates_stands_in_the_training_text() -> None:
     for held_out in (whole.valid, whole.test):
         windows = spread_windows(held_out, CPU.training.length, CPU.n_windows)
         kept = trained_on.without_copies(windows)
-        assert 0.98 * len(windows) < len(kept) < len(windows)  # some code stands in two files
+        assert 0.98 * len(windows) < len(kept) < len(windows)  # some code is in two files
         assert not [window for window in kept.tolist() if bytes(window) in train]
 
 

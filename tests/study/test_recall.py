@@ -211,7 +211,7 @@ def test_what_several_mixers_add_starts_smaller_and_that_of_one_as_before() -> N
 
 
 def test_four_windows_do_not_reach_most_questions_and_one_full_layer_does() -> None:
-    """What the answer at a place depends on, by the gradient."""
+    """The inputs that the answer at a place depends on, by the gradient."""
     for layers, reached in ((STACKS["window"], 32), (STACKS["3 window : 1 full"], 64)):
         torch.manual_seed(0)
         model = new_model(layers, STACK_TASK)

@@ -25,7 +25,7 @@ from kvlearn.verdict.vote import Answer, Votes, _buttons
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 BY_ID = {claim.id: claim for claim in CLAIMS}
-# What the article claims: methods, products and money, predictions and remarks, headlines.
+# The article's claims: methods, products and money, predictions and remarks, headlines.
 ARTICLE = (
     *(f"M{n}" for n in range(1, 14)),
     *("mistral", "mixtral", "claude", "gemini", "gpt", "gap"),

@@ -178,7 +178,7 @@ def test_a_mix_that_did_not_recall_in_chapter_10_is_left_out() -> None:
     assert any("finds everything again" in item for item in option.unknown)
 
 
-# What it does not know
+# Questions without an answer
 
 
 def test_unknown_hardware_and_models_are_answered_with_what_is_missing() -> None:

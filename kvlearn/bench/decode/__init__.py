@@ -56,7 +56,7 @@ def parts(device: torch.device, small: bool = False) -> list[Part]:
 def part_maker(
     sizes: Sizes, new_setup: Callable[[], Setup], limit: Limit | None, needs: float = NEEDS
 ) -> MakePart:
-    """What makes parts on one setup, which is made when the first part begins; ``--only`` may select any.
+    """Makes parts on one setup, which is made when the first part begins; ``--only`` may select any.
 
     Parts that need a bar find the bandwidth measured.
     """

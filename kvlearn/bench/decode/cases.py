@@ -62,7 +62,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What the cache is kept in."""
+        """The number format of the cache."""
         return KINDS[self.kv_dtype]
 
     @property
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def details(self) -> dict[str, Any]:
-        """What a plot finds a row by."""
+        """The keys by which a plot finds a row."""
         return {
             "form": self.form,
             "batch": self.batch,

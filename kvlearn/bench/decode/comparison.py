@@ -145,7 +145,7 @@ def tiled(
 
 
 def present_tiling(case: Case, x: Inputs) -> Tiling:
-    """What the kernel takes for this case unless told."""
+    """The kernel's own choice for this case."""
     return tiling_for(request(case, x))
 
 

@@ -25,7 +25,7 @@ SINKS = 4
 
 
 def cpu_setup(nbytes: int) -> Setup:
-    """The processor, with its bandwidth as the ceiling; no cache is larger than ``nbytes``."""
+    """The processor, with its bandwidth as the limit; no cache is larger than ``nbytes``."""
     device = torch.device("cpu")
     arena = Arena(nbytes // 4, device, torch.float32)
     setup = Setup(device, WallTimer(), arena, memory=nbytes * 2, l2=0, backend="torch")

@@ -1,4 +1,4 @@
-"""What a cache can be besides long: windowed, paged, latent, quantised, ragged; each with its bar."""
+"""Features of a cache beside its length: windowed, paged, latent, quantised, ragged; each with its bar."""
 
 from collections.abc import Iterator
 from dataclasses import replace

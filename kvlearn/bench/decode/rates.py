@@ -1,4 +1,4 @@
-"""What the device can do: bytes per second read only, FLOPs per second, and what a launch costs."""
+"""The limits of the device: bytes per second read only, FLOPs per second, and what a launch costs."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -43,7 +43,7 @@ def decode_kernel(
     program = tl.program_id(0).to(tl.int64)  # 64 bits: an offset into a cache can exceed 2³¹
     split, n_splits = tl.program_id(1), tl.num_programs(1)
     b, g = program // G, program % G
-    row = tl.arange(0, BLOCK_H)  # one query head a row
+    row = tl.arange(0, BLOCK_H)  # one query head per row
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     in_head = (d < D) | (D == BLOCK_D)  # compiled away where D is a power of two

@@ -1,4 +1,4 @@
-"""What compression costs in quality: every mechanism trained on one budget, with error bars. Chapter 10.
+"""The cost of compression in quality: every mechanism trained on one budget, with error bars. Chapter 10.
 
     from kvlearn.study import quality
 
@@ -10,7 +10,7 @@ plan         designs, budgets, presets, tiers, parts, runs
 run          runs a part: resumable, one row per finished run
 evaluate     loss by position, on repeated text, at longer contexts; bytes stored and read
 statistics   mean, spread, paired differences with intervals, the smallest difference that n seeds show
-compare      recorded rows: designs beside full attention; what has not run yet
+compare      recorded rows: designs beside full attention; runs that are missing
 report       the tables of ``kvlearn study quality``, which command.py runs
 """
 

@@ -128,7 +128,7 @@ class Progress:
 
 
 def progress(rows: Sequence[Row], preset: str = "cpu") -> list[Progress]:
-    """What of the plan is recorded, part by part; nothing is trained to find out."""
+    """The recorded share of the plan, part by part; nothing is trained to find out."""
     names = {row["run"]: row for row in rows}
     return [
         Progress(

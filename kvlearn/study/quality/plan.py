@@ -129,7 +129,7 @@ def unallocated(model: ModelConfig) -> Decoder:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every language run of a preset shares: the shape of the full model, and how it is trained."""
+    """The settings that a preset's language runs share: the shape of the full model, and its training."""
 
     model: ModelConfig
     training: TrainConfig

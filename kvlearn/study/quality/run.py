@@ -60,7 +60,7 @@ CONVERSION_WINDOWS = 64
 
 
 class OutOfTime(Exception):
-    """The session's seconds are over; what was done is kept."""
+    """The session's seconds are over; finished work is kept."""
 
 
 def source_hash() -> str:
@@ -87,7 +87,7 @@ class Session:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What goes with every row of this session; the bandwidth is measured once."""
+        """Values that every row of this session gets; the bandwidth is measured once."""
         return {**collect_provenance(self.device), "cpu": cpu_model(), "sources": self.sources}
 
     @cached_property
@@ -568,7 +568,7 @@ def recorded(folder: Path | None = None) -> list[dict[str, Any]]:
 
 
 def calibrate(preset: str, session: Session, *, steps: int = 20) -> Iterator[dict[str, Any]]:
-    """What a step of each run of ``preset`` takes, a row each, for results/.
+    """The time of a step of each run of ``preset``, one row per run, for results/.
 
     A language design is timed right after full attention and has ``tokens_per_s`` and ``times_full``, full
     attention's time per token in these: a machine whose speed changes meanwhile treats both alike.
