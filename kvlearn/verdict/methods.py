@@ -302,8 +302,9 @@ def state_bytes(records: Records) -> Evidence:
     crossing = state / token
     numbers = {"crossing": crossing, "90% from": 10 * crossing, "at 32K": 1 - crossing / K32}
     measured = (
-        f"Mamba-2.8B keeps {format_bytes(state)} in all, Pythia 2.8B {format_bytes(token)} per token: equal "
-        f"at {crossing:.0f} tokens, 90% less from {10 * crossing:.0f} on, {numbers['at 32K']:.1%} at 32K"
+        f"Mamba-2.8B keeps {format_bytes(state)} in all (in fp32), Pythia 2.8B {format_bytes(token)} per "
+        f"token (in 16 bit): equal at {crossing:.0f} tokens, 90% less from {10 * crossing:.0f} on, "
+        f"{numbers['at 32K']:.1%} at 32K"
     )
     note = (
         "The saving is a matter of the length, and of what it is counted against: a state is the larger one "
@@ -353,10 +354,16 @@ def hybrids(records: Records) -> Evidence:
         f"{len(mixed)} of {len(RELEASED)} released models have two kinds of layers; 3 states : 1 full, "
         f"trained so from the start: {said(ours)}; copying: {NOT_YET if mix is None else f'{mix:.0%}'}"
     )
+    if ours is None:
+        beside = "For quality our study has not yet compared a mix with full attention"
+    elif ours.tie:
+        beside = "For quality a mix ties with full attention in our study"
+    else:
+        how = "better" if ours.mean < 0 else "worse"
+        beside = f"For quality a mix is {how} than full attention in our study"
     note = (
-        "For memory, yes: it is what people build. For quality a mix equals full attention in what we "
-        "measured, it does not beat it, and the ratio matters. A window saves memory too, not compute alone; "
-        "the full or compressed layers give the reach."
+        f"For memory, yes: it is what people build. {beside}; the ratio matters. A window saves memory too, "
+        "not compute alone; the full or compressed layers give the reach."
     )
     verdict = CONDITIONS if len(mixed) > len(RELEASED) / 2 else FAILS
     return Evidence(verdict, measured, note, {"mixed": len(mixed), "of": len(RELEASED)})
@@ -459,8 +466,9 @@ def forgetting(records: Records) -> Evidence:
     measured += f"; the control itself lost {own[1] - own[0]:+.3f} on prose"
     more = lost["prose"] > lost["sympy"]
     note = (
-        "What is not in the further training comes back less. Training on without a conversion forgets next "
-        "to nothing: the conversion is what hurts."
+        "Prose, which is not in the further training, comes back less than sympy; networkx, which is code as "
+        "well, does not. Training on without a conversion forgets next to nothing: the conversion is what "
+        "hurts."
     )
     return Evidence(HOLDS if more else FAILS, measured, note, {**lost, "control": own[1] - own[0]})
 

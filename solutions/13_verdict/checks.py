@@ -158,7 +158,8 @@ def claims_window(t: CheckContext, bytes_per_user: Answer, judge: Answer) -> Non
     """at most `window` tokens, stored and read, but in layers whose number is a multiple of global_every"""
     config = {**drawn_config(t), "window": t.integer(500, 900)}
     if t.round:
-        config["global_every"] = t.integer(3, 5)
+        # Not a divisor of the layers: then layers counted from 0 have one global layer more.
+        config["global_every"] = t.random.choice([n for n in (3, 5, 7) if config["layers"] % n])
     same_bytes(t, bytes_per_user, config, t.integer(100, 400) if t.round == 3 else t.integer(2000, 9000))
 
 
@@ -187,7 +188,7 @@ def claims_hold(t: CheckContext, bytes_per_user: Answer, judge: Answer) -> None:
     """what is claimed is right for stored bytes, within 5% of the gigabytes and 0.02 of the saving"""
     baseline = drawn_config(t)
     config = {**baseline, "window": t.integer(500, 700), "global_every": 4}
-    context, off = t.integer(6000, 9000), (0.955, 1.045, None, 1.0)[t.round]
+    context, off = t.integer(6000, 9000), (0.951, 1.049, None, 1.0)[t.round]
     judged(
         t, judge, claim_of(config, context, 0, baseline, off, (0.017, None, -0.017, 0.0)[t.round]), "holds"
     )
@@ -206,7 +207,7 @@ def claims_read(t: CheckContext, bytes_per_user: Answer, judge: Answer) -> None:
     judged(t, judge, claim_of(config, context, 1, baseline, off, shift), "holds for what is read")
 
 
-@claims.requirement(1, "judge: does not hold", rounds=6)
+@claims.requirement(1, "judge: does not hold", rounds=8)
 def claims_wrong(t: CheckContext, bytes_per_user: Answer, judge: Answer) -> None:
     """a number that is claimed is off, for stored bytes and for read ones: also where the other one is right,
     or where one fits what is stored and the other what is read"""
@@ -217,8 +218,18 @@ def claims_wrong(t: CheckContext, bytes_per_user: Answer, judge: Answer) -> None
         claim = claim_of(sparse, context, 1, baseline, 1.0, 0.0)
         claim["gb_per_user"] = user_reference(sparse, context)[0] / 1e9
     else:
-        off, shift = ((1 / 1.0737, None), (1.0, 0.03), (1.09, 0.0), (None, -0.028), (0.91, 0.0))[t.round]
+        off, shift = {
+            0: (1 / 1.0737, None),
+            1: (1.0, 0.03),
+            2: (1.09, 0.0),
+            3: (None, -0.028),
+            4: (0.91, 0.0),
+            6: (1.0515, 0.0),  # within 5% of the claim, not of what is right
+            7: (1.0, 0.0),
+        }[t.round]
         claim = claim_of(config, context, 0, baseline, off, shift)
+        if t.round == 7:
+            claim["saving"] = 0.0
     judged(t, judge, claim, "does not hold")
 
 
@@ -316,7 +327,9 @@ def told(found: Iterable[tuple[Any, ...]]) -> str:
     """Readings in a line, for a table."""
     listed = sorted(map(str, found))
     shown = "; ".join(each.strip("()").replace("'", "") for each in listed[:3])
-    return f"{len(listed)} readings ({shown}{' …' if len(listed) > 3 else ''})" if listed else "no readings"
+    if not listed:
+        return "no readings"
+    return f"{len(listed)} reading{'s' * (len(listed) > 1)} ({shown}{' …' if len(listed) > 3 else ''})"
 
 
 def as_tuples(t: CheckContext, got: Any) -> set[tuple[Any, ...]]:
@@ -331,12 +344,19 @@ def as_tuples(t: CheckContext, got: Any) -> set[tuple[Any, ...]]:
 
 @lru_cache(maxsize=64)
 def drawn_text(
-    seed: int, round: int, reading: tuple[Any, ...], shared: bool, digits: int, off: float | None = None
+    seed: int,
+    round: int,
+    reading: tuple[Any, ...],
+    shared: bool,
+    digits: int,
+    off: float | None = None,
+    last: str = "",
 ) -> tuple[str, Config]:
     """A printed number with this reading, and the config.
 
     Without ``off`` the number is so plain that it does not matter how it is compared. With 0 it was rounded
     up; with another ``off`` it is wrong by so many units of its last digit, and nothing reproduces it.
+    ``last``: its last digit.
     """
     r = random.Random(f"{seed}/{round}/{reading}/{shared}/{digits}/{off}")
     while True:
@@ -362,7 +382,7 @@ def drawn_text(
             good = clear and not found
         else:
             good = clear and reading in found and float(text.split(" ")[0]) > value
-        if good and value > 1:
+        if good and value > 1 and text.split(" ")[0].endswith(last):
             return text, config
 
 
@@ -411,9 +431,9 @@ def unstated_digits(t: CheckContext, readings: Answer, settled: Answer, question
     reading = ("KV", "read", t.pick(32, 16), "token", 1000)
     digits = (0, 2)[t.round // 2]
     same_readings(t, readings, *drawn_text(t.seed, t.round, reading, False, digits, 0.0))
-    # As it was printed, it is off by more than rounding explains.
-    for off in (0.8, 1.5):
-        same_readings(t, readings, *drawn_text(t.seed, t.round, reading, False, digits, off))
+    # As it was printed, it is off by more than rounding explains; a zero at the end is a digit as well.
+    for off, last in ((0.8, "0" if t.round == 3 else ""), (1.5, "")):
+        same_readings(t, readings, *drawn_text(t.seed, t.round, reading, False, digits, off, last))
 
 
 def drawn_readings(t: CheckContext, n: int, fixed: Mapping[str, Any]) -> list[Reading]:
@@ -453,7 +473,8 @@ def question_reference(found: Sequence[Reading]) -> str | None:
 
 def tied_readings(t: CheckContext) -> list[Reading]:
     """Readings for which several questions are best. In half of the rounds the first of them is not the one
-    with most answers, in the others not the best by its luckiest answer; in the last, these two differ."""
+    with most answers, in the others not the best by its luckiest answer or on average; in the last, these
+    differ."""
     while True:
         rows = drawn_readings(t, t.integer(5, 8), {})
         groups = {
@@ -463,8 +484,14 @@ def tied_readings(t: CheckContext) -> list[Reading]:
         best = question_reference(rows)
         most = max(OPTIONS, key=lambda name: len(groups[name]))
         least = min(OPTIONS, key=lambda name: groups[name][0])
+        average = min(OPTIONS, key=lambda name: sum(n * n for n in groups[name]))
         equal = [name for name in OPTIONS if groups[name][-1] == groups[str(best)][-1]]
-        good = (best != most, best != least, best != most, best != least and least != most)[t.round]
+        good = (
+            best != most,
+            best not in (least, average),
+            best != most,
+            best not in (least, average) and most not in (least, average),
+        )[t.round]
         if good and len(equal) > 1:
             return rows
 
@@ -627,12 +654,22 @@ def trial_planned(t: CheckContext, smallest: Answer, seeds: Answer, experiment: 
     )
 
 
+def shifted(values: Sequence[float], claim: Config, by: float) -> list[float]:
+    """``values`` with their mean so many half widths of their interval above at_most."""
+    mean = math.fsum(values) / len(values)
+    side = by * (interval_of(values)[1] - mean)
+    return [each - mean + claim["at_most"] + side for each in values]
+
+
 @trial.requirement(1, "experiment: refuted or supported", rounds=4)
 def trial_decided(t: CheckContext, smallest: Answer, seeds: Answer, experiment: Answer) -> None:
-    """ "refuted" where the whole interval is above at_most, "supported" where none of it is"""
+    """ "refuted" where the whole interval is above at_most, "supported" where none of it is: by little too"""
     claim, n = plan(t)
     kind = ("refuted", "supported")[t.round % 2]
-    _, verdict = carried_out(t, experiment, claim, Simulation(drawn_differences(t, claim, n, kind)))
+    values = drawn_differences(t, claim, n, kind)
+    if t.round > 1:
+        values = shifted(values[:n], claim, (1.02, -1.02)[t.round % 2])
+    _, verdict = carried_out(t, experiment, claim, Simulation(values))
     t.text(verdict, kind, "verdict:")
 
 
@@ -640,28 +677,33 @@ def trial_decided(t: CheckContext, smallest: Answer, seeds: Answer, experiment: 
 def trial_undecided(t: CheckContext, smallest: Answer, seeds: Answer, experiment: Answer) -> None:
     """ "undecided" where at_most is inside the interval, on whichever side the mean is"""
     claim, n = plan(t)
-    values = drawn_differences(t, claim, n, "undecided")
-    mean = math.fsum(values[:n]) / n
-    side = (0.4, -0.4, 0.975)[t.round] * (interval_of(values[:n])[1] - mean)
-    shifted = [each - mean + claim["at_most"] + side for each in values]
-    _, verdict = carried_out(t, experiment, claim, Simulation(shifted))
+    values = shifted(drawn_differences(t, claim, n, "undecided")[:n], claim, (0.3, -0.5, 0.975)[t.round])
+    _, verdict = carried_out(t, experiment, claim, Simulation(values))
     t.text(verdict, "undecided", "verdict:")
 
 
-@trial.requirement(1, "experiment: diverged runs", rounds=4)
+@trial.requirement(1, "experiment: diverged runs", rounds=6)
 def trial_diverged(t: CheckContext, smallest: Answer, seeds: Answer, experiment: Answer) -> None:
-    """left out, and not replaced; "undecided" with fewer than two differences"""
+    """left out, and not replaced; the interval is that of the differences left, "undecided" with fewer than
+    two; n stays as planned"""
     claim, n = plan(t)
-    values: list[float | None] = [*drawn_differences(t, claim, n, ("refuted", "supported")[t.round % 2])]
-    gone = {0: [0], 1: [1, n - 1], 2: list(range(1, n)), 3: list(range(n))}[t.round]
-    for seed in gone:
+    kind = ("refuted", "supported")[t.round % 2]
+    values: list[float | None] = [*drawn_differences(t, claim, n, kind)]
+    gone = {0: [0], 1: [1, n - 1], 2: list(range(1, n)), 3: list(range(n)), 4: [0, 2, n - 1]}
+    for seed in gone.get(t.round, range(2, n)):
         values[seed] = None
     left = [each for each in values[:n] if each is not None]
-    want = "undecided" if len(left) < 2 else ("refuted", "supported")[t.round % 2]
-    runs = Simulation(values)
-    _, verdict = carried_out(t, experiment, claim, runs)
+    want = kind if len(left) > 1 else "undecided"
+    if t.round == 4:  # decided, if it were as many as planned
+        left, want = shifted(left, claim, 0.98), "undecided"
+    if t.round == 5:  # a difference of 0 is a measurement
+        left, want = [0.0, claim["at_most"] / 100], "supported"
+    rest = iter(left)
+    runs = Simulation([None if each is None else next(rest) for each in values[:n]] + values[n:])
+    came, verdict = carried_out(t, experiment, claim, runs)
     t.text(verdict, want, "verdict:")
     t.number(len(runs.asked), n, "runs:")
+    t.number(came, n, "n:")
 
 
 # 13.4: users and prices from assumptions, compared with counting users one by one
@@ -674,11 +716,12 @@ table = Exercise(
     hints=(
         "The cache is divided by 4. Which terms of the price change, and which stay as they are? Say what "
         "happens to the number of users, to the bytes of a step, and to the FLOPs of a step.",
-        "`users`: room = memory · (1 − reserve) − weights, divided by the cache of one user, rounded down, "
-        "at least 0.",
-        "`dollars`: seconds of a step = the larger of (weights + n · cache) / bandwidth and n · flops / "
-        "peak, over reached; price / 3600 · seconds is what it costs, n · busy what is sold.",
-        "`factor`: the price falls with every larger divisor, so try 1, 2, 3, … and stop at the first that "
+        "`users`, in words: subtract from the memory what is reserved and what the weights need, and ask how "
+        "often the cache of one user fits into the rest. No part of a user, and no negative number.",
+        "`dollars`, in three lines: the seconds of a step, the dollars that so many seconds cost, and the "
+        "tokens of the step that somebody pays for. The seconds are the longer of two times: which of their "
+        "terms come once per step, and which once per user?",
+        "`factor`: the price never rises with a larger divisor, so try 1, 2, 3, … and stop at the first that "
         'is enough. `{**model, "cache": model["cache"] / k}` is the model with a divided cache.',
         "`decisive`: for each name two prices, everything else as given. Compare quotients, not differences: "
         "an assumption that doubles the price matters more than one that adds ten percent.",
@@ -739,6 +782,9 @@ def table_users(t: CheckContext, users: Answer, *others: Answer) -> None:
     """whole users beside the weights, in the memory without the reserve; 0 where not even they fit"""
     model, gpu, given = drawn_case(t)
     t.number(users(model, gpu, given), users_reference(model, gpu, given), "users:")
+    room = gpu["memory"] * (1 - given["reserve"]) - model["weights"]
+    nearly = {**model, "cache": room / (t.integer(4, 9) + 0.97)}
+    t.number(users(nearly, gpu, given), users_reference(nearly, gpu, given), "room for nearly one more:")
     large = {**model, "weights": gpu["memory"] * (1 - given["reserve"]) + model["cache"] * t.integer(1, 3)}
     t.number(users(large, gpu, given), 0, "weights larger than the memory:")
 
@@ -774,6 +820,8 @@ def table_factor(t: CheckContext, users: Answer, dollars: Answer, factor: Answer
     price = dollars_reference(model, gpu, given)
     ratio = dollars_reference({**model, "cache": model["cache"] / k}, gpu, given) / price * 1.0001
     t.number(factor(model, gpu, given, ratio), factor_reference(model, gpu, given, ratio) or 0, "divisor:")
+    if t.round == 0:
+        t.number(factor(model, gpu, given, 1.0), 1, "for a ratio of 1:")
 
 
 @table.requirement(1, "factor: not by the cache alone")
@@ -787,7 +835,7 @@ def table_limit(t: CheckContext, users: Answer, dollars: Answer, factor: Answer,
     t.text(got, None, "divisor:")
 
 
-@table.requirement(1, "decisive", rounds=4)
+@table.requirement(1, "decisive", rounds=5)
 def table_decisive(t: CheckContext, *answers: Answer) -> None:
     """the assumption whose two values give the largest quotient of prices, all others as they are"""
     model, gpu, given = drawn_case(t)
@@ -798,11 +846,16 @@ def table_decisive(t: CheckContext, *answers: Answer) -> None:
         "price": (gpu["price"] * 0.8, gpu["price"] * 1.3),
         "memory": (gpu["memory"] * 0.995, gpu["memory"] * 1.005),
     }
-    strong = ("busy", "price", "reached", "memory")[t.round]
+    if t.round == 3:  # the memory changes the price by less than half
+        ranges |= {name: (0.95 * {**gpu, **given}[name], 1.05 * {**gpu, **given}[name]) for name in ranges}
+    strong, low, high = (
+        ("busy", 0.35, 1.05),
+        ("price", 0.45, 1.0),
+        ("reached", 0.35, 1.05),
+        ("memory", 0.6, 1.9),
+        ("price", 1.0, 2.6),
+    )[t.round]
     middle = {**gpu, **given}[strong]
-    low, high = {"busy": (0.35, 1.05), "price": (0.45, 1.0), "reached": (0.35, 1.05), "memory": (0.6, 1.9)}[
-        strong
-    ]
     ranges[strong] = (middle * low, middle * high)
     items = list(ranges.items())
     t.random.shuffle(items)
@@ -918,20 +971,29 @@ def bars_baseline(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: 
     t.text(baseline(rows, "method"), want, "baseline:")
 
 
-@bars.requirement(1, "baseline: the best, not the nearest")
+@bars.requirement(1, "baseline: the best, not the nearest", rounds=5)
 def bars_best(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: Answer) -> None:
-    """the lowest mean loss of all its seeds, also where a larger baseline is worse or one seed is lucky"""
+    """the lowest mean loss of all its seeds, also where a larger baseline is worse or one seed is lucky, or
+    where baselines have different seeds"""
     rows = drawn_table(t)
     large = next(row for row in rows if row["name"] == "baseline 3")
     worse = {seed: loss + 0.4 for seed, loss in large["losses"].items()}
     lucky = t.random.choice(list(worse))
     large["losses"] = {**worse, lucky: 2.0} if t.round else worse
+    best = next(row for row in rows if row["name"] == "baseline 2")["losses"]
     add_method(t, rows, "method", "baseline 2", -0.5, 0.02, 600)
     add_method(t, rows, "better method", "baseline 2", -0.9, 0.02, 100 if t.round else 70)
+    if t.round == 2:  # more seeds, just as good
+        best.update({50 + i: loss for i, loss in enumerate(list(best.values())[:4])})
+    if t.round == 3:  # worse with the seeds that the method has, and better with the others
+        common = {seed: loss + 0.4 for seed, loss in best.items()}
+        best.update({**common, **{50 + i: loss - 0.4 for i, loss in enumerate([*best.values(), 2.3])}})
+    if t.round == 4:  # worse in most seeds, and much better in the others
+        best.update({s: x + (0.4, -0.6)[i < 2] for i, (s, x) in enumerate(list(best.items()))})
     t.text(baseline(rows, "method"), "baseline 2", "baseline:")
 
 
-@bars.requirement(2, "verdicts: one claim", rounds=6)
+@bars.requirement(2, "verdicts: one claim", rounds=7)
 def bars_one(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: Answer) -> None:
     """ "supported" below 0, "refuted" above it, "undecided" where 0 is inside; "no baseline" """
     n = t.integer(4, 7)
@@ -944,6 +1006,7 @@ def bars_one(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: Answe
         (0.985, "undecided"),
         (-1.5, "no baseline"),
         (-1.015, "supported"),
+        (-0.4, "undecided"),
     )[t.round]
     add_method(t, rows, "A", "baseline 2", by * half, spread, 20 if t.round == 4 else size)
     same_verdicts(t, verdicts, rows, ["A"], {"A": want})
@@ -951,15 +1014,17 @@ def bars_one(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: Answe
 
 @bars.requirement(2, "verdicts: several claims", rounds=4)
 def bars_several(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: Answer) -> None:
-    """intervals that are right together: 0.05 shared among the claims that have a baseline, and no others"""
+    """intervals that are right together: 0.05 shared among the claims that have a baseline, also where seeds
+    are too few, and no others"""
     n, m = 6, t.integer(3, 5)
     rows, spread = drawn_table(t, n), 0.05
-    half, alone = half_width(spread, n, m), half_width(spread, n, 1)
+    few = t.round % 2  # a claim with too few seeds is one of the m
+    half, alone = half_width(spread, n, m + few), half_width(spread, n, 1)
     want = {}
     for i in range(m):
-        # Between what one claim needs and what m claims need; or just beyond the latter.
+        # Between what fewer claims need and what m claims need; or just beyond the latter.
         by, verdict = (
-            (-0.5 * (half + alone), "undecided"),
+            (-0.98 * half if few else -0.5 * (half + alone), "undecided"),
             (-1.01 * half, "supported"),
             (1.01 * half, "refuted"),
         )[i % 3]
@@ -969,6 +1034,12 @@ def bars_several(t: CheckContext, by_luck: Answer, baseline: Answer, verdicts: A
     for name in ("tiny", "smaller")[: 1 + t.round % 2]:  # no baseline: these are not among the m
         add_method(t, rows, name, "baseline 1", -0.5, spread, 20)
         want[name] = "no baseline"
+    if few:
+        add_method(t, rows, "few", "baseline 2", -0.5, spread, size_of(rows, "baseline 2"))
+        losses = next(row for row in rows if row["name"] == "few")["losses"]
+        for seed in list(losses)[1:]:
+            losses[seed + 40] = losses.pop(seed)
+        want["few"] = "undecided"
     add_method(t, rows, "not claimed", "baseline 1", -0.5, spread, 99)
     same_verdicts(t, verdicts, rows, list(want), want)
 
@@ -1271,8 +1342,8 @@ model = Exercise(
         "the maker of full is called once.",
         "`front`: a pair (bytes, loss) is beaten if another pair, different from it, is no larger in both "
         "numbers. Two equal pairs do not beat each other.",
-        "`statistics.stdev` wants Python numbers, `float(tensor.mean())`, and raises for NaN and infinity in "
-        "most versions of Python. `math.isfinite` is False for both.",
+        "`statistics.stdev` wants Python numbers: `float(tensor.mean())`. With NaN or infinity among them it "
+        "may raise, or return NaN; `math.isfinite` is False for both.",
     ),
 )
 
@@ -1413,7 +1484,8 @@ def model_failed(t: CheckContext, entry: Answer, assemble: Answer, *others: Answ
     want = entry_reference(shop.mechanisms["good"], shop.mechanisms["full"], texts, 100)
     same_entry(t, board["good"], want, ["loss"], "good, ")
     reason = failed["bad"]
-    t.true(isinstance(reason, str) and bool(reason.strip()), "a reason that is a text", describe(reason))
+    came = repr(reason) if isinstance(reason, str) else describe(reason)
+    t.true(isinstance(reason, str) and bool(reason.strip()), "a reason: a text that is not empty", came)
 
 
 def drawn_board(t: CheckContext) -> dict[str, dict[str, float]]:
@@ -1423,7 +1495,12 @@ def drawn_board(t: CheckContext) -> dict[str, dict[str, float]]:
     losses = [2.9, 2.5, 2.7, 2.5, 2.2, 2.2, 2.6, 2.0 + t.random.random() / 10]
     rows = list(zip(names, sizes, losses, strict=True))
     t.random.shuffle(rows)
-    return {n: {"bytes": s, "loss": x, "excess": x - 2.0, "error": 0.01} for n, s, x in rows}
+    # The excess weighs texts, the loss bytes: they need not agree. No error decides who beats whom.
+    order = t.random.sample(range(len(rows)), len(rows))
+    return {
+        n: {"bytes": s, "loss": x, "excess": 0.1 * i, "error": 0.05 + 0.3 * t.random.random()}
+        for i, (n, s, x) in zip(order, rows, strict=True)
+    }
 
 
 def front_reference(board: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -1451,7 +1528,8 @@ def same_front(t: CheckContext, front: Answer, board: dict[str, dict[str, float]
         board[x]["bytes"] for x in want
     ]
     good = sorted(names) == sorted(want) and ordered
-    t.note(str(names), None if good else Difference("", ", ".join(want), ", ".join(names) or "no names"))
+    shown = str(names if exact else sorted(names))
+    t.note(shown, None if good else Difference("", ", ".join(want), ", ".join(names) or "no names"))
 
 
 @model.requirement(1, "front: what is not beaten")

@@ -104,6 +104,15 @@ claims.mistakes(
         (1 - new[kind] / old[kind]) → (old[kind] / new[kind] - 1)
     The difference was divided by the new bytes. A saving is a share of the baseline: 1 − new / old.
 
+    within 5% of the claim
+        > 0.05 * new[kind]: → > 0.05 * size * 1e9:
+    The tolerance was taken as 5% of the number claimed. It is 5% of yours: a claim that is too large would
+    have a larger tolerance.
+
+    a saving of 0 not looked at
+        return saving is None or → return not saving or
+    A saving of 0 was taken as not claimed. 0 is a number and is claimed; only None is not.
+
     the saving within 5% of itself
         <= 0.02 → <= 0.05 * abs(1 - new[kind] / old[kind])
     The tolerance of the saving was taken as 5% of it. It is 0.02, whatever the saving: two percentage points.
@@ -176,6 +185,10 @@ unstated.mistakes(
         config["layers"] - config["shared_layers"] → config["shared_layers"]
     The layers that share were counted as those that store. It is the others that have a cache.
 
+    a batch of single tokens
+        config["batch"] * config["context"] → config["batch"]
+    A batch was counted as `batch` tokens. It is `batch` users, and each of them has `context` tokens.
+
     KB is 1000 only
         if unit.endswith("iB") and reading["base"] == 1000:
             → if reading["base"] != (1024 if unit.endswith("iB") else 1000):
@@ -200,6 +213,15 @@ unstated.mistakes(
         <= last_digit / 2 → <= 0.01 * float(amount)
     A number counted as reproduced within 1%. How exact a printed number is, its digits say: half a unit of
     the last one.
+
+    half a unit of the ones
+        <= last_digit / 2 → <= 0.5
+    The tolerance is 0.5 whatever was printed. Half a unit of the **last digit** is 0.005 for "1.20".
+
+    zeros at the end dropped
+        len(amount.partition(".")[2]) → len(amount.partition(".")[2].rstrip("0"))
+    The last digits of "1.20" were counted as those of "1.2", as `str(float(text))` does. A printed zero is a
+    digit: it says that the number is known to 0.01.
 
     a whole unit of the last digit
         <= last_digit / 2 → <= last_digit
@@ -250,6 +272,12 @@ unstated.mistakes(
     the best case
         key=lambda field: max(Counter → key=lambda field: min(Counter
     The question was chosen by its luckiest answer. You do not know the answer yet: plan for the worst one.
+
+    the fewest on average
+        key=lambda field: max(Counter(each[field] for each in found).values())
+            → key=lambda field: sum(n * n for n in Counter(each[field] for each in found).values())
+    The question was chosen that leaves the fewest readings on average. The task asks for the worst case: the
+    largest group of readings with one answer.
 
     the question that splits least
         return min(OPTIONS, key → return max(OPTIONS, key
@@ -385,6 +413,43 @@ trial.mistakes(
         if low > claim["at_most"]: → if high > claim["at_most"]:
     "refuted" was returned as soon as the upper end is above at_most. The whole interval has to be above it.
 
+    the spread for the error
+        * stdev(left) / math.sqrt(len(left)) → * stdev(left)
+    The interval has the width of single differences. That of their mean is smaller by the root of their
+    number.
+
+    the spread that was planned with
+        * stdev(left) / → * claim["spread"] /
+    The interval was made with the spread of the plan. That was a guess before the first run; now the
+    differences themselves say how far they scatter.
+
+    degrees of freedom of the plan
+        half = t95[len(left) - 1] → half = t95[n - 1]
+    The table was asked at the planned number minus 1. Diverged runs are no measurements: it is the number of
+    differences left, minus 1.
+
+    divided by the planned number
+        / math.sqrt(len(left)) → / math.sqrt(n)
+    The error was divided by the root of the planned number. Only the differences that are left make the mean.
+
+    the power in the interval
+        half = t95[len(left) - 1] → half = t80[len(left) - 1]
+    The interval was made with t80. That one belongs to the plan; an interval of 95% has t95 alone.
+
+    wrong by the whole difference
+        if low > claim["at_most"]: → if low > claim["at_most"] + claim["difference"]:
+    The interval had to be above at_most + difference. The difference is what the plan is made for; the claim
+    is refuted as soon as the interval is above `at_most`.
+
+    a difference of 0 dropped
+        each is not None] → each]
+    A difference of exactly 0 was dropped with the diverged runs. It is a measurement; only None is not.
+
+    n without the diverged runs
+        return n, "refuted" → return len(left), "refuted"
+        return n, "supported" → return len(left), "supported"
+    The number of differences that are left was returned. n is the number that was planned and run.
+
     the spread over n
         stdev(left) / → stdev(left) * math.sqrt((len(left) - 1) / len(left)) /
     The squares were divided by their number. The mean was estimated from them, so it is their number minus 1;
@@ -407,6 +472,15 @@ table.mistakes(
     users rounded to the nearest
         int(room // model["cache"]) → round(room / model["cache"])
     The number of users was rounded. A user whose cache does not fit as a whole is not served.
+
+    users rounded up
+        int(room // model["cache"]) → math.ceil(room / model["cache"])
+    The number of users was rounded up. The last one's cache does not fit as a whole: round down.
+
+    the reserve of what the weights leave
+        gpu["memory"] * (1 - given["reserve"]) - model["weights"]
+            → (gpu["memory"] - model["weights"]) * (1 - given["reserve"])
+    The reserve was taken of what the weights leave. It is a part of the whole memory.
 
     parts of users
         int(room // model["cache"]) → room / model["cache"]
@@ -434,6 +508,20 @@ table.mistakes(
             → (model["weights"] + model["cache"]) / gpu["bandwidth"]
     The cache of one user was read. A step reads those of all of them.
 
+    only the places taken are read
+        (model["weights"] + n * model["cache"]) → (model["weights"] + n * given["busy"] * model["cache"])
+    A step was said to read the caches of the busy places only. Here it reads every user's; `busy` counts the
+    tokens that somebody pays for.
+
+    the shorter of the two times
+        max(memory, n * model → min(memory, n * model
+    The shorter time was taken. A step is over when both are: the longer one counts.
+
+    arithmetic at its peak
+        max(memory, n * model["flops"] / gpu["flops"]) / given["reached"]
+            → max(memory / given["reached"], n * model["flops"] / gpu["flops"])
+    Only the bandwidth was taken as reached in part. `reached` is the part of bandwidth **and** FLOP/s.
+
     arithmetic left out
         max(memory, n * model["flops"] / gpu["flops"]) → memory
     Only the bytes were timed. With many users arithmetic takes longer than memory, and then a smaller cache
@@ -459,6 +547,11 @@ table.mistakes(
         / (n * given["busy"]) → / n
     All places were taken as busy. Those that are empty at night are paid for, and give no tokens.
 
+    multiplied by busy
+        / (n * given["busy"]) * 1e6 → / n * given["busy"] * 1e6
+    The price was multiplied by `busy`. Fewer tokens that are paid for make each of them cost more: divide. In
+    `a / n * busy` only n is below the line.
+
     the price of a step
         / (n * given["busy"]) * 1e6 → / given["busy"] * 1e6
     The price of a step was taken for that of a token. A step makes one token for each user.
@@ -475,9 +568,10 @@ table.mistakes(
         for k in range(1, 1025)} → for k in (2**i for i in range(11))}
     Only powers of two were tried. The smallest whole number that is enough may lie between them.
 
-    from a factor of two on
-        for k in range(1, 1025)} → for k in range(2, 1025)}
-    Division by 1 was not tried. Where the price is low enough as it is, nothing has to be divided.
+    strictly below the ratio
+        <= most), None) → < most), None)
+    Prices equal to the ratio were not enough. "At most" includes equality: for a ratio of 1 nothing has to be
+    divided.
 
     the largest factor where none is enough
         <= most), None) → <= most), 1024)
@@ -498,6 +592,15 @@ table.mistakes(
         max(prices) / min(prices) → prices[1] / prices[0]
     The price at the high value was divided by that at the low one. An assumption that lowers the price as it
     grows, such as `busy`, then counts as one that hardly matters.
+
+    decisive in the other direction
+        max(prices) / min(prices) → prices[0] / prices[1]
+    The price at the low value was divided by that at the high one. An assumption that raises the price as it
+    grows, such as the price per hour, then counts as one that hardly matters.
+
+    the GPU left as it is
+        {**gpu, name: x}, {**given, name: x} → gpu, {**given, name: x}
+    Only the names of `given` were set. A name of `gpu`, such as its memory, is an assumption as well.
 
     the least decisive
         return max(ranges, key=quotient) → return min(ranges, key=quotient)
@@ -545,6 +648,20 @@ bars.mistakes(
         fmean(row["losses"].values()) → min(row["losses"].values())
     The baseline with the luckiest seed was taken. Compare means over the seeds.
 
+    the sum of the losses
+        fmean(row["losses"].values()) → sum(row["losses"].values())
+    Sums were compared. A baseline with more seeds has the larger sum, however good it is: compare means.
+
+    only the seeds of the design
+        fmean(row["losses"].values())
+            → fmean([row["losses"][x] for x in row["losses"] if x in table[name]["losses"]] or [math.inf])
+    The baseline was chosen by the seeds that it shares with the design. Which baseline is the best does not
+    depend on the design: all of its seeds count. Pairs come afterwards.
+
+    the median seed
+        fmean(row["losses"].values()) → sorted(row["losses"].values())[len(row["losses"]) // 2]
+    The median over the seeds was taken. The task compares means.
+
     the worst baseline
         best = min(fair, key → best = max(fair, key
     The baseline with the highest loss was taken. Against that one everything looks good.
@@ -562,6 +679,13 @@ bars.mistakes(
     claims without a baseline counted
         m = sum(other is not None for other in against.values()) → m = len(against)
     All names were counted in m, also those that have no baseline and are not tested.
+
+    claims with too few seeds not counted
+        m = sum(other is not None for other in against.values())
+            → both = [set(losses[x]) & set(losses[y]) for x, y in against.items() if y is not None]
+              m = max(1, sum(len(seeds) > 1 for seeds in both))
+    Claims with fewer than two differences were left out of m. They are claims as well: m is fixed by what is
+    claimed, not by how it comes out.
 
     every design of the table counted
         m = sum(other is not None for other in against.values())
@@ -600,16 +724,24 @@ bars.mistakes(
     Losses were paired in the order in which they are listed. The two rows list their seeds in different
     orders: pair by seed.
 
+    the errors of two means
+        found[name] = verdict(differences, 0.05 / m, quantile)
+            → found[name] = "undecided"
+              if len(differences) > 1:
+                  a, b = [ours[x] for x in ours if x in theirs], [theirs[x] for x in ours if x in theirs]
+                  error = math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / len(a))
+                  half, mean = quantile(1 - 0.05 / m / 2, len(a) - 1) * error, fmean(differences)
+                  found[name] = "supported" if mean + half < 0 else "refuted" if mean > half else "undecided"
+    The errors of both means were added. Runs with the same seed rise and fall together, and their difference
+    does not: take the standard deviation of the differences.
+
     differences upside down
         ours[seed] - theirs[seed] → theirs[seed] - ours[seed]
     The method was subtracted from the baseline. A lower loss is better: the difference of a better method is
     negative.
 
     by the mean alone
-        if fmean(differences) + half < 0:
-        return "supported"
-        return "refuted" if fmean(differences) - half > 0 else "undecided"
-            → return "supported" if fmean(differences) < 0 else "refuted"
+        half = quantile(1 - level / 2, n - 1) * stdev(differences) / math.sqrt(n) → half = 0.0
     The sign of the mean decided. Where the interval holds 0, the seeds cannot decide.
 
     refuted unless supported
@@ -753,6 +885,11 @@ model.mistakes(
             → kept = {pairs[name]: name for name in pairs if pairs[name] not in beaten}
               return sorted(kept.values(), key=pairs.get)
     Of several equal designs one was kept. None of them beats another: all of them stay.
+
+    the excess in place of the loss
+        (each["bytes"], each["loss"]) → (each["bytes"], each["excess"])
+    Names were compared by their excess. It weighs every text alike, the loss every byte, so their order may
+    differ; the front is about the loss.
 
     in the order of the names
         key=pairs.get) → key=str)

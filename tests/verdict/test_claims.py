@@ -182,6 +182,12 @@ def test_a_verdict_on_quality_changes_when_rows_arrive() -> None:
     assert judge(BY_ID["M4.quality"], study(mhc_8x=0.015)).verdict is Verdict.CONDITIONS
 
 
+def test_a_mix_is_compared_with_full_attention_only_where_both_have_run() -> None:
+    assert "has not yet compared" in judge(BY_ID["M8"], with_study([])).evidence.note
+    for loss, how in ((0.0, "ties with"), (0.1, "worse than"), (-0.1, "better than")):
+        assert how in judge(BY_ID["M8"], study(hybrid=loss)).evidence.note
+
+
 def test_every_verdict_survives_whatever_of_the_study_has_run(findings: dict[str, Finding]) -> None:
     rows = [*rows_of("A"), *rows_of("B"), *rows_of("C")]
     whole = {f.claim.id: f for f in verdict.judge_all(CLAIMS, with_study(rows))}
