@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("attention", "kernels", "model", "parallel", "serving", "measure", "bench", "study")
+PACKAGES = (
+    "attention",
+    "kernels",
+    "model",
+    "parallel",
+    "serving",
+    "measure",
+    "bench",
+    "study",
+    "integrations",
+)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 ALIGNED = re.compile(r"\S {2,}\S")
 ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
