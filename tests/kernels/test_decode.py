@@ -331,6 +331,14 @@ def test_a_compiled_step_takes_other_batches_lengths_and_windows(backend: str) -
         torch.testing.assert_close(compiled(*case.arguments(), window), step(*case.arguments(), window))
 
 
+@pytest.mark.parametrize("scales", ["number", "key"])
+def test_a_compiled_step_scales_what_it_reads(scales: str) -> None:
+    case = Case((9, 40), cache_dtype=torch.int8, scales=scales)
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(*case.arguments(), **case.options(), backend="torch")
+    torch.testing.assert_close(out.double(), case.expected()[0], atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_stride_counts(backend: str) -> None:
     """Everything given as every other number of something larger, the numbers between poisoned."""
@@ -447,7 +455,7 @@ def test_splits_follow_what_a_window_reads(monkeypatch: pytest.MonkeyPatch) -> N
     case = Case((64,), n_kv_heads=1, group=1, capacity=8192)
     whole, windowed = (
         launch.splits_for(Request(case.q, None, case.k, case.v, case.lengths_, 1.0, window, 4), SMALL)
-        for window in (None, 60)
+        for window in (None, 64)
     )
     assert whole > 100
-    assert windowed == 4  # 64 keys in tiles of 16
+    assert windowed == 5  # 64 keys and 4 sinks in tiles of 16
