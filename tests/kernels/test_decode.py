@@ -391,9 +391,10 @@ def test_only_the_pages_of_live_keys_are_looked_up() -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
-@pytest.mark.parametrize("splits", [17, 33, 257])
+@pytest.mark.parametrize("splits", [16, 17, 33, 257])
 def test_a_last_family_of_one_hands_its_result_on(splits: int) -> None:
-    """Where 16 or 256 do not divide the splits, somebody has nobody to merge with, and no ticket to draw."""
+    """Where 16 or 256 do not divide the splits, somebody has nobody to merge with, and no ticket to draw. Of
+    16 splits the first merge is the last."""
     case = Case((16 * splits,), n_kv_heads=2, group=1, capacity=16 * splits, sink_logits=True)
     workspace = Workspace.new(1, 2, 16, splits, DEVICE)
     guard = torch.full((2 * splits + 4,), 777, dtype=torch.int32, device=DEVICE)
