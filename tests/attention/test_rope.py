@@ -104,11 +104,12 @@ def exact_angles(head_dim: int, config: RopeConfig, m: int) -> tuple[list[mpf], 
     ids=lambda scaling: "none" if scaling is None else type(scaling).__name__,
 )
 def test_far_angles_are_right(scaling: object) -> None:
-    """Of a token at 262K and at 4M, where fp32 would be wrong by 6e-3 and 0.2 radians."""
+    """Of a token at 262K and at 4M, where fp32 would be wrong by 6e-3 and 0.2 radians; and of the last one
+    before a scaling changes its angles, and the first after."""
     config = RopeConfig(10_000.0, scaling)  # type: ignore[arg-type]
     x = torch.zeros(1, 1, 1, 16)
     x[..., :8] = 1  # (1, 0) -> factor · (cos, sin)
-    for m in (0, 5000, 262_143, 4_194_303):
+    for m in (0, 4095, 4096, 5000, 262_143, 4_194_303):
         with mp.workdps(40):
             angles, factor = exact_angles(16, config, m)
             expected = [float(factor * of(angle)) for of in (mp.cos, mp.sin) for angle in angles]

@@ -1,4 +1,4 @@
-"""Tests for all recurrences: sums in single precision under autocast, and shapes on the meta device."""
+"""Tests for all recurrences: single precision inside, also under autocast, and shapes on the meta device."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,6 +12,7 @@ from kvlearn.attention import REGISTRY
 from kvlearn.attention.delta import delta_rule, generalised_delta_rule
 from kvlearn.attention.linear import gated_linear_attention, linear_attention
 from kvlearn.attention.mamba import selective_scan
+from kvlearn.attention.recurrent import load_state
 from kvlearn.attention.rwkv import wkv
 
 B, H, T, K = 2, 3, 45, 8
@@ -54,6 +55,19 @@ def test_a_layer_works_under_autocast(name: str) -> None:
         y = torch.cat([layer(piece, cache) for piece in x.split([20, 1, 24], dim=1)], dim=1)
     assert (y - expected).abs().max() < 0.06 * expected.abs().max()
     assert {t.dtype for t in cache.tensors()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_state_is_read_as_wide_as_it_is_stored(dtype: torch.dtype) -> None:
+    """Rounded once per step to the weights' dtype, its error would grow with the length."""
+    layer = REGISTRY["linear"].tiny().to(dtype)
+    cache = layer.new_cache(B, T)
+    for part in cache.tensors():
+        part.uniform_()
+    state, _ = load_state(layer, draw(B, 1, layer.d_model).to(dtype), cache)
+    for got, stored in zip(state.values(), cache.tensors(), strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, stored)
 
 
 @every_recurrence

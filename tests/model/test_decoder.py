@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,13 @@ def test_bytes_are_tokens_too() -> None:
 def test_a_token_beyond_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="tokens: expected 0 to 49"):
         decoder()(torch.tensor([[3, 50]]))
+
+
+def test_the_scale_of_embeddings_is_rounded_to_their_dtype() -> None:
+    model, scale, scaled = decoder(replace(SMALL, embed_scale=24**0.5)).bfloat16(), torch.tensor(24**0.5), []
+    model.embed_norm.register_forward_pre_hook(lambda _, inputs: scaled.append(inputs[0]))
+    model(prompt())
+    assert torch.equal(scaled[0], model.embed(prompt()) * scale.bfloat16())
 
 
 def test_a_cache_of_another_model_is_refused() -> None:

@@ -78,6 +78,8 @@ def test_a_row_ends_with_its_stop_token() -> None:
     (ended,) = [row for row in range(2) if stopped[row, -1] == stopped[row, -2] == ends[0]]
     assert padded[ended, -1] == 3
     assert torch.equal(padded[1 - ended], stopped[1 - ended])
+    beyond = decoder(["full"], pad_token=50).generate(prompt(), 20, stop=ends)  # not in the vocabulary
+    assert torch.equal(beyond, stopped)
     first = model.generate(prompt()[:1], 20, stop=new[0][5])  # one token, not in a list
     assert first[0].tolist() == free[0, : 9 + new[0].index(new[0][5]) + 1].tolist()
 
