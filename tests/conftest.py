@@ -20,7 +20,7 @@ jaxtyping.install_import_hook(
 )
 
 # A property is tried on few examples in `make test`, on many with HYPOTHESIS_PROFILE=thorough.
-settings.register_profile("few", max_examples=25, deadline=None)
+settings.register_profile("few", max_examples=10, deadline=None)
 settings.register_profile("thorough", max_examples=300, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "few")
 
