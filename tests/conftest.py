@@ -1,7 +1,15 @@
-"""Shapes written in signatures are checked while the tests run: jaxtyping's hook, with beartype."""
+"""Shapes written in signatures are checked while the tests run: jaxtyping's hook, with beartype.
 
+A check takes longer than most functions themselves. So each function is checked in its first three calls of
+every test, and in all calls with HYPOTHESIS_PROFILE=thorough.
+"""
+
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -15,6 +23,47 @@ if not torch.cuda.is_available():
 # No test reads or records the progress of the person who runs it.
 os.environ["KVLEARN_WORK"] = os.devnull
 
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+CHECKED_CALLS = sys.maxsize if THOROUGH else 3
+jaxtyped = jaxtyping.jaxtyped
+running: list[pytest.Item | None] = [None]  # the test
+
+
+def at_first(checked: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """``checked`` in the first calls of every test, then ``function`` itself."""
+    test, calls = running[0], 0
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal test, calls
+        if test is not running[0]:
+            test, calls = running[0], 0
+        calls += 1
+        return (checked if calls <= CHECKED_CALLS else function)(*args, **kwargs)
+
+    return call
+
+
+def jaxtyped_at_first(typechecker: Any) -> Callable[[Any], Any]:
+    """What the hook writes above each function and class, in place of ``jaxtyping.jaxtyped``."""
+
+    def decorate(thing: Any) -> Any:
+        if not inspect.isclass(thing):
+            return at_first(jaxtyped(thing, typechecker=typechecker), thing)
+        create = thing.__init__
+        jaxtyped(thing, typechecker=typechecker)
+        if thing.__init__ is not create:  # of a dataclass, with its fields
+            thing.__init__ = at_first(thing.__init__, create)
+        return thing
+
+    return decorate
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    running[0] = item
+
+
+jaxtyping.jaxtyped = jaxtyped_at_first
 jaxtyping.install_import_hook(
     ["kvlearn.attention", "kvlearn.model", "kvlearn.serving.layers", "kvlearn.study"], "beartype.beartype"
 )
