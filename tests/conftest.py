@@ -4,6 +4,7 @@ A check takes longer than most functions themselves. So each function is checked
 every test, and in all calls with HYPOTHESIS_PROFILE=thorough.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -29,17 +30,20 @@ jaxtyped = jaxtyping.jaxtyped
 running: list[pytest.Item | None] = [None]  # the test
 
 
-def at_first(checked: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """``checked`` in the first calls of every test, then ``function`` itself."""
-    test, calls = running[0], 0
+def at_first(function: Callable[..., Any], typechecker: Any) -> Callable[..., Any]:
+    """``function``, checked in its first calls of every test."""
+    test, calls, checked = running[0], 0, None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal test, calls
+        nonlocal test, calls, checked
         if test is not running[0]:
             test, calls = running[0], 0
         calls += 1
-        return (checked if calls <= CHECKED_CALLS else function)(*args, **kwargs)
+        if calls > CHECKED_CALLS:
+            return function(*args, **kwargs)
+        checked = checked or jaxtyped(function, typechecker=typechecker)
+        return checked(*args, **kwargs)
 
     return call
 
@@ -49,11 +53,9 @@ def jaxtyped_at_first(typechecker: Any) -> Callable[[Any], Any]:
 
     def decorate(thing: Any) -> Any:
         if not inspect.isclass(thing):
-            return at_first(jaxtyped(thing, typechecker=typechecker), thing)
-        create = thing.__init__
-        jaxtyped(thing, typechecker=typechecker)
-        if thing.__init__ is not create:  # of a dataclass, with its fields
-            thing.__init__ = at_first(thing.__init__, create)
+            return at_first(thing, typechecker)
+        if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = at_first(thing.__init__, typechecker)  # type: ignore[misc]
         return thing
 
     return decorate

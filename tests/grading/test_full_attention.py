@@ -14,7 +14,7 @@ from torch import Tensor
 from kvlearn.attention import core
 from kvlearn.grading import Score, check, find_exercise, judge
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.answers
 
 Mask = Tensor | None
 Part = tuple[Tensor, Tensor]

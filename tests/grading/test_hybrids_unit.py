@@ -13,7 +13,7 @@ from kvlearn import workbench
 from kvlearn.grading import check, find_exercise
 from kvlearn.measure.models import MODELS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.answers
 
 CHECKS = unit_module("07_hybrids", "checks")
 MODEL = find_exercise("07.8")
@@ -330,6 +330,7 @@ def test_a_notebook_without_parts_earns_the_functions() -> None:
     assert points(balance_loss=stub) == [1, 2, 1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_pattern_by_hand_counts_if_it_learns_and_a_loss_may_gather_and_take_logarithms() -> None:
     def by_gather(logits: Tensor, asked: Tensor, answers: Tensor, balance: Tensor) -> Tensor:
         rows = logits.gather(1, asked[..., None].expand(-1, -1, logits.shape[-1]))
@@ -340,6 +341,7 @@ def test_a_pattern_by_hand_counts_if_it_learns_and_a_loss_may_gather_and_take_lo
     assert points(layers=lambda *_: ["full", "full", "full"]) == [0, 2, 1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_comparison_has_the_baselines_and_a_curve_for_each_model() -> None:
     shown = workbench.compare("07.8", notebook(design=stub))
     assert shown.columns == ("kvlearn's", "yours", "full in every layer", "linear in every layer")

@@ -21,7 +21,7 @@ from kvlearn.grading.grader import Grader
 from kvlearn.grading.mistakes import compiled, run
 from kvlearn.grading.release import stub as released
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.answers
 
 UNIT = "11_triton_decode"
 NOTEBOOK = solutions_root() / UNIT / f"{UNIT}.ipynb"
@@ -278,6 +278,7 @@ def test_without_triton_the_notebook_runs_and_says_what_is_missing() -> None:
     assert all("needs Triton, of which the course pins the Linux package" in message for message in others)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_never_ends_or_kills_the_process_costs_only_its_own_points(tmp_path: Path) -> None:
     notebook = json.loads(NOTEBOOK.read_text())
     answers = {nbgrader_of(c)["grade_id"]: c for c in notebook["cells"] if nbgrader_of(c).get("solution")}

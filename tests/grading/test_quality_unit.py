@@ -13,7 +13,7 @@ from torch import Tensor
 from kvlearn.grading import check, find_exercise
 from kvlearn.study.quality import statistics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.answers
 
 CHECKS = unit_module("10_quality", "checks")
 
@@ -296,6 +296,7 @@ def test_recipes_of_every_style_earn_the_functions_without_parts() -> None:
         assert earned(check("10.7", *recipe)) == [1, 1, 1, 2, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_recipe_as_good_has_all_points_and_a_bad_one_loses_the_last() -> None:
     assert earned(check_whole(short_rows, trapezoid, of_layers, by_loops)) == [1, 1, 1, 2, 1, 1, 2]
     layout, rate, decay, clip = ours("10.7")

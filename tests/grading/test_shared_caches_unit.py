@@ -16,7 +16,7 @@ from torch import Tensor
 from kvlearn import workbench
 from kvlearn.grading import check, find_exercise
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.answers
 
 CHECKS = unit_module("09_shared_caches", "checks")
 MODEL = find_exercise("09.7")

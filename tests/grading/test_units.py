@@ -19,10 +19,13 @@ from kvlearn.grading.exercise import Requirement
 from kvlearn.grading.release import stub as released
 from kvlearn.grading.run_checks import Outcome
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.answers
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-EXERCISES = [pytest.param(exercise, id=exercise.id) for exercise in exercises().values()]
+EXERCISES = [
+    pytest.param(exercise, id=exercise.id, marks=[pytest.mark.slow] if exercise.wiring else [])
+    for exercise in exercises().values()
+]
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
@@ -128,6 +131,7 @@ def complaint(exercise: Exercise, misconception: Misconception) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_runs")
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_every_misconception_loses_the_same_points_on_every_draw_and_is_named_as_itself(
@@ -178,6 +182,7 @@ def results(sources: list[str]) -> Iterator[Any]:
             yield eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
 def test_the_notebook_runs_unsolved_and_earns_nothing(unit, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     """The whole of it, shown as IPython shows it; a line on stderr would cost points in nbgrader."""
