@@ -13,6 +13,8 @@ SHARE := OMP_WAIT_POLICY=passive
 NO_WORK := KVLEARN_WORK=/dev/null
 # Two workers with one thread each are faster than one with two; a notebook's timings want the machine alone.
 PYTEST := $(SHARE) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
+# The library, the grader and the course's files; no comparisons with other people's models, pictures, benchmarks.
+QUICK := -m "not slow and not answers" --ignore=tests/oracles --ignore=tests/plots --ignore=tests/bench
 NBVAL := -p no:python --nbval --nbval-sanitize-with tests/course/nbval_sanitize.cfg --nbval-cell-timeout=300
 CLEAN_METADATA := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
   --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{('language_info', 'name'), 'kernelspec', 'kvlearn'}"
@@ -46,8 +48,8 @@ teach: $(READY) ## the same with nbgrader's menu, buttons and panels, for teache
 
 test: lint unit nbval ## everything: lint, types, tests, every notebook run afresh and compared
 
-quick: lint ## lint, types and unit tests, no notebooks: under 3 minutes
-	@$(PYTEST) -m "not slow"
+quick: lint ## lint, types and what is fast of the tests, no notebooks: under 90 seconds
+	@$(PYTEST) $(QUICK)
 
 format: $(READY) ## let ruff format the code and mend what it can
 	@$(BIN)/ruff check -q --fix

@@ -1,7 +1,16 @@
-"""Shapes written in signatures are checked while the tests run: jaxtyping's hook, with beartype."""
+"""Shapes written in signatures are checked while the tests run: jaxtyping's hook, with beartype.
 
+A check takes longer than most functions themselves. So each function is checked in its first three calls of
+every test, and in all calls with HYPOTHESIS_PROFILE=thorough.
+"""
+
+import dataclasses
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -15,13 +24,55 @@ if not torch.cuda.is_available():
 # No test reads or records the progress of the person who runs it.
 os.environ["KVLEARN_WORK"] = os.devnull
 
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+CHECKED_CALLS = sys.maxsize if THOROUGH else 3
+jaxtyped = jaxtyping.jaxtyped
+running: list[pytest.Item | None] = [None]  # the test
+
+
+def at_first(function: Callable[..., Any], typechecker: Any) -> Callable[..., Any]:
+    """``function``, checked in its first calls of every test."""
+    test, calls, checked = running[0], 0, None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal test, calls, checked
+        if test is not running[0]:
+            test, calls = running[0], 0
+        calls += 1
+        if calls > CHECKED_CALLS:
+            return function(*args, **kwargs)
+        checked = checked or jaxtyped(function, typechecker=typechecker)
+        return checked(*args, **kwargs)
+
+    return call
+
+
+def jaxtyped_at_first(typechecker: Any) -> Callable[[Any], Any]:
+    """What the hook writes above each function and class, in place of ``jaxtyping.jaxtyped``."""
+
+    def decorate(thing: Any) -> Any:
+        if not inspect.isclass(thing):
+            return at_first(thing, typechecker)
+        if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = at_first(thing.__init__, typechecker)  # type: ignore[misc]
+        return thing
+
+    return decorate
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    running[0] = item
+
+
+jaxtyping.jaxtyped = jaxtyped_at_first
 jaxtyping.install_import_hook(
     ["kvlearn.attention", "kvlearn.model", "kvlearn.serving.layers", "kvlearn.study", "kvlearn.integrations"],
     "beartype.beartype",
 )
 
 # A property is tried on few examples in `make test`, on many with HYPOTHESIS_PROFILE=thorough.
-settings.register_profile("few", max_examples=25, deadline=None)
+settings.register_profile("few", max_examples=10, deadline=None)
 settings.register_profile("thorough", max_examples=300, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "few")
 

@@ -555,7 +555,7 @@ def test_rows_of_different_length_go_on_as_if_alone(spec: str, kernel: bool) -> 
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_steps_by_a_decode_kernel_read_the_visible_keys_and_no_more(spec: str, backend: str) -> None:
     layer, x = layer_of(spec, head_dim=16), draw(2, TIME, 24)

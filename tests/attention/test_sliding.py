@@ -349,7 +349,7 @@ def test_training_needs_memory_by_the_length_not_by_its_square(sink_logits: bool
 
 @every_sort_of_sinks
 @pytest.mark.parametrize("n_sinks", [0, 3])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_steps_by_a_decode_kernel_are_the_plain_ones(

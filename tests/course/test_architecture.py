@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,15 @@ STEP = {room: step for step, rooms in enumerate(STEPS) for room in rooms}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, lazy: bool) -> Iterator[str]:
     """Dotted names that a file imports; `lazy` counts the imports inside functions as well."""
     package = path.relative_to(ROOT).parent.parts
-    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    nodes: list[ast.AST] = [parsed(path)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):

@@ -72,7 +72,7 @@ def answer() -> str:
     return "".join(cells[index]["source"])
 
 
-def test_an_answer_takes_the_score_from_not_attempted_to_full(
+def test_an_answer_takes_the_score_from_not_attempted_to_full_and_it_reads_well_in_both_themes(
     page: Page, server: Server, exercise: str, answer: str
 ) -> None:
     notebook = Notebook(page, server, exercise)
@@ -80,6 +80,7 @@ def test_an_answer_takes_the_score_from_not_attempted_to_full(
     notebook.run_all()
     write, check = notebook.find(FIRST, solution=True), notebook.find(FIRST, grade=True)
     assert notebook.score(check) | {"score": 0, "status": "not attempted"} == notebook.score(check)
+    reads_well(notebook, check)
 
     notebook.write(write, answer)
     notebook.run(write)
@@ -87,6 +88,15 @@ def test_an_answer_takes_the_score_from_not_attempted_to_full(
     score = notebook.score(check)
     assert score["status"] == "passed"
     assert score["score"] == score["max_score"] > 0
+
+    reads_well(notebook, check)
+
+
+def reads_well(notebook: Notebook, check: int) -> None:
+    for theme in ("Light", "Dark"):
+        notebook.theme(theme)
+        contrast, text = notebook.contrast(check)
+        assert contrast >= 4.5, f"{text!r} has a contrast of {contrast:.1f} on {theme}"
 
 
 def test_a_reader_who_has_only_the_page_solves_an_exercise(
@@ -112,16 +122,6 @@ def test_a_reader_who_has_only_the_page_solves_an_exercise(
     page.keyboard.press("Control+Enter")
     expect(table).to_contain_text("passed")
     expect(table).not_to_contain_text("not attempted")
-
-
-def test_the_score_reads_well_in_the_dark_theme(page: Page, server: Server, exercise: str) -> None:
-    notebook = Notebook(page, server, exercise)
-    notebook.run_all()
-    check = notebook.find(FIRST, grade=True)
-    for theme in ("Light", "Dark"):
-        notebook.theme(theme)
-        contrast, text = notebook.contrast(check)
-        assert contrast >= 4.5, f"{text!r} has a contrast of {contrast:.1f} on {theme}"
 
 
 def test_moving_the_calculators_slider_changes_its_result(page: Page, server: Server) -> None:

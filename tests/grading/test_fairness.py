@@ -5,12 +5,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from answers import right
 from torch import Tensor
 
 from kvlearn.attention.core import attention
 from kvlearn.grading import Score, check, find_exercise
+
+pytestmark = pytest.mark.answers
 
 MASK = find_exercise("01.2")
 

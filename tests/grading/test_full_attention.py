@@ -14,6 +14,8 @@ from torch import Tensor
 from kvlearn.attention import core
 from kvlearn.grading import Score, check, find_exercise, judge
 
+pytestmark = pytest.mark.answers
+
 Mask = Tensor | None
 Part = tuple[Tensor, Tensor]
 Prompt = Callable[[Tensor], Part]

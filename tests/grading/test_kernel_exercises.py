@@ -21,6 +21,8 @@ from kvlearn.grading.grader import Grader
 from kvlearn.grading.mistakes import compiled, run
 from kvlearn.grading.release import stub as released
 
+pytestmark = pytest.mark.answers
+
 UNIT = "11_triton_decode"
 NOTEBOOK = solutions_root() / UNIT / f"{UNIT}.ipynb"
 

@@ -13,6 +13,8 @@ from kvlearn.attention import linear as core
 from kvlearn.attention.linear import LinearAttention, elu_features
 from kvlearn.grading import check, find_exercise, judge
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("06_linear_attention", "checks")
 IDS = [f"06.{n}" for n in range(1, 5)]
 Outs = tuple[Tensor, Tensor]

@@ -17,6 +17,8 @@ from kvlearn.attention.mamba import selective_scan
 from kvlearn.attention.rwkv import wkv as course_wkv
 from kvlearn.grading import Score, check, find_exercise, judge
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("06_linear_attention", "checks")
 
 

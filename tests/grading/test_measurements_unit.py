@@ -17,6 +17,8 @@ from kvlearn.grading import check, find_exercise
 from kvlearn.measure.cache_size import cache_bytes, read_bytes
 from kvlearn.measure.models import MODELS
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("12_measurements", "checks")
 MODEL = find_exercise("12.7")
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from kvlearn.attention.rope import Rope, RopeConfig
 from kvlearn.grading import Score, check, new_tensors
 
+pytestmark = pytest.mark.answers
+
 rope = unit_module("03_multi_head_compression", "checks").rope
 
 

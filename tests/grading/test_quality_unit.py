@@ -13,6 +13,8 @@ from torch import Tensor
 from kvlearn.grading import check, find_exercise
 from kvlearn.study.quality import statistics
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("10_quality", "checks")
 
 

@@ -16,6 +16,8 @@ from kvlearn.grading import check, find_exercise, judge
 from kvlearn.grading.mistakes import compiled, run
 from kvlearn.parallel import Layout, Plan, RankFailed, Rule
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("08_ring_attention", "checks")
 MODEL = find_exercise("08.7")
 

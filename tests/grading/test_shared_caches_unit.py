@@ -16,6 +16,8 @@ from torch import Tensor
 from kvlearn import workbench
 from kvlearn.grading import check, find_exercise
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("09_shared_caches", "checks")
 MODEL = find_exercise("09.7")
 METHODS = ("grow", "share", "replace", "cancel")  # what 09.3 asks for

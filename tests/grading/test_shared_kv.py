@@ -14,6 +14,8 @@ from torch import Tensor
 from kvlearn.attention import core
 from kvlearn.grading import Score, check, find_exercise
 
+pytestmark = pytest.mark.answers
+
 Mask = Tensor | None
 
 

@@ -17,6 +17,8 @@ from kvlearn.grading import Score, check, find_exercise, judge, undefined_writes
 from kvlearn.measure.cache_size import cache_bytes, read_bytes
 from kvlearn.measure.models import MODELS
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("04_sliding_window", "checks")
 EXERCISES = ("04.1", "04.2", "04.3", "04.4", "04.5", "04.6", "04.7")
 

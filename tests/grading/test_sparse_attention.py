@@ -24,6 +24,8 @@ from kvlearn.attention.patterns import (
 )
 from kvlearn.grading import check, find_exercise
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("05_sparse_attention", "checks")
 IDS = [f"05.{n}" for n in range(1, 8)]
 

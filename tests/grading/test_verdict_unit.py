@@ -22,6 +22,8 @@ from kvlearn.measure.cost import Load, dollars_per_million, users_per_device
 from kvlearn.measure.devices import DEVICES
 from kvlearn.measure.models import MODELS
 
+pytestmark = pytest.mark.answers
+
 CHECKS = unit_module("13_verdict", "checks")
 MODEL = find_exercise("13.7")
 

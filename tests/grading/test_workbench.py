@@ -18,6 +18,8 @@ from kvlearn.grading.catalogue import nbgrader_of, read_source, solutions_root
 from kvlearn.grading.grader import Grader
 from kvlearn.grading.mistakes import compiled
 
+pytestmark = pytest.mark.answers
+
 MODELS = [exercise for exercise in exercises().values() if exercise.wiring]
 MODEL = find_exercise("01.9")
 PARTS = MODEL.wiring.parts

@@ -19,7 +19,9 @@ SMALL = Tiling(block_h=16, block_n=16, num_warps=4, num_stages=2)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 BACKENDS = [
     "torch",
-    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")),
+    pytest.param(
+        "triton", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")]
+    ),
 ]
 
 pytestmark = pytest.mark.usefixtures("small_tiles")

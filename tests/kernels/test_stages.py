@@ -14,7 +14,7 @@ from torch import Tensor
 from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
 from kvlearn.kernels.stages import STAGES, new_lines
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the pinned Triton is for Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_TRITON, reason="the pinned Triton is for Linux")]
 
 TOLERANCE = {torch.float32: 2e-6 if INTERPRETED else 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

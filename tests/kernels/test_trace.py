@@ -9,7 +9,10 @@ from kvlearn.kernels.runtime import HAS_TRITON, INTERPRETED
 from kvlearn.kernels.stages import STAGES
 from kvlearn.kernels.trace import Trace, trace
 
-pytestmark = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs Triton's interpreter")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs Triton's interpreter"),
+]
 
 B, H, G, S, D = 1, 6, 2, 160, 8
 GROUP = H // G

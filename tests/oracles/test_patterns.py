@@ -4,6 +4,7 @@ Theirs look at both sides. Ours is causal, so it is asked twice: for the past wi
 sequence reversed and the pattern with it, for the future. The two are merged by their log-sum-exp.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -310,6 +311,10 @@ def test_a_layer_of_the_sparse_transformer_decodes_as_its_mask_says(name: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "thorough",
+    reason="its compiler takes half a minute: with HYPOTHESIS_PROFILE=thorough",
+)
 @pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="FlexAttention on a CPU needs a C++ compiler: there is no g++ and no clang++",

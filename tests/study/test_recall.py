@@ -159,6 +159,7 @@ def test_a_row_for_each_task_mechanism_rate_and_seed() -> None:
     assert len(recall_table(rows).rows) == len(compare(rows)) == 4
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_give_the_rows_of_runs_in_turn() -> None:
     designs = {"linear": [Spec("linear", key_dim=2, head_dim=4)], "full": [Spec("full", head_dim=4)]}
     in_turn, beside = (

@@ -85,6 +85,7 @@ def test_the_schedule_warms_up_and_comes_down() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     """A real process, killed by SIGKILL between two checkpoints; losses and weights equal to the last bit."""
     path = tmp_path / "run.pt"
