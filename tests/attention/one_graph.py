@@ -46,9 +46,9 @@ class Graphs:
 
 
 def trace_fast() -> None:
-    """Switches off garbage collection, a cache that costs more than it saves, and operators' stack traces."""
+    """Rare garbage collection; without a cache that costs more than it saves, and operators' stack traces."""
     gc.freeze()
-    gc.disable()
+    gc.set_threshold(200_000, 20, 100)
     torch._dynamo.config.run_gc_after_compile = False
     torch._dynamo.config.fake_tensor_cache_enabled = False
     traceback.StackSummary.from_list = lambda _: traceback.StackSummary()  # type: ignore[method-assign]
