@@ -13,8 +13,8 @@ SHARE := OMP_WAIT_POLICY=passive
 NO_WORK := KVLEARN_WORK=/dev/null
 # Two workers with one thread each are faster than one with two; a notebook's timings want the machine alone.
 PYTEST := $(SHARE) OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
-# The library, the grader and the course's files; no comparisons with other people's models, pictures, benchmarks.
-QUICK := -m "not slow and not answers" --ignore=tests/oracles --ignore=tests/plots --ignore=tests/bench
+# The library, the grader and the course's files; no other people's models, pictures, benchmarks, studies.
+QUICK := -m "not slow and not answers" $(addprefix --ignore=tests/,bench oracles plots study)
 NBVAL := -p no:python --nbval --nbval-sanitize-with tests/course/nbval_sanitize.cfg --nbval-cell-timeout=300
 CLEAN_METADATA := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
   --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{('language_info', 'name'), 'kernelspec', 'kvlearn'}"

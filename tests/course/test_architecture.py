@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -37,24 +36,21 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-def imports(path: Path, *, lazy: bool) -> Iterator[str]:
+def imports(path: Path, *, lazy: bool) -> list[str]:
     """Dotted names that a file imports; `lazy` counts the imports inside functions as well."""
     package = path.relative_to(ROOT).parent.parts
-    nodes: list[ast.AST] = [parsed(path)]
+    found, nodes = list[str](), list[ast.AST]([ast.parse(path.read_text())])
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *filter(None, [node.module])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            found += [f"{module}.{alias.name}" for alias in node.names]
         if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             nodes.extend(ast.iter_child_nodes(node))
+    return found
 
 
 def room_of(path: Path) -> str:
@@ -81,7 +77,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_units_use_the_front_of_grading_and_no_room_knows_a_unit() -> None:
-    names = {path: list(imports(path, lazy=True)) for path in ROOT.glob("solutions/*/*.py")}
+    names = {path: imports(path, lazy=True) for path in ROOT.glob("solutions/*/*.py")}
     assert names
     for path, imported in names.items():
         for name in imported:

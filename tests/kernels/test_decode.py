@@ -215,6 +215,7 @@ def test_what_is_not_validated_is_masked(backend: str) -> None:
     torch.testing.assert_close(out, full)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_one_workspace_serves_step_after_step() -> None:
     """The tickets are zero again after every step, at one level of merging and at two, at any lengths."""
@@ -300,6 +301,7 @@ def test_the_operator_refuses_an_output_that_overlaps_itself() -> None:
         compiled(*case.arguments(), out=out, backend="torch")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_the_kernel_is_right_with_the_tiling_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As shipped, not with the small tiles of these tests."""
@@ -392,23 +394,24 @@ def test_only_the_pages_of_live_keys_are_looked_up() -> None:
     assert reads["table"].counts.sum((0, 1)).tolist() == [1, 0, 0, 0, 1, 1, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
-@pytest.mark.parametrize("splits", [16, 17, 33, 257])
-def test_a_last_family_of_one_hands_its_result_on(splits: int) -> None:
+@pytest.mark.parametrize(("splits", "heads", "steps"), [(16, 2, 2), (17, 2, 2), (33, 2, 2), (257, 1, 1)])
+def test_a_last_family_of_one_hands_its_result_on(splits: int, heads: int, steps: int) -> None:
     """Where 16 or 256 do not divide the splits, somebody has nobody to merge with, and no ticket to draw. Of
     16 splits the first merge is the last."""
-    case = Case((16 * splits,), n_kv_heads=2, group=1, capacity=16 * splits, sink_logits=True)
-    workspace = Workspace.new(1, 2, 16, splits, DEVICE)
-    guard = torch.full((2 * splits + 4,), 777, dtype=torch.int32, device=DEVICE)
-    guard[: 2 * splits] = 0
-    workspace = replace(workspace, tickets=guard[: 2 * splits])
-    for _ in range(2):
+    case = Case((16 * splits,), n_kv_heads=heads, group=1, capacity=16 * splits, sink_logits=True)
+    workspace, n = Workspace.new(1, heads, 16, splits, DEVICE), heads * splits
+    guard = torch.full((n + 4,), 777, dtype=torch.int32, device=DEVICE)
+    guard[:n] = 0
+    workspace = replace(workspace, tickets=guard[:n])
+    for _ in range(steps):
         got = decode_attention(
             *case.arguments(), **case.options(), workspace=workspace, num_splits=splits, backend="triton"
         )
         torch.testing.assert_close(got, decode_attention(*case.arguments(), **case.options()))
-        assert not guard[: 2 * splits].any()
-        assert (guard[2 * splits :] == 777).all()
+        assert not guard[:n].any()
+        assert (guard[n:] == 777).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -436,6 +439,7 @@ def test_small_scales_do_not_vanish_in_half_precision(backend: str) -> None:
     assert (out.double() - want).norm() < 0.02 * want.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton here")
 def test_a_tiling_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources

@@ -100,6 +100,7 @@ def test_bad_input_is_named() -> None:
             call()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
     torch.manual_seed(0)
     model = Decoder(ModelConfig(vocab_size=11, d_model=32, n_layers=1, n_heads=4, d_ff=128))
