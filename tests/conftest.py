@@ -49,7 +49,7 @@ def at_first(function: Callable[..., Any], typechecker: Any) -> Callable[..., An
 
 
 def jaxtyped_at_first(typechecker: Any) -> Callable[[Any], Any]:
-    """What the hook writes above each function and class, in place of ``jaxtyping.jaxtyped``."""
+    """The decorator that the hook puts on each function and class, in place of ``jaxtyping.jaxtyped``."""
 
     def decorate(thing: Any) -> Any:
         if not inspect.isclass(thing):

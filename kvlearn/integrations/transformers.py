@@ -63,7 +63,7 @@ class VisibleKeys(NamedTuple):
     window: int | None
 
 
-# What the mask of a decode step says, kept as long as the mask itself.
+# The mask of a decode step, kept as long as the mask itself.
 _VISIBLE = WeakTensorKeyDictionary()
 
 

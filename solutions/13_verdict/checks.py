@@ -1266,7 +1266,7 @@ class Course(workbench.Comparison):
 
 @dataclass(frozen=True)
 class WholeCourse:
-    """What the learner built in all units; ``compare`` measures it with the functions of 13.7."""
+    """The learner's mechanisms of all units; ``compare`` measures it with the functions of 13.7."""
 
     parts: Mapping[str, tuple[str, Any]]
 
@@ -1431,7 +1431,7 @@ class Shop:
 
 
 class NoKeys(RuntimeError):
-    """What a mechanism that breaks raises; no answer raises it of its own accord."""
+    """The error of a mechanism that breaks; no answer raises it itself."""
 
 
 class Breaks(Fake):

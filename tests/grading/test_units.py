@@ -43,7 +43,7 @@ def test_our_solution_earns_full_marks_and_shows_the_same_table_on_every_draw(ex
 
 
 def kept_table(exercise: Exercise) -> dict[str, Any]:
-    """What the check of our solution shows in the notebook that git keeps."""
+    """The output of our solution's check in the notebook that git keeps."""
     (unit,) = (unit for unit in units() if exercise in unit.exercises)
     notebook = json.loads((unit.folder / f"{unit.name}.ipynb").read_text("utf-8"))
     (cell,) = (

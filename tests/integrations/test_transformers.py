@@ -225,7 +225,7 @@ def test_what_sdpa_would_leave_out_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def printed(code: str) -> str:
-    """What a fresh Python prints, without the hook that checks shapes."""
+    """The output of a fresh Python, without the hook that checks shapes."""
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
