@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("attention", "kernels", "model", "parallel", "serving", "measure", "bench", "study")
+PACKAGES = (
+    "attention",
+    "kernels",
+    "model",
+    "parallel",
+    "serving",
+    "measure",
+    "bench",
+    "study",
+    "integrations",
+)
 PAGES = {  # files at the top, by their pages
     "GLOSSARY.md": "glossary.md",
     "CONTRIBUTING.md": "contributing.md",

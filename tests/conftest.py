@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 os.environ["KVLEARN_WORK"] = os.devnull
 
 jaxtyping.install_import_hook(
-    ["kvlearn.attention", "kvlearn.model", "kvlearn.serving.layers", "kvlearn.study"], "beartype.beartype"
+    ["kvlearn.attention", "kvlearn.model", "kvlearn.serving.layers", "kvlearn.study", "kvlearn.integrations"],
+    "beartype.beartype",
 )
 
 # A property is tried on few examples in `make test`, on many with HYPOTHESIS_PROFILE=thorough.

@@ -28,7 +28,7 @@ STEPS = [
     {"verdict"},
     {"plots"},
     {"grading"},
-    {"workbench", "glossary"},
+    {"workbench", "glossary", "integrations"},
     {"cli"},
 ]
 STEP = {room: step for step, rooms in enumerate(STEPS) for room in rooms}
@@ -94,6 +94,7 @@ def test_the_library_imports_only_what_it_requires() -> None:
     assert required == {"torch", "numpy", "jaxtyping", "psutil", "rich", "safetensors", "typer"}
     allowed = required | {"kvlearn"} | sys.stdlib_module_names
     extras = {"plots": {"matplotlib"}, "kernels": {"triton"}, "teaching": {"triton"}}
+    extras["integrations"] = {"transformers"}
     for path in SOURCES:
         room = room_of(path)
         foreign = {name.split(".")[0] for name in imports(path, lazy=False)} - allowed
