@@ -27,7 +27,7 @@ export IPYTHONDIR := $(CURDIR)/.jupyter
 
 JUPYTER := $(SHARE) $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval format coverage site
+.PHONY: help env lab teach test quick grade bench study notebooks exercises lock clean lint unit nbval format coverage site badges
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -82,6 +82,9 @@ site: $(READY) ## the course as a web site, in site/html (outputs as they are co
 	@$(BIN)/python docs/source.py site/source
 	@$(BIN)/sphinx-build -q -W --keep-going -j auto -c docs -b html site/source site/html
 	@echo "kvlearn: open site/html/index.html"
+
+badges: $(READY) ## "Open in Colab" in README and chapters, once git's remote is on GitHub (KVLEARN_REPOSITORY=address)
+	@$(BIN)/python docs/colab.py badges
 
 lock: ## renew requirements.txt from pyproject.toml (needs uv; ARGS=--upgrade for newer versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }

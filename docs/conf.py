@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from source import as_rst, repository  # noqa: E402
+from colab import repository  # noqa: E402
+from source import as_rst  # noqa: E402
 
 project = "kvlearn"
 author = "The kvlearn authors"
@@ -41,10 +42,7 @@ html_theme_options = {
             "repository_url": repository(ROOT),
             "repository_branch": "main",
             "use_repository_button": True,
-            "launch_buttons": {
-                "binderhub_url": "https://mybinder.org",
-                "colab_url": "https://colab.research.google.com",
-            },
+            "launch_buttons": {"binderhub_url": "https://mybinder.org"},
         }
         if repository(ROOT)
         else {}

@@ -10,13 +10,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from colab import LINK, ROOT, repository, with_badge
+
 PACKAGES = (
     "attention",
     "kernels",
@@ -34,21 +34,9 @@ PAGES = {  # files at the top, by their pages
     "TEACHING.md": "teaching.md",
     "CHANGELOG.md": "changelog.md",
 }
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 ALIGNED = re.compile(r"\S {2,}\S")
 ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
 SPECIAL = re.compile(r"([*|\\]|(?<=\w)_(?!\w)|`)")
-
-
-def repository(root: Path) -> str:
-    """The address of the repository on GitHub or GitLab, from git's remote; empty if it has none."""
-    told = os.environ.get("KVLEARN_REPOSITORY")
-    if told is not None:
-        return told
-    asked = ["git", "-C", str(root), "remote", "get-url", "origin"]
-    url = subprocess.run(asked, check=False, capture_output=True, text=True).stdout.strip()
-    found = re.fullmatch(r"(?:https://|git@)((?:github|gitlab)\.com)[:/](.+?)(?:\.git)?", url)
-    return f"https://{found[1]}/{found[2]}" if found else ""
 
 
 def write(folder: Path) -> None:
@@ -99,7 +87,12 @@ def reference(package: str) -> str:
 
 
 def as_page(notebook: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A notebook for the site: links rewritten, pictures with alt text, no widgets that need a kernel."""
+    """A notebook for the site: links rewritten, pictures with alt text, no widgets that need a kernel.
+
+    Below its title is the badge that opens its copy in Colab, if the repository is on GitHub.
+    """
+    first, name = notebook["cells"][0], path.relative_to(ROOT).as_posix()
+    first["source"] = with_badge("".join(first["source"]), name, repository(ROOT))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = with_links("".join(cell["source"]), path)

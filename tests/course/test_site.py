@@ -1,30 +1,17 @@
 """The site's source: links lead somewhere, docstrings are valid reStructuredText, nothing needs a kernel."""
 
 import ast
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import source as SOURCE
 from docutils.core import publish_doctree
 from docutils.utils import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kvlearn_site_source", ROOT / "docs" / "source.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SOURCE = load()
 
 
 @pytest.fixture(scope="module")
