@@ -112,7 +112,7 @@ def tensor(
 
     A string in ``shape`` names a dimension that may have any size: ``("batch", "time", 64)``.
     """
-    instance(name, value, Tensor)
+    checked: Tensor = instance(name, value, Tensor)
     if value.shape != shape and (
         value.dim() != len(shape)
         or any(isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True))
@@ -122,7 +122,7 @@ def tensor(
         raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    return value
+    return checked
 
 
 def integers(name: str, value: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from kvlearn.attention import REGISTRY, Cache, Mechanism, SlotCache
-from kvlearn.bench.common import Part, Row
+from kvlearn.bench.common import Part
 from kvlearn.measure.growth import fit_exponent
 from kvlearn.measure.memory import peak_memory
-from kvlearn.measure.results import Recorded
+from kvlearn.measure.results import Recorded, Row
 from kvlearn.measure.roofline import (
     Machine,
     Roofline,

@@ -395,7 +395,8 @@ def peer_rows(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 def new_mamba(width: int, n_heads: int) -> nn.Module:
     """transformers' Mamba layer; it has no heads."""
-    from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
 
     mixer: nn.Module = MambaMixer(MambaConfig(hidden_size=width), layer_idx=0)
     return mixer
@@ -403,7 +404,8 @@ def new_mamba(width: int, n_heads: int) -> nn.Module:
 
 def new_mamba2(width: int, n_heads: int) -> nn.Module:
     """transformers' Mamba-2 layer."""
-    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     head_dim = 2 * width // n_heads
     config = Mamba2Config(hidden_size=width, num_heads=n_heads, head_dim=head_dim, n_groups=1)

@@ -388,7 +388,8 @@ class _TensorWatch(TorchDispatchMode):
 
 def memory(tensor: Tensor) -> int:
     """Names the memory that a tensor lies in; views of one memory have the same name."""
-    return tensor.untyped_storage()._cdata
+    name: int = tensor.untyped_storage()._cdata
+    return name
 
 
 @contextmanager

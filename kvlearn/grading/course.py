@@ -181,9 +181,10 @@ class Session:
         if not changed:
             return []
         from kvlearn.grading import commands
+        from kvlearn.grading.counting import progress_bar
         from kvlearn.grading.grader import Grader
 
-        with commands.progress_bar(waiting) as done:
+        with progress_bar(waiting) as done:
 
             def told(result: Result) -> None:
                 if result.id not in self.results:

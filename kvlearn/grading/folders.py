@@ -95,7 +95,7 @@ def unit_named(name: str, solutions: Path) -> str:
 
 def read_source(unit: str, solutions: Path) -> dict[str, Any]:
     """The source notebook of a unit, with every cell's source as one string."""
-    notebook = json.loads((solutions / unit / f"{unit}.ipynb").read_text("utf-8"))
+    notebook: dict[str, Any] = json.loads((solutions / unit / f"{unit}.ipynb").read_text("utf-8"))
     for cell in notebook["cells"]:
         cell["source"] = "".join(cell["source"])
     return notebook

@@ -18,8 +18,8 @@ from kvlearn.grading.folders import solutions_root
 from kvlearn.grading.integrity import LEAVING, OWN, READING, SILENT, STATE, changed, relied_on, request
 from kvlearn.grading.kept import Kept
 from kvlearn.grading.report import Report, Result
-from kvlearn.grading.sandbox import MIME, KernelLost, Limits, OverTime, Sandbox, TimedOut
-from kvlearn.grading.score import STATUSES
+from kvlearn.grading.sandbox import KernelLost, Limits, OverTime, Sandbox, TimedOut
+from kvlearn.grading.score import MIME, STATUSES
 from kvlearn.grading.submission import Submission, Task, Unusable
 
 State = dict[str, str]

@@ -21,8 +21,8 @@ from typing import Any, NoReturn, Self
 
 import nbformat
 import psutil
-from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
@@ -234,7 +234,8 @@ class Sandbox:
                 await self._explain()
         if self._interrupted:
             raise TimedOut
-        return cell.outputs
+        outputs: list[dict[str, Any]] = cell.outputs
+        return outputs
 
     async def ask(self, expression: str, kind: str, seconds: float) -> Any:
         """The form of an expression's value as MIME type ``kind``, or None if there is none."""
@@ -332,7 +333,7 @@ def allowed(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _runs(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
-        return process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 
@@ -340,6 +341,6 @@ def _memory(process: psutil.Process, kind: str) -> int:
     with suppress(psutil.Error, OSError):
         if kind == "pss":
             full = process.memory_full_info()
-            return getattr(full, "pss", full.uss)  # macOS has no pss
-        return process.memory_info().rss
+            return int(getattr(full, "pss", full.uss))  # macOS has no pss
+        return int(process.memory_info().rss)
     return 0

@@ -162,4 +162,5 @@ def _decode_step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Visibl
         return VisibleKeys(torch.full((len(q),), k.shape[2], dtype=torch.int32, device=q.device), None)
     if torch.compiler.is_compiling() or mask.shape != (len(q), 1, 1, k.shape[2]):
         return None
-    return _VISIBLE.get(mask)
+    visible: VisibleKeys | None = _VISIBLE.get(mask)
+    return visible

@@ -91,7 +91,7 @@ def _reads_cache(file: str, line: int) -> bool:
     return CACHE_LINE.match(linecache.getline(str(here if here.exists() else file), line)) is not None
 
 
-class CompileOnly(DriverBase):
+class CompileOnly(DriverBase):  # type: ignore[misc]  # Triton has no types
     """A driver for compute capability ``target`` without a GPU: it records launches and runs none."""
 
     def __init__(self, target: int) -> None:
@@ -108,7 +108,8 @@ class CompileOnly(DriverBase):
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton caches compiled kernels by device: one device per target
+        arch: int = self.target.arch
+        return arch  # Triton caches compiled kernels by device: one device per target
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -67,4 +67,5 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return ASSUMED_SHARED_MEMORY
     properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin
+    most: int = properties.shared_memory_per_block_optin
+    return most

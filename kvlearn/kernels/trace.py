@@ -45,7 +45,9 @@ class Reads:
     def along(self, axis: int) -> np.ndarray:
         """(programs, size of that axis of the tensor): reads of the most-read number at that index."""
         kept = axis % (self.counts.ndim - 1) + 1
-        return self.counts.max(tuple(i for i in range(1, self.counts.ndim) if i != kept), initial=0)
+        others = tuple(i for i in range(1, self.counts.ndim) if i != kept)
+        most: np.ndarray = self.counts.max(others, initial=0)
+        return most
 
 
 class Trace(Mapping[str, Reads]):

@@ -161,4 +161,5 @@ def elapsed(call: Call, first: Call | None = None) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e-3
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds * 1e-3

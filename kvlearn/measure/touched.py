@@ -80,7 +80,8 @@ def several(name: str, given: Iterable[Tensor]) -> Iterable[Tensor]:
     """``given``, if it is a collection; a tensor by itself would be taken apart."""
     if isinstance(given, Tensor):
         raise TypeError(f"{name}: expected several tensors, got a Tensor")
-    return validate.instance(name, given, Iterable)
+    validate.instance(name, given, Iterable)
+    return given
 
 
 def view_bytes(tensor: Tensor) -> int:

@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False
 """Parts of a decode kernel, as functions that kernels call, and the launches: memory, padding and grid."""
 
 from typing import Any

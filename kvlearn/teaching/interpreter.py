@@ -9,6 +9,8 @@ import os
 import sys
 from typing import Any
 
+__all__ = ["LOG2E", "NEEDS_TRITON", "NeedsTriton", "WithoutTriton", "tl", "triton"]
+
 LOG2E: Any = 1.4426950408889634  # eˣ = 2^(x · log₂e)
 NEEDS_TRITON = (
     "this exercise needs Triton, of which the course pins the Linux package (on Windows: inside WSL)"

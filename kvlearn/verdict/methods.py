@@ -539,7 +539,8 @@ def after_uptraining(
     own = {row["tokens"]: row["losses"][text]["loss"] for row in conversions(records, run, name)}
     control = {row["tokens"]: row["losses"][text]["loss"] for row in conversions(records, "full", name)}
     at = max(own) if tokens is None else tokens
-    return own[at] - control[at]
+    above: float = own[at] - control[at]
+    return above
 
 
 def recall_shares(rows: list[Row], n_pairs: int) -> dict[str, float]:

@@ -47,7 +47,8 @@ class Stage:
     @property
     def decode(self) -> Callable[..., Tensor]:
         """``decode(q, k, v, length, *, scale=None, ...) -> out``, q and out (B, H, D)."""
-        return self.module.decode
+        decode: Callable[..., Tensor] = self.module.decode
+        return decode
 
 
 _STAGES = (
