@@ -15,6 +15,7 @@ Which function computes a call:
 GQA is in all of them. The kernel takes a sliding window, rows of different lengths and the sinks of gpt-oss
 (``s_aux``). It takes no softcap, and no rows that begin at different positions: a batch padded on the left
 goes to ``grouped_attention`` with its mask. Attention weights are returned by none (``output_attentions``).
+The tests run on a CPU; with a GPU this module is untried.
 
 transformers gives an attention function a mask, and the kernel needs lengths. ``visible_keys`` derives them
 when the mask is made, once per step instead of once per layer. It reads values, so a step with a mask inside
@@ -83,7 +84,7 @@ def visible_keys(mask: Bool[Tensor, "B 1 1 S"]) -> VisibleKeys | None:
     """Lengths and window that say the same as ``mask``, or None where none do.
 
     Row b of the mask ends after its last visible key: lengths_b. The rows that do not begin at key 0 must all
-    have the same number of visible keys, which is the window.
+    have the same number of visible keys, which is the window, and the others at most as many.
     """
     rows = mask[:, 0, 0]
     S = rows.shape[1]
