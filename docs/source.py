@@ -28,7 +28,7 @@ PACKAGES = (
     "study",
     "integrations",
 )
-PAGES = {  # files at the top, by their pages
+PAGES = {  # files at the top, with the names of their pages
     "GLOSSARY.md": "glossary.md",
     "CONTRIBUTING.md": "contributing.md",
     "TEACHING.md": "teaching.md",
@@ -50,16 +50,14 @@ def write(folder: Path) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(json.dumps(as_page(json.loads(path.read_text()), path)))
     shutil.copytree(ROOT / "notebooks" / "pictures", folder / "notebooks" / "pictures")
-    pages = {page.removesuffix(".md"): file for file, page in PAGES.items()}
-    for name, file in pages.items():
-        text = with_links((ROOT / file).read_text(), ROOT / file)
-        (folder / f"{name}.md").write_text(text)
+    for file, name in PAGES.items():
+        (folder / name).write_text(with_links((ROOT / file).read_text(), ROOT / file))
     readme = with_links((ROOT / "README.md").read_text(), ROOT / "README.md")
     trees = [
         tree("Chapters", [path.relative_to(ROOT).with_suffix("").as_posix() for path in chapters]),
         tree("Exercises", [path.relative_to(ROOT).with_suffix("").as_posix() for path in units]),
         tree("Reference", [f"api/{package}" for package in PACKAGES]),
-        tree("Around the course", list(pages)),
+        tree("Around the course", [name.removesuffix(".md") for name in PAGES.values()]),
     ]
     (folder / "index.md").write_text("\n\n".join([readme.rstrip(), *trees]) + "\n")
     (folder / "api").mkdir()

@@ -1,4 +1,4 @@
-"""Sparse attention patterns: which earlier tokens per token attends to, by position and not by content.
+"""Sparse attention patterns: which earlier tokens each token attends to, by position and not by content.
 
 A pattern is a union of primitives. Its spec is written as text; the published patterns are
 

@@ -24,7 +24,7 @@ misconceptions in their order. The code is one of two things:
 
 - **Edits** ``old → new`` of the right answer: of the source of the solution's cell, signature and docstring
   included. Each must apply exactly once to what the edits above it have left. Lines indented by four more
-  continue ``new``; they are in the source as deep as the line in which ``old`` begins. ``old`` may be
+  continue ``new``; in the source they are as deep as the line in which ``old`` begins. ``old`` may be
   several lines, whatever their depth, and the arrow may begin a line of its own, indented. Nothing after the
   arrow deletes ``old``:
 

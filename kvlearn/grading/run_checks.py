@@ -335,8 +335,8 @@ def diagnose(exercise: Exercise, outcomes: Mapping[int, Outcome], seed: int) -> 
     candidates = [Candidate(exercise, m, outcomes, seed) for m in exercise.misconceptions]
     failed = {i for i, outcome in outcomes.items() if not outcome.passed}
     wrong = {i: values for i in failed if (values := wrong_values(outcomes[i]))}
-    # The soonest contradiction comes first: requirements that take little time, and rather wrong values, of
-    # which the first may differ, than a requirement that a candidate need only pass.
+    # Requirements that contradict a candidate soonest come first: those that take little time, and those with
+    # wrong values, of which the first may differ already, before those that a candidate need only pass.
     order = sorted(outcomes, key=lambda i: outcomes[i].seconds * (1 if i in wrong else 3))
     left = candidates
     for i in order:

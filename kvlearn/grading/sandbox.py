@@ -238,7 +238,7 @@ class Sandbox:
         return outputs
 
     async def ask(self, expression: str, kind: str, seconds: float) -> Any:
-        """The form of an expression's value as MIME type ``kind``, or None if there is none."""
+        """An expression's value, displayed as MIME type ``kind``; None if it has no such display."""
         assert self._client.kc is not None
         with self._within(seconds):
             try:

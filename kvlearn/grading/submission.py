@@ -218,7 +218,7 @@ def _person(name: str) -> str:
 
 
 def _in_name(file: Path, unit: str) -> str:
-    """The part of a file's name beside the unit's and a copy's addition: "ada" in ada_UNIT-Copy1.ipynb."""
+    """A file's name without the unit's name and a copy's additions: "ada" in ada_UNIT-Copy1.ipynb."""
     before, there, after = file.stem.partition(unit)
     before, after = before.strip(" _-"), after.strip(" _-")
     if there and before and not COPY_OF.fullmatch(before):

@@ -23,7 +23,7 @@ class LayerShape:
     instead of the model's. ``latent``: one vector of so many numbers per token in place of keys and values
     (multi-head latent attention: the latent's rank + the RoPE part). ``shared``: stores nothing and reads the
     cache of an earlier layer of its kind. ``index_dim``: an index key of so many numbers beside every token,
-    and ``top_k``: of the tokens per step reads only so many, which it finds by reading all index keys.
+    and ``top_k``: a step reads only so many of the tokens, which it finds by reading all index keys.
     ``state``: a recurrent state of so many numbers in fp32, in place of keys and values of tokens; ``conv``:
     the numbers of the last inputs of its short convolution, in the cache's type. With ``beside`` the layer
     has the state beside keys and values: two mechanisms in one layer.

@@ -216,7 +216,7 @@ def cost_table(
 def costs() -> None:
     """Sliders above, the table below that follows them.
 
-    The table is an ordinary output: where no kernel runs, on GitHub for one, it is as it was saved.
+    The table is an ordinary output: where no kernel runs, on GitHub for one, the saved one is shown.
     """
     require("ipywidgets", "costs")
     import ipywidgets as widgets

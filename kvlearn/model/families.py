@@ -1,7 +1,8 @@
 """Families of transformers' models as decoders of kvlearn: a table of tensor names and a configuration each.
 
-Every line of a ``configure`` function follows from the family's configuration; a field that it
-cannot express raises ValueError. Other modules of this folder add their families to ``FAMILIES``.
+Every line of a ``configure`` function follows from the family's configuration; a value that no
+field of ours expresses raises ValueError with the name of theirs. Other modules of this folder add their
+families to ``FAMILIES``.
 """
 
 import math

@@ -86,7 +86,7 @@ def spectrum(
     """Share of the energy that the best rank-r approximation keeps, over r: Σ_{i ≤ r} σ_i² / Σ σ_i².
 
     ``energies``: panel -> name -> squared singular values, largest first, the same names in every panel. A
-    marker is where a curve reaches ``share``; names in ``wrong`` are drawn as mistakes. The axis ends at
+    marker shows where a curve reaches ``share``; names in ``wrong`` are drawn as mistakes. The axis ends at
     ``largest``, the largest rank that the tables can have, by default the longest list. Source: Eckart &
     Young (1936).
     """

@@ -80,7 +80,7 @@ def loss_over_rank(
     family: str = "compressed",
     xlabel: str = "rank",
 ) -> Picture:
-    """Loss right after conversion over the rank, or the bytes per token, one curve an initialisation.
+    """Loss right after conversion over the rank, or the bytes per token, one curve per initialisation.
 
     ``curves``: initialisation -> (rank, loss, standard error); ``base``: the loss of the model converted.
     """

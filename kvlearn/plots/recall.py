@@ -12,7 +12,7 @@ from kvlearn.plots.picture import Picture, drawing, line_styles
 from kvlearn.study.capacity import Cell, compare
 from kvlearn.study.recall import Run
 
-# The designs that are no state of constant size: the upper and the lower bound.
+# The designs without a state whose size differs: the upper and the lower bound.
 NAMES = {"full": "full attention", "short_conv": "short convolution alone"}
 
 

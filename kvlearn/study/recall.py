@@ -57,7 +57,7 @@ class Task(Protocol):
 class Recall:
     """The task: texts of ``length`` tokens with ``n_pairs`` pairs, each asked for once.
 
-    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value is
+    Token 0 is filler, then come ``n_keys`` keys and ``n_values`` values. In a text no key and no value occurs
     in two pairs, so a guess among its values is right once in n_pairs, and a blind one once in n_values.
     """
 

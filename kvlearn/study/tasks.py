@@ -69,7 +69,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class Induction:
-    """Random tokens; the last one was in the text once before, and what followed it there is the answer."""
+    """Random tokens; the last one occurred once before, and what followed it there is the answer."""
 
     length: int = 64
     vocab_size: int = 32
@@ -96,7 +96,7 @@ class SelectiveCopy:
 
         start · b · · a · · · c ?₁ ?₂ ?₃        the answers are b, a, c; · is filler
 
-    Token 0 is filler, 1 the start, then come symbols, then questions. A symbol may be there twice.
+    Token 0 is filler, 1 the start, then come symbols, then questions. A symbol may occur twice.
     """
 
     n_data: int = 4

@@ -871,7 +871,7 @@ step.mistakes(
     positions asked for after the append
         rope(reader.q(x_reader), positions) → rope(reader.q(x_reader), cache.positions(T))
     cache.positions(T) was called again for the reader. By then the owner has appended, so it tells where the
-    *next* tokens will be, T too many. Ask once, before the append, and use the answer for both.
+    *next* tokens will be, T too far on. Ask once, before the append, and use the answer for both.
 
     cached keys turned again
         out_reader = core → keys = rope(keys, torch.arange(keys.shape[2])[None])

@@ -680,9 +680,8 @@ def always_or_never(t: CheckContext, naive_or_absorbed: Answer) -> None:
     D = t.pick(64, 96, 128)
     always = (H, D, D // 2, 16, t.integer(1000, 5000), T)
     largest_is(t, naive_or_absorbed, always, None)
-    largest_is(
-        t, naive_or_absorbed, (H, D, D // 2, 16, D, T), None
-    )  # one more query costs the same on both paths
+    equal = (H, D, D // 2, 16, D, T)  # one more query costs the same on both paths
+    largest_is(t, naive_or_absorbed, equal, None)
     never = (H, D, 4 * D, 16, 1, T)
     largest_is(t, naive_or_absorbed, never, 0)
 

@@ -68,8 +68,8 @@ features.mistakes(
     softmax attention
         ((F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-2, -1)).tril()
             → softmax_of(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5)
-    This is softmax attention as in unit 01, without a feature map. Linear attention puts φ(q)·φ(k) where
-    exp(q·k / √K) was.
+    This is softmax attention as in unit 01, without a feature map. Linear attention has φ(q)·φ(k) in
+    place of exp(q·k / √K).
 
     a scale before the feature map
         F.elu(q) → F.elu(q * q.shape[-1] ** -0.5)
@@ -1346,7 +1346,7 @@ crossing.mistakes(
     the layers of the wrong model
         attention["layers"] → model["layers"]
     Keys and values were counted with the layers of the recurrent model. The two need not be equally deep: 64
-    layers of Mamba-2.8B compare with 32 of Pythia-2.8B, since a Mamba layer has no MLP beside it.
+    layers of Mamba-2.8B are compared with 32 of Pythia-2.8B, since a Mamba layer has no MLP beside it.
 
     a hybrid's states against keys and values of all layers
         attention["layers"] - full → attention["layers"]

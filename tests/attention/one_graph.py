@@ -46,7 +46,7 @@ class Graphs:
 
 
 def trace_fast() -> None:
-    """Rare garbage collection; without a cache that costs more than it saves, and operators' stack traces."""
+    """Collect garbage rarely; no stack traces of operators, and no cache that costs more than it saves."""
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
     torch._dynamo.config.run_gc_after_compile = False

@@ -456,7 +456,7 @@ def tensors(time: int, batch: int = 2) -> tuple[Tensor, KV]:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_pattern_is_sdpa_with_a_dense_mask(spec: str) -> None:
-    """For every block, one that does not divide the length too; gradients as well."""
+    """For blocks that divide the length and blocks that do not; gradients as well."""
     pattern = parse(spec)
     q, kv = tensors(TIME)
     for x in (q, kv.k, kv.v):

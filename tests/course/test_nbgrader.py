@@ -124,7 +124,7 @@ def test_nbgrader_and_kvlearn_give_the_same_grades(course: Path) -> None:
     assert blank[0] == 0
     assert 0 < half[0] < half[1]
 
-    # That ours gives full marks to all solutions is held by test_exercises.py.
+    # test_exercises.py holds that kvlearn gives full marks to all solutions.
     points = {unit: sum(e.points for e in declared.exercises) for unit, declared in DECLARED.items()}
     full = {unit: grades for (student, unit), grades in theirs.items() if student == "full"}
     assert full == {unit: (points[unit], points[unit]) for unit in UNITS}

@@ -24,12 +24,12 @@ def right(exercise: Exercise) -> tuple[Any, ...]:
 
 
 def stub(*_: Any, **__: Any) -> Any:
-    """The text of an answer cell before anybody has changed it."""
+    """An answer that nobody has written yet."""
     raise NotImplementedError()
 
 
 def full_marks(exercise: str, *answers: Any) -> bool:
-    """For all inputs: once, and with HYPOTHESIS_PROFILE=thorough three times."""
+    """Full marks on one draw of the inputs, and with HYPOTHESIS_PROFILE=thorough on three."""
     seeds = (1, 20, 300) if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else (1,)
     scores = [judge(find_exercise(exercise), answers, seed) for seed in seeds]
     assert all(score.status == "passed" for score in scores), scores[0].to_text()

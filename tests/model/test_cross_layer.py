@@ -350,7 +350,7 @@ def test_a_layer_that_reads_what_it_cannot_is_refused_by_name(layers: list[Any],
 
 
 def test_a_pattern_is_checked_as_it_repeats() -> None:
-    """A first round that reads too far back would be right in the second round."""
+    """A layer that reads too far back in the first round would be right in the second."""
     pattern = (reads(-1), "gqa")
     with pytest.raises(ValueError, match="layers: layer 0"):
         ModelConfig(n_layers=4, layers=pattern)

@@ -148,7 +148,7 @@ def raise_at(rank: int) -> None:
 
 
 def settings() -> list[str]:
-    """The error of this rank when one of them calls with other settings, or with bad arguments."""
+    """The errors of this rank when one rank calls with other settings, or with bad arguments."""
     told = []
     for rank, changed in (
         (1, {"layout": Layout(15, 3)}),

@@ -47,7 +47,7 @@ MODELS: dict[str, Any] = {
 
 
 def alone(model: Decoder, request: Request, prompt: Sequence[int], **options: Any) -> list[int]:
-    """The text that the decoder generates for this prompt with a cache of its own."""
+    """The tokens that the decoder generates for this prompt with a cache of its own."""
     return model.generate(torch.tensor([list(prompt)]), request.n_new, **options)[0].tolist()
 
 

@@ -17,7 +17,7 @@ from kvlearn.study.curve import mean_and_error
 from kvlearn.study.evaluation import spread_windows, token_losses
 
 NGRAM = 8  # bytes: as many as one int64 holds
-COMMON = 8  # an n-gram that is more often in the training text is known by heart, not recalled
+COMMON = 8  # an n-gram that occurs more often in the training text is known by heart, not recalled
 
 
 def evaluate_language(
@@ -34,7 +34,7 @@ def evaluate_language(
     """Loss of ``model`` on ``text`` in nats per byte, as plain numbers for results/.
 
     ``loss`` and ``error`` (standard, over windows) of ``n_windows`` windows of ``length`` bytes, less those
-    that are in the training text too, where files hold copies of each other's code; ``by_position``, in
+    that occur in the training text too, where files hold copies of each other's code; ``by_position``, in
     buckets that double; ``slices``, see ``repetition_slices``; ``longer``: the same in contexts that are as
     many times longer than in training, in as many bytes of text.
     """
@@ -87,11 +87,11 @@ class TrainingText:
         return np.sort(ngrams(self.text[None])[0].numpy())
 
     def without_copies(self, windows: Int[Tensor, "B T"]) -> Int[Tensor, "_ T"]:
-        """The ``windows`` that are not in the text, byte for byte."""
+        """The ``windows`` that do not occur in the text, byte for byte."""
         return windows[torch.tensor([bytes(window) not in self.bytes for window in windows.tolist()])]
 
     def counts(self, keys: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
-        """How often each n-gram of ``keys`` is in the text."""
+        """How often each n-gram of ``keys`` occurs in the text."""
         found = [np.searchsorted(self.sorted, keys.numpy(), side=side) for side in ("right", "left")]
         return torch.from_numpy(found[0] - found[1])
 
@@ -105,7 +105,7 @@ def ngrams(tokens: Tensor) -> Int[Tensor, "B N"]:
 
 
 def repeat_distance(keys: Int[Tensor, "B N"], *, rows: int = 16) -> Int[Tensor, "B N"]:
-    """How many places before each n-gram the same one ended last; 0 where it was not there before."""
+    """How many places before each n-gram the same one ended last; 0 where it did not occur before."""
     places = torch.arange(keys.shape[1])
     out = []
     for some in keys.split(rows):
@@ -118,7 +118,7 @@ def repeat_distance(keys: Int[Tensor, "B N"], *, rows: int = 16) -> Int[Tensor, 
 def repetition_slices(
     windows: Int[Tensor, "B _"], trained_on: TrainingText, *, far: int
 ) -> dict[str, Tensor]:
-    """Masks (B, T) over the predicted tokens, by whether their n-gram was in the context before.
+    """Masks (B, T) over the predicted tokens, by whether their n-gram occurred in the context before.
 
     ``new``    it did not; only the weights, or the sense of the text, can help
     ``near``   it did, at most ``far`` tokens ago
