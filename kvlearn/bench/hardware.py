@@ -228,7 +228,8 @@ def others(
 ) -> list[Mapping[str, Any]]:
     """Rows of ``known`` that a run of the parts ``chosen`` (all, unless given) does not give again.
 
-    They are of another condition, or of another part; a new record keeps them. Rows of "missing" parts are dropped.
+    They are of another condition, or of another part; a new record keeps them. Rows of missing
+    parts are dropped.
     """
     condition = condition_of(SMALL if small else REAL, device)
     names = None if chosen is None else set(chosen)

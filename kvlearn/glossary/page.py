@@ -18,7 +18,7 @@ from kvlearn.glossary.terms import SYMBOLS, TERMS
 
 ROOT = PACKAGE.parent
 PAGE = ROOT / "GLOSSARY.md"
-SHOWN = 3  # modules named in a row
+SHOWN = 2  # modules named in a row
 Row = tuple[str, ...]
 OFTEN = 3  # a chapter from 01 on that has a term so often is about it
 # Stems of words that tell no meanings apart.
@@ -122,6 +122,13 @@ def first_sentence(thing: object) -> str:
     return re.split(r"(?<=[\w)])\.\s", text + " ")[0].rstrip(". ").replace("|", "\\|") + "."
 
 
+def without_name(sentence: str, names: list[str]) -> str:
+    """A sentence such as "Ring attention: the tokens …" without the name that it begins with."""
+    head, colon, rest = sentence.partition(": ")
+    title = re.sub(r" \(\w+\)$", "", head).lower()
+    return rest[0].upper() + rest[1:] if colon and title in [name.lower() for name in names] else sentence
+
+
 def file_of(thing: object) -> Path:
     """The source file of a module, or of the module of an object."""
     module = thing if inspect.ismodule(thing) else sys.modules[thing.__module__]
@@ -151,7 +158,7 @@ def letter_rows() -> list[Row]:
     for letter in common + others:
         modules = uses().get(letter, {})
         ranked = sorted(modules, key=lambda m: (m != letter.module, -len(modules[m]), m))
-        shown = [f"{link(m)} {', '.join(f'`{n}`' for n in modules[m][:2])}" for m in ranked[:SHOWN]]
+        shown = [" ".join([link(m), *(f"`{name}`" for name in modules[m][:1])]) for m in ranked[:SHOWN]]
         if len(ranked) > SHOWN:
             shown.append(f"and {len(ranked) - SHOWN} more")
         row = f"`{letter.symbol}`", letter.meaning, "; ".join(shown), link(chapter_of_letter(letter))
@@ -185,12 +192,12 @@ def term_rows() -> list[Row]:
     """Terms in the order of the alphabet."""
     rows: list[Row] = []
     for term, meaning in sorted(TERMS.items(), key=lambda item: item[0].lower()):
-        name, *others = term.split("|")
+        name, *others = names = term.split("|")
         shown = f"**{name}**" + (f" ({', '.join(others)})" if others else "")
         where, chapter = "", chapter_of_term(term)
         if meaning.startswith(":"):
             thing = resolve(meaning[1:])
-            meaning, where = first_sentence(thing), link(file_of(thing))
+            meaning, where = without_name(first_sentence(thing), names), link(file_of(thing))
             taught = first_import(file_of(thing), {getattr(thing, "__qualname__", "")})
             chapter = min(filter(None, (chapter, taught)), default=None)
         rows.append((shown, meaning, where, link(chapter)))

@@ -8,7 +8,7 @@ import pytest
 
 from kvlearn.attention import REGISTRY
 from kvlearn.glossary.letters import CORE, declared, letters, symbols
-from kvlearn.glossary.page import PAGE, first_sentence, page, resolve
+from kvlearn.glossary.page import PAGE, first_sentence, page, resolve, without_name
 from kvlearn.glossary.terms import TERMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,14 @@ def test_a_definition_from_a_docstring_is_a_sentence(meaning: str) -> None:
     sentence = first_sentence(resolve(meaning[1:]))
     assert 20 < len(sentence) < 130
     assert sentence.endswith(".")
+
+
+def test_a_definition_does_not_begin_with_its_own_term() -> None:
+    names = ["DSA", "DeepSeek sparse attention"]
+    assert without_name("DeepSeek sparse attention (DSA): few tokens: some.", names) == "Few tokens: some."
+    assert without_name("Sparse attention: few tokens.", names) == "Sparse attention: few tokens."
+    for name, meaning in re.findall(r"^\| \*\*(.*?)\*\*[^|]*\| ([^|]*) \|", PRESENT, re.MULTILINE):
+        assert not meaning.lower().startswith(f"{name.lower()}:"), name
 
 
 def test_a_letter_that_no_docstring_declares_is_an_error() -> None:
