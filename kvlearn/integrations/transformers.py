@@ -132,8 +132,10 @@ def attention(
     T, S = query.shape[2], key.shape[2]
     step = _decode_step(query, key, value, attention_mask) if T == 1 and softcap is None else None
     if step is not None:
-        options = {"scale": scaling, "window": step.window, "sink_logits": s_aux}
-        return decode_attention(query[:, :, 0], key, value, step.lengths, **options)[:, None], None
+        out = decode_attention(
+            query[:, :, 0], key, value, step.lengths, scale=scaling, window=step.window, sink_logits=s_aux
+        )
+        return out[:, None], None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal) and attention_mask is None and T > 1
     if is_causal and S > T:  # a static cache that holds nothing before these tokens

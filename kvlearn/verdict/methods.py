@@ -355,15 +355,15 @@ def hybrids(records: Records) -> Evidence:
         f"trained so from the start: {said(ours)}; copying: {NOT_YET if mix is None else f'{mix:.0%}'}"
     )
     if ours is None:
-        beside = "For quality our study has not yet compared a mix with full attention"
+        compared = "For quality our study has not yet compared a mix with full attention"
     elif ours.tie:
-        beside = "For quality a mix ties with full attention in our study"
+        compared = "For quality a mix ties with full attention in our study"
     else:
         how = "better" if ours.mean < 0 else "worse"
-        beside = f"For quality a mix is {how} than full attention in our study"
+        compared = f"For quality a mix is {how} than full attention in our study"
     note = (
-        f"For memory, yes: it is what people build. {beside}; the ratio matters. A window saves memory too, "
-        "not compute alone; the full or compressed layers give the reach."
+        f"For memory, yes: it is what people build. {compared}; published comparisons of ratios disagree. A "
+        "window saves memory too, not compute alone; the full or compressed layers give the reach."
     )
     verdict = CONDITIONS if len(mixed) > len(RELEASED) / 2 else FAILS
     return Evidence(verdict, measured, note, {"mixed": len(mixed), "of": len(RELEASED)})
