@@ -1,4 +1,5 @@
-"""Wrong values of every kind at the public functions of attention, kernels, model and measure.
+"""Wrong values of every kind at the public functions of attention, kernels, model, parallel, serving, measure
+and verdict.
 
 Each call is right at first; then one or two of its arguments are replaced. The outcome is a ValueError or
 TypeError that begins with an argument's name, or a result without NaN. A cache is unchanged after a refusal.
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlearn import attention, kernels, measure, model
+from kvlearn import attention, kernels, measure, model, parallel, serving, verdict
 from kvlearn.attention import REGISTRY
 
 
@@ -382,6 +383,108 @@ MEASURE: dict[str, Call] = {
 @given(st.data())
 def test_measurements_take_nothing_that_is_wrong(data: st.DataObject) -> None:
     try_any(data, MEASURE)
+
+
+# Many devices, many users
+
+
+def served(**arguments: Any) -> list[int]:
+    """The tokens of one request."""
+    engine = serving.Engine(decoder(), 64, page=4, max_batch=1, budget=16)
+    request = engine.submit(**arguments)
+    engine.run()
+    return request.tokens
+
+
+SHARED: dict[str, Call] = {
+    "blockwise_attention": (
+        parallel.blockwise_attention,
+        lambda: {
+            "q": torch.ones(2, 4, 3, 8), "k": torch.ones(2, 2, 3, 8), "v": torch.ones(2, 2, 3, 8),
+            "rule": None, "queries": None, "lengths": None, "scale": None, "block": 2,
+        },
+    ),
+    "Rule": (parallel.Rule, lambda: {"causal": True, "window": 3}),
+    "Layout": (
+        lambda n_tokens, world, order: parallel.Layout(n_tokens, world, order).positions(0),
+        lambda: {"n_tokens": 7, "world": 2, "order": "zigzag"},
+    ),
+    "Tenant": (
+        lambda name, salt, quota: serving.BlockPool(8, 2, [serving.Tenant(name, salt, quota)]).n_blocks,
+        lambda: {"name": "a", "salt": b"", "quota": 2},
+    ),
+    "BlockPool": (
+        serving.BlockPool,
+        lambda: {
+            "n_blocks": 4, "page": 2, "tenants": (serving.Tenant("a"),), "data": None, "share": True,
+            "hash_function": serving.sha256,
+        },
+    ),
+    "Engine": (
+        serving.Engine,
+        lambda: {
+            "model": decoder(), "n_blocks": 4, "page": 2, "tenants": (serving.Tenant("a"),), "max_batch": 2,
+            "budget": 4, "share": True, "hash_function": serving.sha256,
+        },
+    ),
+    "submit": (
+        served,
+        lambda: {"prompt": [1, 2, 3], "n_new": 2, "tenant": "default", "temperature": 1.0, "seed": 0},
+    ),
+    "blocks_for": (serving.blocks_for, lambda: {"n_tokens": 3, "page": 2}),
+    "Mix": (
+        lambda **recipe: serving.simulate(serving.Mix(**recipe), 5, 100),
+        lambda: {
+            "seed": 0, "n_tenants": 2, "n_public": 2, "public": 0.5, "system_prompt": 8, "question": 4,
+            "answer": 4, "goes_on": 0.5, "max_len": 64, "rate": 20.0, "seconds_per_token": 0.02,
+        },
+    ),
+    "simulate": (
+        serving.simulate,
+        lambda: {"mix": serving.Mix(), "n_requests": 3, "n_blocks": 400, "page": 16, "sharing": "all"},
+    ),
+    "noise": (
+        serving.noise,
+        lambda: {
+            "hits": [1.0, 2.0], "misses": [2.0, 3.0], "epsilon": 1.0, "delta": 0.01, "probes": 1,
+            "n_candidates": 4, "trials": 3, "seed": 0,
+        },
+    ),
+}  # fmt: skip
+
+
+@thoroughly
+@given(st.data())
+def test_devices_and_users_share_nothing_that_is_wrong(data: st.DataObject) -> None:
+    try_any(data, SHARED)
+
+
+# The guide
+
+records = once(verdict.Records)
+GUIDE: dict[str, Call] = {
+    "recommend": (
+        verdict.recommend,
+        lambda: {
+            "model": "Llama 3.1 8B", "context": 4096, "users": 3, "device": "H100", "price": 2.0,
+            "find_anything": True, "worse": 0.02, "evidence": "planned", "near": 0.1, "efficiency": 0.6,
+            "records": records(),
+        },
+    ),
+    "Request": (verdict.Request, lambda: {"name": "a", "context": 4096, "users": 3, "speed": 10.0}),
+    "route": (
+        verdict.route,
+        lambda: {
+            "model": "Llama 3.1 8B", "requests": verdict.MIX, "prices": {"H100": 2.0}, "efficiency": 0.6,
+        },
+    ),
+}  # fmt: skip
+
+
+@thoroughly
+@given(st.data())
+def test_the_guide_takes_nothing_that_is_wrong(data: st.DataObject) -> None:
+    try_any(data, GUIDE)
 
 
 # Mechanisms and their caches

@@ -40,6 +40,7 @@ class Rule:
     window: int | None = None
 
     def __post_init__(self) -> None:
+        validate.instance("causal", self.causal, bool)
         if self.window is not None:
             validate.positive("window", self.window)
             if not self.causal:
@@ -234,10 +235,11 @@ def blockwise_attention(
         queries = torch.arange(
             S - validate.at_most("q.shape[2] (time)", T, S, "the keys"), S, device=q.device
         )
-    validate.tensor("queries", queries, (T,))
+    validate.integers("queries", validate.tensor("queries", queries, (T,)))
     if lengths is not None:
-        validate.tensor("lengths", lengths, (len(q),))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        validate.integers("lengths", validate.tensor("lengths", lengths, (len(q),)))
+    validate.instance("rule", rule, (Rule, type(None)))
+    scale = q.shape[-1] ** -0.5 if scale is None else validate.in_fp32("scale", scale)
     keys = torch.arange(S, device=k.device)
     no_query, no_key = padding_at(queries, lengths), padding_at(keys, lengths)
     q, k, v = without(q, no_query), without(k, no_key), without(v, no_key)

@@ -136,6 +136,8 @@ class BlockPool:
     ) -> None:
         self.n_blocks, self.page = validate.positive("n_blocks", n_blocks), validate.positive("page", page)
         self.tenants = check_tenants(tenants, n_blocks)
+        validate.instance("share", share, bool)
+        validate.function("hash_function", hash_function)
         self.data, self.share, self.hash_function = data, share, hash_function
         if data is not None:
             validate.tensor("data", data, (n_blocks, "numbers"))
@@ -391,17 +393,18 @@ class BlockPool:
 
 def blocks_for(n_tokens: int, page: int) -> int:
     """Blocks that hold ``n_tokens``: the last one may be partly empty."""
-    return -(-n_tokens // page)
+    return -(-validate.at_least("n_tokens", n_tokens, 0) // validate.positive("page", page))
 
 
 def check_tenants(tenants: Sequence[Tenant], n_blocks: int) -> dict[str, Tenant]:
     """Tenants by name, if names differ and quotas are all given, fit the pool, and can be kept."""
+    for tenant in validate.instance("tenants", tenants, (list, tuple)):
+        validate.instance("name", validate.instance("tenants", tenant, Tenant).name, str)
+        validate.instance("salt", tenant.salt, bytes)
     by_name = {tenant.name: tenant for tenant in tenants}
     if not tenants or len(by_name) < len(tenants):
         names = [tenant.name for tenant in tenants]
         raise ValueError(f"tenants: expected at least one, with different names, got {names}")
-    for tenant in tenants:
-        validate.instance("salt", tenant.salt, bytes)
     quotas = [validate.positive("quota", t.quota) for t in tenants if t.quota is not None]
     if quotas:
         if len(quotas) < len(tenants):

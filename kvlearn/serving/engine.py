@@ -91,6 +91,7 @@ class Engine:
     running: list[Request] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        validate.instance("model", self.model, Decoder)
         validate.positive("n_blocks", self.n_blocks)
         validate.positive("page", self.page)
         validate.positive("max_batch", self.max_batch)
@@ -137,8 +138,8 @@ class Engine:
         Raises OutOfBlocks if its tokens would not fit even alone (all of them, also those that a window would
         release); requests that would have to wait are accepted.
         """
-        validate.positive("len(prompt)", len(prompt))
-        if not 0 <= temperature < math.inf:
+        validate.positive("len(prompt)", len(validate.instance("prompt", prompt, Sequence)))
+        if validate.finite("temperature", temperature) < 0:
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
         tokens = [validate.at_least("prompt", token, 0) for token in prompt]
         vocabulary = self.model.config.vocab_size
@@ -150,6 +151,7 @@ class Engine:
                 f"n_new: expected a sequence of at most {self.pool.limit(tenant)} blocks of {self.page} "
                 f"tokens, got {len(tokens)} + {n_new} tokens"
             )
+        seed = validate.at_most("seed", validate.at_least("seed", seed, -(2**63)), 2**64 - 1, "64 bits")
         device = self.model.embed.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         request = Request(

@@ -179,19 +179,21 @@ def noise(
     Source: Dwork et al., "Calibrating Noise to Sensitivity in Private Data Analysis" (2006), section 3.
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
-    if not hits or not misses:
-        raise ValueError("hits, misses: expected at least one time of each")
+        validate.above(name, value, 0)
+    for name, times in (("hits", hits), ("misses", misses)):
+        validate.positive(f"len({name})", len(validate.instance(name, times, (list, tuple))))
+        for each in times:
+            validate.finite(name, each)
     validate.at_least("n_candidates", n_candidates, 2)
-    rng = random.Random(seed)
+    validate.positive("probes", probes)
+    rng = random.Random(validate.at_least("seed", seed, 0))
     saved = max(sum(misses) / len(misses) - sum(hits) / len(hits), 0.0)
     scale = saved / epsilon
     centre = scale * max(math.log(1 / (2 * delta)), 0.0)
 
     def observed(times: Sequence[float]) -> float:
         answers = []
-        for _ in range(validate.positive("probes", probes)):
+        for _ in range(probes):
             laplace = rng.expovariate(1) - rng.expovariate(1)
             answers.append(rng.choice(times) + min(max(centre + scale * laplace, 0.0), 2 * centre))
         return sum(answers) / probes

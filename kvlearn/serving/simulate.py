@@ -14,6 +14,8 @@ from typing import Literal
 from kvlearn import validate
 from kvlearn.serving.blocks import BlockPool, BlockTable, OutOfBlocks, Tenant, blocks_for
 
+MOST = 1e6  # of a mean length, and of requests per second
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -37,9 +39,22 @@ class Mix:
     rate: float = 20.0
     seconds_per_token: float = 0.02
 
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "n_tenants": 1, "n_public": 1, "system_prompt": 0, "max_len": 2}
+        for name, bound in least.items():
+            validate.at_least(name, getattr(self, name), bound)
+        for name in ("question", "answer", "rate"):
+            if validate.above(name, getattr(self, name), 0) > MOST:
+                raise ValueError(f"{name}: expected at most {MOST:g}, got {getattr(self, name)}")
+        for name in ("public", "goes_on"):
+            if not 0 <= validate.finite(name, getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if validate.finite("seconds_per_token", self.seconds_per_token) < 0:
+            raise ValueError(f"seconds_per_token: expected at least 0, got {self.seconds_per_token}")
+
     def requests(self, n: int) -> Iterator[tuple[float, int, list[int], list[int]]]:
         """``n`` requests in the order of arrival: seconds, number of the tenant, prompt, answer."""
-        rng, now = random.Random(self.seed), 0.0
+        rng, now = random.Random(int(self.seed)), 0.0
         system = [self._text(rng, self.system_prompt) for _ in range(self.n_public + self.n_tenants)]
         weights = [1 / (i + 1) for i in range(self.n_tenants)]
         talks: list[list[list[int]]] = [[] for _ in range(self.n_tenants)]  # that go on
@@ -91,8 +106,10 @@ def simulate(mix: Mix, n_requests: int, n_blocks: int, page: int = 16, sharing: 
     equal share of the pool for each. A request takes the blocks of its prompt and of its answer when it
     starts, waits until there are enough, and keeps them until its last token.
     """
+    validate.instance("mix", mix, Mix)
     validate.one_of("sharing", sharing, ("none", "all", "salts", "quotas"))
     validate.positive("n_requests", n_requests)
+    validate.positive("n_blocks", n_blocks)
     validate.positive("page", page)
     quota = n_blocks // mix.n_tenants if sharing == "quotas" else None
     salted = sharing in ("salts", "quotas")

@@ -21,7 +21,7 @@ from kvlearn import validate
 from kvlearn.measure.budget import KINDS
 from kvlearn.measure.cache_size import LayerShape, ModelShape, cache_bytes, read_bytes
 from kvlearn.measure.controls import table_with_controls
-from kvlearn.measure.cost import Load, batch_step_seconds, sharded, users_per_device
+from kvlearn.measure.cost import Load, at_least_zero, batch_step_seconds, part, sharded, users_per_device
 from kvlearn.measure.devices import DEVICES, Device
 from kvlearn.measure.models import MODELS
 from kvlearn.measure.table import Table
@@ -206,6 +206,14 @@ def recommend(
     validate.positive("context", context)
     validate.positive("users", users)
     validate.one_of("evidence", evidence, EVIDENCE)
+    validate.instance("model", model, (str, ModelShape))
+    validate.instance("device", device, (str, Device))
+    validate.instance("find_anything", find_anything, bool)
+    validate.instance("records", records, (Records, type(None)))
+    validate.above("price", price, 0)
+    validate.finite("worse", worse)
+    at_least_zero("near", near)
+    part("efficiency", efficiency)
     records = records or Records()
     name, card_name = (x if isinstance(x, str) else x.name for x in (model, device))
     question = f"{name}, {context:,} tokens, {users:,} users, {card_name}"
@@ -432,6 +440,12 @@ class Request:
     users: int
     speed: float = 10.0
 
+    def __post_init__(self) -> None:
+        validate.instance("name", self.name, str)
+        validate.positive("context", self.context)
+        validate.positive("users", self.users)
+        at_least_zero("speed", self.speed)
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -492,7 +506,14 @@ def route(
 
     A card holds requests of one kind. Raises ValueError for a model or device whose numbers are not known.
     """
-    validate.positive("len(requests)", len(requests))
+    validate.instance("model", model, (str, ModelShape))
+    validate.positive("len(requests)", len(validate.instance("requests", requests, (list, tuple))))
+    for request in requests:
+        validate.instance("requests", request, Request)
+    validate.positive("len(prices)", len(validate.instance("prices", prices, Mapping)))
+    for price in prices.values():
+        validate.above("prices", price, 0)
+    part("efficiency", efficiency)
     shape = MODELS[validate.one_of("model", model, MODELS)] if isinstance(model, str) else model
     cards = {name: DEVICES[validate.one_of("prices", name, DEVICES)] for name in prices}
     costs: dict[str, list[Assignment]] = {name: [] for name in cards}

@@ -227,7 +227,7 @@ def test_a_failed_download_gives_one_line_and_no_stamp(checkout: Path) -> None:
 def test_every_make_target_a_reader_is_told_of_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = [
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
         *(ROOT / "notebooks").glob("*.ipynb"),
         *(ROOT / "solutions").glob("*/*.ipynb"),
     ]

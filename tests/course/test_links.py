@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("solutions/*/*.ipynb")]
-PAGES = [ROOT / "README.md", ROOT / "GLOSSARY.md", *NOTEBOOKS]
+PAGES = [*ROOT.glob("*.md"), *NOTEBOOKS]
 
 
 def prose(page: Path) -> str:

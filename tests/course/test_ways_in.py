@@ -55,6 +55,16 @@ def test_shell_of_workflows_parses(path: Path) -> None:
         assert done.returncode == 0, f"{done.stderr}\n{script}"
 
 
+def test_the_readme_says_of_every_way_in_whether_it_was_tried() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([A-Z]?[\w, ]+) \| .* \| (yes|no).* \|$", readme, re.MULTILINE)
+    ways = {"pip", "uv", "Docker", "Codespaces, dev containers", "Colab", "Binder", "Windows"}
+    assert {way for way, _ in rows} == ways
+    (sentence,) = re.findall(r"`\.github/workflows/.*?untried", readme)
+    for path in (*WORKFLOWS, ROOT / ".gitlab-ci.yml"):
+        assert path.name in sentence
+
+
 def test_the_wheel_carries_units_results_and_chapters() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     carried = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]

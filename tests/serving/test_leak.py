@@ -53,7 +53,7 @@ def test_noise_hides_one_answer_and_not_many() -> None:
 
 @pytest.mark.parametrize("name", ["epsilon", "delta"])
 def test_noise_of_no_size_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
+    with pytest.raises(ValueError, match=f"{name}: expected a number above 0"):
         noise([1.0], [2.0], **{"epsilon": 1.0, name: 0.0})
     with pytest.raises(ValueError, match="n_candidates: expected at least 2"):
         noise([1.0], [2.0], epsilon=1.0, n_candidates=1)

@@ -469,6 +469,15 @@ def test_recorded_speeds_keep_their_bars() -> None:
     assert missed <= {"nsa"}  # a finding: three branches, one of them gathered per query
 
 
+def test_by_the_recorded_speeds_no_part_takes_more_than_an_hour(tmp_path: Path) -> None:
+    costs = run_module.Costs(Session(tmp_path))
+    for tier in tiers("cpu"):
+        for each in parts("cpu", tier):
+            timed = [costs(run) for run in each.runs if run.cost_key in costs.known]
+            assert len(timed) > 0.8 * len(each.runs)
+            assert sum(timed) / len(timed) * len(each.runs) <= 3600, f"{tier}{each.number}: {each.title}"
+
+
 def test_a_calibration_times_each_design_beside_full_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
