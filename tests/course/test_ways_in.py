@@ -37,8 +37,12 @@ def test_continuous_integration_and_containers_use_what_the_course_supports() ->
     assert required == ">=3.11"
     test = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
     assert test["jobs"]["linux"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    thorough = test["jobs"].pop("thorough")
+    assert thorough["env"] == {"HYPOTHESIS_PROFILE": "thorough"}
+    assert thorough["if"] == "github.event_name == 'schedule'"
     for job in test["jobs"].values():
         assert job["timeout-minutes"] <= 90
+        assert job["if"] == "github.event_name != 'schedule'"
     gitlab = yaml.safe_load((ROOT / ".gitlab-ci.yml").read_text())
     assert gitlab["test"]["script"] == ["bash .ci/run"]
     container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
