@@ -20,7 +20,8 @@ CLEAN_METADATA := --ClearMetadataPreprocessor.enabled=True --ClearMetadataPrepro
   --ClearMetadataPreprocessor.preserve_nb_metadata_mask="{('language_info', 'name'), 'kernelspec', 'kvlearn'}"
 
 # The course brings its own Python and its own Jupyter settings; what the user's shell or home holds stays out.
-unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV JUPYTER_PATH JUPYTER_CONFIG_PATH MPLBACKEND
+# Python keeps what it compiled: without that the tests and their kernels compile the library a hundred times.
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV JUPYTER_PATH JUPYTER_CONFIG_PATH MPLBACKEND
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export JUPYTER_CONFIG_DIR := $(CURDIR)/.jupyter/config

@@ -77,9 +77,23 @@ settings.register_profile("thorough", max_examples=300, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "few")
 
 
+def keep_together(item: Any) -> None:
+    """The tests of an ``xdist_group`` run in one worker, where they share fixtures that take long to make.
+
+    pytest-xdist 3.8 puts the group behind an item's ``_nodeid``, which pytest 9.2 does not read any more.
+    """
+    grouped = getattr(item, "_nodeid", item.nodeid)
+    if item.nodeid != grouped:
+        item._id = type(item._id).parse(grouped)
+        assert item.nodeid == grouped
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests begin first, so that the workers end together."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        keep_together(item)
 
 
 @pytest.fixture

@@ -79,3 +79,10 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
             files.read_json("here", path)
     path.write_text('{"é": 1}', encoding="utf-8")
     assert files.read_json("here", path) == {"é": 1}
+
+
+@pytest.mark.xdist_group("together")
+def test_a_group_of_tests_has_one_worker(request: pytest.FixtureRequest) -> None:
+    """The group is part of the id by which pytest-xdist shares tests out."""
+    grouped = bool(getattr(request.config.option, "loadgroup", False))
+    assert request.node.nodeid.endswith("@together") is grouped

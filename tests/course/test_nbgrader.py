@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from kvlearn.grading.commands import grade
 from kvlearn.grading.grader import Grader
 from kvlearn.grading.sandbox import Limits
 
-pytest.importorskip("nbgrader", reason="needs the extra kvlearn[teach]")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nbgrader")]  # one course for all of them
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("nbgrader"),  # one course for all of them
+    pytest.mark.skipif(find_spec("nbgrader") is None, reason="needs the extra kvlearn[teach]"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS = ROOT / "solutions"
 # A plain one and Triton's; all with HYPOTHESIS_PROFILE=thorough. Full marks of the others: nbval, and
 # test_exercises.py, which generates all of them too.
 EVERY = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-UNITS = [unit for unit in unit_names(SOLUTIONS) if EVERY or unit[:2] in ("01", "11")]
+UNITS = [unit for unit in unit_names(SOLUTIONS) if EVERY or unit[:2] in ("04", "11")]
 DECLARED = {unit.name: unit for unit in units()}
 COLLECT = 'c.FileNameCollectorPlugin.named_regexp = r".*/(?P<student_id>[a-z]+)-(?P<file_id>.*)"\n'
 PATIENT = (

@@ -39,7 +39,7 @@ class Course:
         small.write(notebook, self.file)
         before = hashlib.sha256(self.file.read_bytes()).digest()
         (report,), faults = grade(
-            [self.file], Grader(limits=limits or patience.limits(3), solutions=self.solutions)
+            [self.file], Grader(limits=limits or patience.limits(2), solutions=self.solutions)
         )
         assert not faults
         assert hashlib.sha256(self.file.read_bytes()).digest() == before
@@ -76,11 +76,17 @@ subprocess.run('setsid sleep 303.{HERE} &', shell=True)
 def square(x): return x * x"""
 
 
+FLOOD = """!for _ in range(10): print('x' * 10**7), display('x' * 10**6)
+def shift(x):  # \ud800 is half a character, which no message to a kernel can hold
+    print('x' * 10**7), display('x' * 10**6)
+    return 1 + x"""
+
+
 @pytest.mark.slow
-def test_half_right_answers_get_part_of_the_points(course: Course) -> None:
+def test_half_right_answers_get_part_of_the_points_and_a_flood_of_prints_costs_none(course: Course) -> None:
     half = "return x * 2 if len(x) else None"
-    odd = "return 1 + x  # \ud800 is half a character, which no message to a kernel can hold"
-    results = course.grade(small.answered(double=half, shift=odd, negate="!def negate(x:", square=DETACHING))
+    notebook = small.answered(double=half, shift=FLOOD, negate="!def negate(x:", square=DETACHING)
+    results = course.grade(notebook, Limits())
     assert (results["double"].score, results["double"].status) == (2, "partial")
     assert passed(results, "shift", "square")
     assert fails(results["negate"], "SyntaxError")
@@ -144,16 +150,6 @@ while True:
 
 
 @pytest.mark.slow
-def test_a_flood_of_prints_costs_no_points_and_drops_no_score(course: Course) -> None:
-    notebook = small.answered(double="print('x' * 10**7); return x * 2")
-    small.at(notebook, "answer1")["source"] += (
-        "\nfor _ in range(10): print('x' * 10**7), display('x' * 10**6)"
-    )
-    small.at(notebook, "answer2")["source"] = "def shift(x): display('x' * 10**6); return x + 1"
-    assert passed(course.grade(notebook, Limits()), "double", "shift")
-
-
-@pytest.mark.slow
 def test_of_a_flood_of_prints_only_the_beginning_is_kept() -> None:
     code = f"for _ in range(20): print('x' * 10**5, flush=True)\ndisplay({{'{MIME}': {{}}}}, raw=True)"
 
@@ -168,8 +164,8 @@ def test_of_a_flood_of_prints_only_the_beginning_is_kept() -> None:
 
 @pytest.mark.slow
 def test_the_whole_notebook_has_a_limit_too(course: Course) -> None:
-    loop = "!while True: pass"
-    results = course.grade(small.answered(double=loop, shift=loop), Limits(seconds=9, grace=1, total=3))
+    wait = "!import time; time.sleep(300)"  # as long as a loop, and takes no processor
+    results = course.grade(small.answered(double=wait, shift=wait), Limits(seconds=9, grace=1, total=3))
     assert fails(results["double"], "as a whole took longer than 3 s")
     assert fails(results["shift"], "as a whole took longer than 3 s")
 
@@ -195,7 +191,8 @@ def test_waiting_for_a_kernel_costs_a_notebook_none_of_its_time(
     queue = Queue()
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + queue.waited)
     monkeypatch.setattr(grader, "time", clock)
-    small.write(small.answered(**small.ALL_RIGHT | {"double": "!import os; os._exit(3)"}), course.file)
+    ends = {"double": "!import os; os._exit(3)", "shift": "return x + 1", "square": "return x * x"}
+    small.write(small.answered(**ends), course.file)
 
     async def run() -> Report:
         submitted = Submission(course.file, small.UNIT)
@@ -203,8 +200,8 @@ def test_waiting_for_a_kernel_costs_a_notebook_none_of_its_time(
 
     results = dict(zip(small.NAMES, asyncio.run(run()).exercises, strict=True))
     assert fails(results["double"], "exit code 3")
-    assert passed(results, "shift", "negate", "halve", "square")
-    assert queue.waited >= 50_000
+    assert passed(results, "shift", "square")
+    assert queue.waited >= 30_000
 
 
 def test_the_clock_counts_while_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +235,7 @@ def test_what_an_answer_does_to_the_common_set_up_stays_with_it(course: Course) 
 
 
 @pytest.mark.slow
-def test_cells_deleted_edited_doubled_renamed_and_added_are_put_right(course: Course) -> None:
+def test_cells_deleted_edited_doubled_renamed_added_and_damaged_are_put_right(course: Course) -> None:
     notebook = small.answered(**small.ALL_RIGHT)
     forged = {"exercise": "90.2", "score": 3, "max_score": 3, "status": "passed", "message": ""}
     cells = {cell["id"]: cell for cell in notebook["cells"]}
@@ -262,19 +259,13 @@ def test_cells_deleted_edited_doubled_renamed_and_added_are_put_right(course: Co
         "answer1",
     ]
     notebook["cells"] = [{"added": more, "again": again}.get(name) or cells[name] for name in order]
-    assert passed(course.grade(notebook), "double", "shift", "negate")
-
-
-@pytest.mark.slow
-def test_a_notebook_damaged_in_parts_is_graded_for_the_rest(course: Course) -> None:
-    notebook = small.answered(**small.ALL_RIGHT)
-    small.at(notebook, "answer2").update(source=17, metadata=None)
-    notebook["cells"] += [None, {"cell_type": "code"}, {"id": [], "metadata": {"nbgrader": 3}}]
-    notebook["cells"] = [c for c in notebook["cells"] if not (c and c.get("id") == "answer3")]
+    cells["answer4"].update(source=17, metadata=None)
+    notebook["cells"] += [cells["answer4"], None, {"cell_type": "code"}]
+    notebook["cells"] += [{"id": [], "metadata": {"nbgrader": 3}}]
     results = course.grade(notebook)
-    assert passed(results, "double", "halve", "square")
-    assert results["shift"].status == results["negate"].status == "not attempted"
-    assert results["negate"].message == "the answer cell is missing"
+    assert passed(results, "double", "shift", "negate")
+    assert results["halve"].status == results["square"].status == "not attempted"
+    assert results["square"].message == "the answer cell is missing"
 
 
 @pytest.mark.slow

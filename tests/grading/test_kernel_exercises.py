@@ -284,7 +284,9 @@ def test_a_kernel_that_never_ends_or_kills_the_process_costs_only_its_own_points
     answers = {nbgrader_of(c)["grade_id"]: c for c in notebook["cells"] if nbgrader_of(c).get("solution")}
     for cell in list(answers.values())[4:]:  # four are enough
         cell["source"] = released({**cell, "source": "".join(cell["source"])})
-    endless = changed("11.2", "    tl.store(OUT", "    while True:\n        m = new\n    tl.store(OUT")
+    # Asleep: a loop that computes takes a processor for as long as the limit is.
+    loop = "    import time\n\n    while True:\n        time.sleep(1)\n    tl.store(OUT"
+    endless = changed("11.2", "    tl.store(OUT", loop)
     # Past our watch: an address that the interpreter is made to read by itself.
     crash = changed(
         "11.3", "    B, D = q.shape\n", "    import ctypes\n\n    ctypes.string_at(8)\n    B, D = q.shape\n"

@@ -297,6 +297,7 @@ def test_recipes_of_every_style_earn_the_functions_without_parts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("10.7")
 def test_a_recipe_as_good_has_all_points_and_a_bad_one_loses_the_last() -> None:
     assert earned(check_whole(short_rows, trapezoid, of_layers, by_loops)) == [1, 1, 1, 2, 1, 1, 2]
     layout, rate, decay, clip = ours("10.7")

@@ -23,7 +23,12 @@ pytestmark = pytest.mark.answers
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 EXERCISES = [
-    pytest.param(exercise, id=exercise.id, marks=[pytest.mark.slow] if exercise.wiring else [])
+    # What "Your model" trains of ours is kept in the process: one worker has all tests of such an exercise.
+    pytest.param(
+        exercise,
+        id=exercise.id,
+        marks=[pytest.mark.slow, pytest.mark.xdist_group(exercise.id)] if exercise.wiring else [],
+    )
     for exercise in exercises().values()
 ]
 

@@ -17,6 +17,7 @@ from kvlearn.grading import check, commands, exercises, find_exercise
 from kvlearn.grading.catalogue import nbgrader_of, read_source, solutions_root
 from kvlearn.grading.grader import Grader
 from kvlearn.grading.mistakes import compiled
+from kvlearn.grading.release import stub as released
 
 pytestmark = pytest.mark.answers
 
@@ -213,23 +214,30 @@ def test_the_broken_cache_of_01_5_is_right_until_a_chunk_has_another_size() -> N
     torch.testing.assert_close(wanted, one_chunk, rtol=1e-3, atol=1e-3)
 
 
-def graded(tmp_path: Path, **answers: str) -> dict[str, Any]:
-    """The results of kvlearn grade for our solution with these answers in place of some, by exercise."""
-    book = json.loads((solutions_root() / UNIT / f"{UNIT}.ipynb").read_text("utf-8"))
+def graded(tmp_path: Path, open_ones: tuple[str, ...], **answers: str) -> dict[str, Any]:
+    """The results of kvlearn grade for our solution with these answers in place of some, by exercise.
+
+    Exercises in ``open_ones`` are not attempted: that saves their kernels.
+    """
+    book = read_source(UNIT, solutions_root())
+    stubs = {find_exercise(exercise).grade_id for exercise in open_ones}
     for cell in book["cells"]:
         name = str(nbgrader_of(cell).get("grade_id")).removesuffix("-answer")
-        if nbgrader_of(cell).get("solution") and name in answers:
-            cell["source"] = answers[name]
+        if nbgrader_of(cell).get("solution") and name in answers.keys() | stubs:
+            cell["source"] = answers[name] if name in answers else released(cell)
     file = tmp_path / f"{UNIT}.ipynb"
     file.write_text(json.dumps(book))
     (report,), faults = commands.grade([file], Grader())
     assert not faults
-    return {result.id: result for result in report.exercises}
+    results = {result.id: result for result in report.exercises}
+    assert {results.pop(exercise).status for exercise in open_ones} == {"not attempted"}
+    return results
 
 
 @pytest.mark.slow
 def test_an_earlier_answer_that_ends_the_process_is_the_librarys_part(tmp_path: Path) -> None:
-    results = graded(tmp_path, **{"u01-4-rope": "import os\ndef rotate(*_): os._exit(1)\n"})
+    ends = {"u01-4-rope": "import os\ndef rotate(*_): os._exit(1)\n"}
+    results = graded(tmp_path, ("01.6", "01.7", "01.8"), **ends)
     assert results["01.4"].status == "error"
     assert results["01.9"].score == 6
     others = [result for name, result in results.items() if name not in ("01.4", "01.9")]
@@ -243,7 +251,7 @@ def test_a_part_that_ends_the_process_in_the_model_alone_costs_the_points_of_the
     merge = "import os\ndef merge(x): os._exit(1) if x.shape[1:] == (8, 4, 16) else 0; return x"
     right_heads = find_exercise("01.3").solution
     wrapped = f"{right_heads}\nkept = merge_heads\n{merge}\ndef merge_heads(x): return kept(merge(x))\n"
-    results = graded(tmp_path, **{"u01-3-heads": wrapped})
+    results = graded(tmp_path, ("01.7", "01.8"), **{"u01-3-heads": wrapped})
     assert results["01.3"].status == "passed"
     assert results["01.9"].score == 5
 
@@ -251,7 +259,7 @@ def test_a_part_that_ends_the_process_in_the_model_alone_costs_the_points_of_the
 @pytest.mark.slow
 def test_a_model_that_ends_the_process_costs_its_own_points_only(tmp_path: Path) -> None:
     ends = "import os\ndef attention(*_): os._exit(1)\ndef generate(*_): os._exit(1)\n"
-    results = graded(tmp_path, **{"u01-9-model": ends})
+    results = graded(tmp_path, ("01.7", "01.8"), **{"u01-9-model": ends})
     assert results.pop("01.9").score == 0
     assert {result.status for result in results.values()} == {"passed"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_measurement_pictures import BYTES
 from test_measurement_pictures import ROWS as DECODE
-from test_quality import TIER_A, rows_of
+from test_quality import rows_of, tier_a
 from test_verdict_pictures import FINDINGS, RECORDED
 
 from kvlearn import plots
@@ -189,9 +189,9 @@ PICTURES = {
     "state_memory": plots.state_memory,
     "recall_curves": lambda: plots.recall_curves({"full": recall_run(), "delta": recall_run()}),
     "recall_over_state": lambda: plots.recall_over_state(recall_rows()),
-    "loss_over_bytes": lambda: plots.loss_over_bytes(TIER_A),
-    "pareto": lambda: plots.pareto(TIER_A),
-    "above_by_position": lambda: plots.above_by_position(TIER_A),
+    "loss_over_bytes": lambda: plots.loss_over_bytes(tier_a()),
+    "pareto": lambda: plots.pareto(tier_a()),
+    "above_by_position": lambda: plots.above_by_position(tier_a()),
     "recall_over_bytes": lambda: plots.recall_over_bytes(rows_of("B")),
     "recall_over_length": lambda: plots.recall_over_length(
         [row for row in rows_of("B") if row["task"] in ("mqar-8", "needle-1", "induction")]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def rows_of(tier: str, designs: Iterable[str] | None = None) -> list[dict[str, A
     return [make[type(run)](run) for run in unique if designs is None or run.design in designs]
 
 
-TIER_A = rows_of("A")
+@cache
+def tier_a() -> list[dict[str, Any]]:
+    """Rows of tier A."""
+    return rows_of("A")
 
 
 def long_run(design: str, seed: int) -> LanguageRun:
@@ -119,8 +123,8 @@ def test_every_design_of_the_study_has_a_family() -> None:
 
 
 def test_points_are_the_paired_differences_and_bytes_of_the_study() -> None:
-    points = plots.loss_over_bytes(TIER_A).data["points"]
-    compared = {item.design: item for item in quality.compare(TIER_A) if item.design != "full"}
+    points = plots.loss_over_bytes(tier_a()).data["points"]
+    compared = {item.design: item for item in quality.compare(tier_a()) if item.design != "full"}
     assert points.keys() == compared.keys()
     for design, point in points.items():
         pooled = compared[design].pooled
@@ -133,7 +137,7 @@ def test_points_are_the_paired_differences_and_bytes_of_the_study() -> None:
 
 
 def test_every_mechanism_of_the_course_is_in_the_headline_trained_or_waiting() -> None:
-    picture = plots.loss_over_bytes(TIER_A)
+    picture = plots.loss_over_bytes(tier_a())
     drawn = {"full", *picture.data["points"], *picture.data["pending"]}
     assert drawn == set(CPU.designs)
     (axes,) = picture.figure.axes
@@ -143,7 +147,7 @@ def test_every_mechanism_of_the_course_is_in_the_headline_trained_or_waiting() -
 
 
 def test_a_hollow_marker_is_a_tie() -> None:
-    picture = plots.loss_over_bytes(TIER_A)
+    picture = plots.loss_over_bytes(tier_a())
     (axes,) = picture.figure.axes
     markers = {x: bars.lines[0] for x, bars in error_bars(axes).items()}
     for design, point in picture.data["points"].items():
@@ -153,7 +157,7 @@ def test_a_hollow_marker_is_a_tie() -> None:
 
 def test_a_run_that_diverged_is_named_and_in_no_mean() -> None:
     broken = [language_row(long_run("window", 2), float("inf"))]
-    rows = [row for row in TIER_A if row["run"] != broken[0]["run"]]
+    rows = [row for row in tier_a() if row["run"] != broken[0]["run"]]
     without = above_full(rows)["window"]
     point = above_full(rows + broken)["window"]
     assert point.mean == without.mean
@@ -165,7 +169,7 @@ def test_a_run_that_diverged_is_named_and_in_no_mean() -> None:
 
 def test_a_design_that_diverged_in_all_runs_is_not_called_not_yet_run() -> None:
     broken = [language_row(long_run("window", seed), float("inf")) for seed in range(3)]
-    others = [row for row in TIER_A if row["design"] != "window"]
+    others = [row for row in tier_a() if row["design"] != "window"]
     picture = plots.loss_over_bytes(others + broken)
     assert picture.data["failed"] == ["window"]
     assert "window" not in picture.data["pending"]
@@ -183,7 +187,7 @@ def test_a_claim_is_drawn_as_perplexity_at_the_share_that_is_left() -> None:
 
 
 def test_short_runs_alone_are_no_result() -> None:
-    short = [row for row in TIER_A if row["settings"]["training"]["steps"] < CPU.training.steps]
+    short = [row for row in tier_a() if row["settings"]["training"]["steps"] < CPU.training.steps]
     assert short
     assert not above_full(short)
     assert "not yet run" in plots.pareto(short).alt
@@ -236,7 +240,7 @@ def test_a_percent_of_the_bytes_puts_nothing_on_the_front() -> None:
 
 
 def test_the_front_at_a_longer_context_is_of_the_bytes_there() -> None:
-    data = plots.pareto(TIER_A).data
+    data = plots.pareto(tier_a()).data
     assert list(data["fronts"]) == [256, 32_768]
     for design, (stored, loss) in data["points"][32_768].items():
         assert stored == 20 * data["points"][256][design][0]
@@ -244,13 +248,13 @@ def test_the_front_at_a_longer_context_is_of_the_bytes_there() -> None:
 
 
 def test_positions_are_paired_differences_bucket_by_bucket() -> None:
-    data = plots.above_by_position(TIER_A).data
+    data = plots.above_by_position(tier_a()).data
     assert data["buckets"] == BUCKETS
-    (mamba,) = [item for item in quality.compare(TIER_A) if item.design == "mamba2"]
+    (mamba,) = [item for item in quality.compare(tier_a()) if item.design == "mamba2"]
     assert mamba.difference is not None
     for point in data["curves"]["mamba2"]:
         assert point.mean == pytest.approx(mamba.difference.mean)
-    assert len(plots.above_by_position(TIER_A, length=1024).data["buckets"]) == 8
+    assert len(plots.above_by_position(tier_a(), length=1024).data["buckets"]) == 8
 
 
 def test_recall_is_at_the_best_rate_with_the_spread_of_the_seeds() -> None:
@@ -285,7 +289,7 @@ def test_conversions_start_as_converted_and_take_the_better_rate() -> None:
 
 
 def test_names_stay_inside_the_axes() -> None:
-    for rows in ([], TIER_A):
+    for rows in ([], tier_a()):
         picture = plots.loss_over_bytes(rows)
         picture.figure.canvas.draw()
         (axes,) = picture.figure.axes
@@ -297,7 +301,7 @@ def test_names_stay_inside_the_axes() -> None:
 
 
 def test_the_legend_is_smaller_than_the_curves() -> None:
-    drawn = [plots.loss_over_bytes(TIER_A), plots.pareto(TIER_A), plots.recall_over_bytes(rows_of("B"))]
+    drawn = [plots.loss_over_bytes(tier_a()), plots.pareto(tier_a()), plots.recall_over_bytes(rows_of("B"))]
     for picture in drawn:
         picture.figure.canvas.draw()
         (legend,) = picture.figure.legends
@@ -322,7 +326,7 @@ def cells_of_the_recorded_study() -> list[str]:
 def test_the_chapter_needs_no_edit_whatever_has_run(
     state: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = [row for row in TIER_A if row["settings"]["training"]["steps"] < CPU.training.steps]
+    short = [row for row in tier_a() if row["settings"]["training"]["steps"] < CPU.training.steps]
     one = language_row(long_run("full", 0))
     rows = {
         "nothing": [],
@@ -333,7 +337,7 @@ def test_the_chapter_needs_no_edit_whatever_has_run(
             language_row(long_run("gqa-4x", 0)),
             language_row(long_run("window", 1)),
         ],
-        "tier A": TIER_A,
+        "tier A": tier_a(),
         "all tiers": [row for tier in "ABCD" for row in rows_of(tier)],
     }[state]
     monkeypatch.setattr(quality, "recorded", lambda: rows)
