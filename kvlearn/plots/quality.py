@@ -466,7 +466,7 @@ def above_by_position(rows: Iterable[Row], *, budget: str = "cpu", length: int |
             axes.set_title(FAMILY_NAMES[family])
             if waiting:
                 text = f"not yet run: {len(waiting)}" if own else "not yet run"
-                axes.text(0.98, 0.03, text, fontsize=8, ha="right", transform=axes.transAxes)
+                axes.set_title(text, loc="right", fontsize=8, fontweight="normal")
             if own:
                 axes.legend(*_unique([axes]), fontsize=7, loc="upper left", ncols=2, handlelength=2.2)
         low, high = panels[0, 0].get_ylim()
