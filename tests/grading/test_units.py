@@ -23,7 +23,7 @@ pytestmark = pytest.mark.answers
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 EXERCISES = [
-    # What "Your model" trains of ours is kept in the process: one worker has all tests of such an exercise.
+    # Our trainings for "Your model" are kept in the process: one worker has all tests of such an exercise.
     pytest.param(
         exercise,
         id=exercise.id,
