@@ -669,6 +669,8 @@ def trial_decided(t: CheckContext, smallest: Answer, seeds: Answer, experiment: 
     values = drawn_differences(t, claim, n, kind)
     if t.round > 1:
         values = shifted(values[:n], claim, (1.02, -1.02)[t.round % 2])
+        first = max(values) if kind == "supported" else min(values)
+        values.insert(0, values.pop(values.index(first)))  # read once more, it leaves the claim undecided
     _, verdict = carried_out(t, experiment, claim, Simulation(values))
     t.text(verdict, kind, "verdict:")
 
@@ -682,21 +684,25 @@ def trial_undecided(t: CheckContext, smallest: Answer, seeds: Answer, experiment
     t.text(verdict, "undecided", "verdict:")
 
 
-@trial.requirement(1, "experiment: diverged runs", rounds=6)
+@trial.requirement(1, "experiment: diverged runs", rounds=7)
 def trial_diverged(t: CheckContext, smallest: Answer, seeds: Answer, experiment: Answer) -> None:
     """left out, and not replaced; the interval is that of the differences left, "undecided" with fewer than
     two; n stays as planned"""
     claim, n = plan(t)
     kind = ("refuted", "supported")[t.round % 2]
     values: list[float | None] = [*drawn_differences(t, claim, n, kind)]
-    gone = {0: [0], 1: [1, n - 1], 2: list(range(1, n)), 3: list(range(n)), 4: [0, 2, n - 1]}
+    gone = {0: [0], 1: [1, n - 1], 2: list(range(1, n)), 3: list(range(n))}
+    gone[4] = gone[5] = [0, 2, n - 1]
     for seed in gone.get(t.round, range(2, n)):
         values[seed] = None
     left = [each for each in values[:n] if each is not None]
     want = kind if len(left) > 1 else "undecided"
-    if t.round == 4:  # decided, if it were as many as planned
+    if t.round == 4:  # decided if divided by the planned number, not yet with the planned degrees of freedom
+        wrong = math.sqrt(len(left) / n), T95[n - 1] / T95[len(left) - 1]
+        left, want = shifted(left, claim, sum(wrong) / 2), "undecided"
+    if t.round == 5:  # decided with either
         left, want = shifted(left, claim, 0.98), "undecided"
-    if t.round == 5:  # a difference of 0 is a measurement
+    if t.round == 6:  # a difference of 0 is a measurement
         left, want = [0.0, claim["at_most"] / 100], "supported"
     rest = iter(left)
     runs = Simulation([None if each is None else next(rest) for each in values[:n]] + values[n:])
