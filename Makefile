@@ -49,7 +49,7 @@ teach: $(READY) ## the same with nbgrader's menu, buttons and panels, for teache
 
 test: lint unit nbval ## everything: lint, types, tests, every notebook run afresh and compared
 
-quick: lint ## lint, types and what is fast of the tests, no notebooks: under 90 seconds
+quick: lint ## lint, types and what is fast of the tests, no notebooks: about two minutes
 	@$(PYTEST) $(QUICK)
 
 format: $(READY) ## let ruff format the code and mend what it can
