@@ -107,8 +107,10 @@ lint: $(READY)
 unit: $(READY)
 	@$(PYTEST)
 
+# Chapters one after the other: they measure this machine. Units side by side, one notebook per worker.
 nbval: $(READY)
-	@$(SHARE) $(NO_WORK) $(BIN)/pytest -q $(NBVAL) notebooks solutions
+	@$(SHARE) $(NO_WORK) $(BIN)/pytest -q $(NBVAL) notebooks
+	@$(SHARE) $(NO_WORK) OMP_NUM_THREADS=1 $(BIN)/pytest -q $(NBVAL) -n 2 --dist loadfile solutions
 
 # Makes .venv anew, with the first Python that fits. --clear removes what an interrupted set-up has left.
 define MAKE_VENV

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from hypothesis import settings
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Tests interrupt themselves. A job in the background of a shell ignores interrupts, and would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test reads or records the progress of the person who runs it.
 os.environ["KVLEARN_WORK"] = os.devnull

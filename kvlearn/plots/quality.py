@@ -44,7 +44,7 @@ FAMILIES = {
     "sliding": ("window", "window-no-sinks"),
     "sparse": ("bigbird", "longformer", "moba", "nsa"),
     "linear": ("gated-delta", "mamba2", "linear", "kda", "mamba", "rwkv7"),
-    "hybrid": ("hybrid", "hybrid-window-mhc"),
+    "hybrid": ("hybrid", "hybrid-window-mhc", "hybrid-conv"),
 }
 FAMILY = {design: family for family, designs in FAMILIES.items() for design in designs}
 MARKERS = dict(zip(FAMILIES, "os^DvP*", strict=True))

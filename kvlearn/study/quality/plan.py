@@ -81,6 +81,8 @@ def designs(model: ModelConfig, length: int) -> dict[str, Layers]:
         "mamba": (Spec("mamba"),),
         "rwkv7": (Spec("rwkv7"),),
         "hybrid-window-mhc": (narrow, narrow, narrow, Spec("mhc", rank=quarter - D, rope_dim=D)),
+        # The control of designs that come with a short convolution: it is here, and no state is.
+        "hybrid-conv": (Spec("short_conv"), full),
     }
 
 
@@ -453,7 +455,7 @@ def _c() -> Listed:
 
 def _d() -> Listed:
     others = [name for name in CPU.designs if name not in TIER_A]
-    for name in others:
+    for name in sorted(others, key=lambda name: name != "hybrid-conv"):  # the control of tier A first
         short, final = language("cpu", name, seeds=range(3), rates=MORE_RATES)
         yield f"{name}: four rates, one seed", [*short, final[0]]
         yield f"{name}: two more seeds", final[1:]

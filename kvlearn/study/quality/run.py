@@ -24,7 +24,7 @@ import torch
 import kvlearn
 from kvlearn.files import read_json, replacing
 from kvlearn.measure import collect_provenance, results
-from kvlearn.measure.provenance import cpu_model, machine
+from kvlearn.measure.provenance import cpu_model
 from kvlearn.model import Decoder
 from kvlearn.study import recall
 from kvlearn.study.base import base_model
@@ -90,6 +90,12 @@ class Session:
         """Values that every row of this session gets; the bandwidth is measured once."""
         return {**collect_provenance(self.device), "cpu": cpu_model(), "sources": self.sources}
 
+    @property
+    def machine(self) -> str:
+        """This machine's name, the same to the end: its number of cores may change while a study runs."""
+        name: str = self.provenance["machine"]
+        return name
+
     @cached_property
     def trained_on(self) -> TrainingText:
         return TrainingText(self.text.train)
@@ -137,7 +143,7 @@ class Session:
             ours = [
                 row
                 for file in results.load(NAME, self.results)
-                if file.provenance["machine"] == machine(self.device)
+                if file.provenance["machine"] == self.machine
                 for row in file.rows
                 if row["run"] not in names
             ]
@@ -475,7 +481,7 @@ class Costs:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.path = session.runs / f"seconds-{machine(session.device)}-{torch.get_num_threads()}-threads.json"
+        self.path = session.runs / f"seconds-{session.machine}-{torch.get_num_threads()}-threads.json"
         self.known = self._recorded()
         if self.path.exists():
             self.known |= read_json(f"runs: {self.path}", self.path)
@@ -487,7 +493,7 @@ class Costs:
             for row in file.rows:
                 seconds, where = row.get("seconds_per_step"), row["provenance"]
                 if seconds is not None:
-                    here = where["machine"] == machine(self.session.device)
+                    here = where["machine"] == self.session.machine
                     same = where["threads"] == torch.get_num_threads()
                     found.append((here, here and same, row["cost_key"], seconds))
         return {key: seconds for _, _, key, seconds in sorted(found, key=lambda item: item[:2])}
