@@ -16,6 +16,7 @@ from kvlearn.study import base_model, corpus, quality
 from kvlearn.study.evaluation import spread_windows, token_losses
 from kvlearn.study.quality import Difference
 from kvlearn.study.quality.evaluate import ngrams, repeat_distance
+from kvlearn.study.quality.plan import TASKS
 from kvlearn.study.routing import compare as compare_routing
 from kvlearn.verdict.claim import (
     AS_CLAIMED,
@@ -389,8 +390,8 @@ def state_quality(records: Records) -> Evidence:
     note = (
         f"{'No one number' if spread else 'In answers'}: {least} loses {max(lost[least], 0):.0%} of the "
         f"answers, {most} {lost[most]:.0%}{why}. Loss on text is another matter: there "
-        f"{beside_full(records.above_full(NEAREST['M7']), 'Mamba-2')}. Needle, one of eight: "
-        f"{recalled(records, 'needle-8', 'mamba2-4', 'mamba2-16', 'full')}."
+        f"{beside_full(records.above_full(NEAREST['M7']), 'Mamba-2')}. Recall in our study: "
+        f"{recalled_where_full_does(records, 'mamba2-4', 'mamba2-16')}."
     )
     verdict = HOLDS if everywhere else FAILS if spread or min(lost.values()) > high else CONDITIONS
     return Evidence(verdict, measured, note, lost)
@@ -636,6 +637,25 @@ def recalled(records: Records, task: str, *designs: str) -> str:
     return ", ".join(
         f"{name} {NOT_YET if share is None else f'{share:.0%}'}" for name, share in shares.items()
     )
+
+
+def recalled_where_full_does(records: Records, *designs: str) -> str:
+    """From the least to the most of each design, over the tasks of which full attention answers 95% or more.
+
+    A task that full attention fails says nothing about a state.
+    """
+    full = {task: records.recall(task, "full") for task in TASKS["cpu"]}
+    answered = [task for task, share in full.items() if share is not None and share >= 0.95]
+    told, waiting = [], {task for task, share in full.items() if share is None}
+    for design in designs:
+        shares = {task: records.recall(task, design) for task in answered}
+        waiting |= {task for task, share in shares.items() if share is None}
+        own = [share for share in shares.values() if share is not None]
+        told.append(f"{design} {min(own):.0%} to {max(own):.0%}" if own else f"{design} {NOT_YET}")
+    rest = [f"{NOT_YET}: {', '.join(task for task in full if task in waiting)}"] if waiting else []
+    if not answered:
+        return rest[0] if rest else "full attention answers none of the tasks"
+    return "; ".join([f"where full attention answers ({', '.join(answered)}), {', '.join(told)}", *rest])
 
 
 def beside_full(ours: Difference | None, name: str) -> str:
