@@ -117,7 +117,10 @@ def draw_curves(
         fixed[control] = CONTROL
     for name, style in line_styles(curves, family=family, fixed=fixed).items():
         x, loss, error = zip(*sorted(curves[name]), strict=True)
-        axes.errorbar(x, loss, error, label=name, elinewidth=1, capsize=3, lw=1.8, ms=5, **style)
+        order = 2.5 if name == control else 2  # on top, with a thin marker: what it covers shows
+        axes.errorbar(
+            x, loss, error, label=name, elinewidth=1, capsize=3, lw=1.8, ms=5, zorder=order, **style
+        )
     if base is not None:
         axes.axhline(base, color="#8a8a8a", lw=1.4, ls=":", label="base model")
 

@@ -5,7 +5,7 @@ mean; the design that they belong to says how many. Without any row, the picture
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,9 +31,10 @@ from kvlearn.study.quality import (
     summarise,
     visible_difference,
 )
-from kvlearn.study.quality.plan import RECALL_DESIGNS, TASKS, unallocated
+from kvlearn.study.quality.plan import CONVERTED, RECALL_DESIGNS, TASKS, unallocated
 
 Row = Mapping[str, Any]
+TRAINED_ON = "sympy"  # the text of the corpus, of those on which conversions are evaluated
 
 # A design has the colour of its family, and the family one marker, so that no colour is needed. Where a
 # figure tells the designs of a family apart, the first has the colour.
@@ -505,7 +506,8 @@ def recall_over_bytes(rows: Iterable[Row], *, preset: str = "cpu") -> Picture:
     """Right answers over the bytes of the cache or state, a panel per task; one line per mechanism.
 
     Each at its best rate, mean ± standard error over the seeds; where a mechanism comes in two sizes a line
-    joins them. The control, a short convolution alone, has no memory to speak of: it is a level.
+    joins them. The control, a short convolution alone, has no memory to speak of: it is a level. Markers of
+    the same bytes are drawn side by side.
     """
     found = {cell: own for cell, own in best_recall(rows).items() if _of(own[0], preset)}
     tasks = [task for task in TASKS[preset] if any(name == task for name, _ in found)]
@@ -521,29 +523,29 @@ def recall_over_bytes(rows: Iterable[Row], *, preset: str = "cpu") -> Picture:
             axes.set_visible(False)
         for axes, task in zip(panels.flat, tasks, strict=False):
             own = {design: cell for (name, design), cell in cells.items() if name == task}
+            finished = {design: cell for design, cell in own.items() if cell[1] is not None}
+            at = _side_by_side({d: cell[0] for d, cell in finished.items() if d != "short-conv"})
             for name in shown:
-                points = sorted(cell[:3] for design, cell in own.items() if mechanism(design) == name)
+                points = sorted((*cell[:3], d) for d, cell in finished.items() if mechanism(d) == name)
                 if not points:
                     continue
-                x, y, error = zip(*points, strict=True)
+                _, y, error, designs = zip(*points, strict=True)
                 if name == "short-conv":
                     level = {"color": styles[name]["color"], "ls": styles[name]["ls"]}
                     axes.axhline(y[0], lw=1.4, label=name, **level)
                 else:
+                    x = [at[design] for design in designs]
                     axes.errorbar(
                         x, y, error, label=name, lw=1.6, ms=6, elinewidth=1, capsize=2.5, **styles[name]
                     )
-            sizes = [cell[0] for design, cell in own.items() if design != "short-conv"]
-            _bytes_axis(axes, sizes)
-            missing = [d for d in RECALL_DESIGNS if d not in own and _planned(preset, task, d)]
-            title = f"{task}\nnot yet run: {len(missing)}" if missing else task
-            axes.set_title(title)
+            _bytes_axis(axes, [cell[0] for d, cell in own.items() if d != "short-conv"] or [1024])
+            axes.set_title(task)
+            _note_missing(axes, preset, task, RECALL_DESIGNS, own, sum(cell[3] for cell in own.values()))
         for axes in panels[:, 0]:
             _share_axis(axes)
         _legend(figure, panels.flat, beside=down == 1)
     told = "; ".join(
-        f"{task}: "
-        + ", ".join(f"{d} {c[1]:.0%} with {format_bytes(c[0])}" for (t, d), c in cells.items() if t == task)
+        f"{task}: " + ", ".join(f"{d} {_cell_said(cell)}" for (t, d), cell in cells.items() if t == task)
         for task in tasks
     )
     waiting = [task for task in TASKS[preset] if task not in tasks]
@@ -556,7 +558,8 @@ def recall_over_bytes(rows: Iterable[Row], *, preset: str = "cpu") -> Picture:
 def recall_over_length(rows: Iterable[Row], *, preset: str = "cpu", designs: Sequence[str] = ()) -> Picture:
     """Right answers in texts of 1, 2 and 4 times the trained length, a panel per task.
 
-    ``designs`` are those to draw: unless given, of each mechanism the one with the most bytes.
+    ``designs`` are those to draw: unless given, of each mechanism the one with the most bytes. Markers at the
+    same length are drawn side by side, since several designs may answer all or nothing.
     """
     found = {cell: own for cell, own in best_recall(rows).items() if _of(own[0], preset)}
     tasks = [task for task in TASKS[preset] if any(name == task for name, _ in found)]
@@ -574,22 +577,27 @@ def recall_over_length(rows: Iterable[Row], *, preset: str = "cpu", designs: Seq
         for axes in panels.flat[len(tasks) :]:
             axes.set_visible(False)
         for axes, task in zip(panels.flat, tasks, strict=False):
-            for name in wanted:
-                runs = [row for row in found.get((task, name), []) if row["loss"] is not None]
-                if not runs:
-                    continue
-                points = _lengths(runs)
+            finished = {
+                name: [row for row in found.get((task, name), []) if row["loss"] is not None]
+                for name in wanted
+            }
+            drawn = [name for name in wanted if finished[name]]
+            for k, name in enumerate(drawn):
+                points = _lengths(finished[name])
                 curves.setdefault(task, {})[name] = points
-                x, y, error = zip(*points, strict=True)
+                lengths, y, error = zip(*points, strict=True)
+                x = [length * 2 ** (0.07 * (k - (len(drawn) - 1) / 2)) for length in lengths]
                 style = styles[mechanism(name)]
                 axes.errorbar(x, y, error, label=name, lw=1.6, ms=5, elinewidth=1, capsize=2.5, **style)
-            lengths = [point[0] for line in curves.get(task, {}).values() for point in line]
+            ticks = {point[0] for line in curves.get(task, {}).values() for point in line}
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_locator(FixedLocator(sorted(set(lengths))))
+            axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("tokens of the text; trained on the fewest")
             axes.set_title(task)
+            recorded = [name for name in wanted if (task, name) in found]
+            _note_missing(axes, preset, task, wanted, recorded)
         for axes in panels[:, 0]:
             _share_axis(axes)
         _legend(figure, panels.flat, beside=down == 1)
@@ -597,9 +605,12 @@ def recall_over_length(rows: Iterable[Row], *, preset: str = "cpu", designs: Seq
         f"{task}: " + ", ".join(f"{name} {line[0][1]:.0%} to {line[-1][1]:.0%}" for name, line in own.items())
         for task, own in curves.items()
     )
-    return Picture(
-        figure, f"Right answers from the trained length to longer texts. {told}.", {"curves": curves}
+    waiting = [task for task in TASKS[preset] if task not in tasks]
+    alt = (
+        f"Right answers from the trained length to longer texts. {told}. "
+        f"Not yet run: {', '.join(waiting) or 'no task'}."
     )
+    return Picture(figure, alt, {"curves": curves, "waiting": waiting})
 
 
 def _of(row: Row, preset: str) -> bool:
@@ -613,10 +624,37 @@ def _planned(preset: str, task: str, design: str) -> bool:
     return len(RECALL_DESIGNS[design]) <= TASKS[preset][task][1]
 
 
-def _share(rows: Sequence[Row]) -> tuple[int, float, float, int]:
-    """Bytes, mean share of right answers, its standard error (0 of one seed), and runs that diverged."""
+def _share(rows: Sequence[Row]) -> tuple[int, float | None, float, int]:
+    """Bytes, mean share of right answers, its standard error (0 of one seed), and runs that diverged.
+
+    The mean is None where all runs diverged.
+    """
     found = summarise([None if row["loss"] is None else row["accuracy"] for row in rows])
-    return rows[0]["state_bytes"], found.mean or 0.0, found.error or 0.0, found.diverged
+    return rows[0]["state_bytes"], found.mean, found.error or 0.0, found.diverged
+
+
+def _cell_said(cell: tuple[int, float | None, float, int]) -> str:
+    size, share, _, diverged = cell
+    told = "no answer" if share is None else f"{share:.0%}"
+    return f"{told} with {format_bytes(size)}" + (f", {diverged} diverged" if diverged else "")
+
+
+def _side_by_side(sizes: Mapping[str, int]) -> dict[str, float]:
+    """``sizes`` moved as little as possible, so that on a logarithmic axis no marker covers another."""
+    places = [math.log2(size) for size in sizes.values()]
+    gap = 0.035 * (max(places, default=0) - min(places, default=0) + 1.4)
+    return dict(zip(sizes, (2**place for place in apart(places, gap)), strict=True))
+
+
+def _note_missing(
+    axes: Axes, preset: str, task: str, wanted: Iterable[str], own: Container[str], diverged: int = 0
+) -> None:
+    """Beside the title: how many designs have not run, and how many runs diverged."""
+    missing = [name for name in wanted if name not in own and _planned(preset, task, name)]
+    notes = [f"not yet run: {len(missing)}"] if missing else []
+    notes += [f"diverged: {diverged}"] if diverged else []
+    if notes:
+        axes.set_title(", ".join(notes), loc="right", fontsize=8, fontweight="normal")
 
 
 def _lengths(runs: Sequence[Row]) -> list[tuple[int, float, float]]:
@@ -668,12 +706,13 @@ def converted(rows: Iterable[Row]) -> Picture:
     """Loss of converted models over the tokens of more training: one panel per text, the base model dotted.
 
     Each point is the rate with the lower mean loss on the corpus, mean ± standard error over seeds; the
-    first point of a line is the model as converted. ``full`` is trained on without a conversion.
+    first point of a line is the model as converted. ``full`` is trained on without a conversion. The first
+    panel is the text that is trained on.
     """
     mine = [row for row in rows if row["kind"] == "conversion"]
     if not mine:
         return not_yet("no conversion", "--tier C")
-    texts = list(mine[0]["base"])
+    texts = sorted(mine[0]["base"], key=lambda text: text != TRAINED_ON)
     curves: dict[str, dict[str, list[tuple[float, float, float]]]] = {text: {} for text in texts}
     chosen: dict[str, dict[float, float]] = {}
     diverged = sum(row["loss"] is None for row in mine)
@@ -695,8 +734,15 @@ def converted(rows: Iterable[Row]) -> Picture:
     base = {text: mine[0]["base"][text]["loss"] for text in texts}
     control = "full, trained on" if "full" in chosen else None
     picture = conversion_curves(curves, control=control, base=base)
-    told = f" {diverged} runs diverged." if diverged else ""
-    data = {**picture.data, "rates": chosen, "diverged": diverged}
+    waiting = [name for name in CONVERTED if name not in chosen]
+    if waiting:
+        picture.figure.axes[-1].set_title(
+            f"not yet run: {len(waiting)}", loc="right", fontsize=8, fontweight="normal"
+        )
+    told = f" Not yet run: {', '.join(waiting) or 'none'}." + (
+        f" {diverged} runs diverged." if diverged else ""
+    )
+    data = {**picture.data, "rates": chosen, "diverged": diverged, "waiting": waiting}
     return Picture(picture.figure, picture.alt + told, data)
 
 

@@ -60,7 +60,7 @@ def summary(findings: Iterable[Finding]) -> Table:
                 "verdict": finding.verdict.value,
                 "measured or computed": finding.evidence.measured or "–",
                 "read from": ", ".join(name.split("-")[0] for name in finding.files) or "–",
-                "chapter": "–" if finding.claim.chapter is None else f"{finding.claim.chapter:02}",
+                "chapter": finding.claim.shown,
             }
             for finding in findings
         ]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvlearn.measure import results
 from kvlearn.study.quality import Compared, Difference, best_recall, compare, loss, summarise
 from kvlearn.study.quality.compare import Value
-from kvlearn.study.quality.plan import TIER_A
+from kvlearn.study.quality.plan import TASKS, TIER_A, ConversionRun, RecallRun, parts
 
 Row = Mapping[str, Any]
 NOT_YET = "not yet run"
@@ -58,7 +58,8 @@ class Claim:
     """One statement of the article, in our words.
 
     ``topic``: it in three to six words, for the board. ``published``: what others have found, with the
-    source. ``chapter``: the one that shows it, None where none does.
+    source. ``chapter``: the one that shows it, None where none does. ``shows``: the part that the chapter
+    shows where it is not the whole claim; without a chapter, why none shows it.
     """
 
     id: str
@@ -68,6 +69,14 @@ class Claim:
     check: Callable[["Records"], Evidence]
     published: str = ""
     chapter: int | None = None
+    shows: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The chapter that shows it, as a cell: "12", "12 in part: …", or "none: …" with the reason."""
+        if self.chapter is None:
+            return f"none: {self.shows}"
+        return f"{self.chapter:02}" + (f" in part: {self.shows}" if self.shows else "")
 
 
 @dataclass(frozen=True)
@@ -164,27 +173,76 @@ class Records:
         return None
 
     def recall(self, task: str, design: str) -> float | None:
-        """The mean share of right answers of a recall design at its best rate; None until it has run."""
-        own = best_recall(self.study()).get((task, design), [])
-        found = summarise([row.get("accuracy") for row in own]).mean
+        """The mean share of right answers of a recall design at its best rate, 0 if all runs diverged.
+
+        None, and a note of what to run, until every rate and seed of the plan has run.
+        """
+        found = self._recall(task, design)
         if found is None:
             self.waits.add("kvlearn study quality --tier B")
         else:
             self.rows("quality")
         return found
 
+    def _recall(self, task: str, design: str) -> float | None:
+        plan = [run for run in _planned("B", RecallRun) if (run.task_name, run.design) == (task, design)]
+        rows = [
+            row for row in self.study() if row["kind"] == "recall" and row["run"].startswith("recall-cpu-")
+        ]
+        rows = [row for row in rows if (row["task"], row["design"]) == (task, design)]
+        own = best_recall(rows).get((task, design), [])
+        rates = {run.lr for run in plan if run.lr is not None} - {row["lr"] for row in rows}
+        seeds = {run.seed for run in plan} - {row["seed"] for row in own}
+        if not plan or rates or seeds:
+            return None
+        return summarise([row.get("accuracy") for row in own]).mean or 0.0
+
     def worst_recall(self, design: str) -> float | None:
         """Of the recall tasks that full attention answers (95% and more), the least share of ``design``.
 
         None where no such task is recorded of both.
         """
-        cells = {
-            cell: summarise([row.get("accuracy") for row in own]).mean
-            for cell, own in best_recall(self.study()).items()
-        }
-        answered = [task for (task, name), share in cells.items() if name == "full" and (share or 0) >= 0.95]
-        shares = [cells.get((task, design)) for task in answered]
+        answered = [task for task in TASKS["cpu"] if (self._recall(task, "full") or 0) >= 0.95]
+        shares = [self._recall(task, design) for task in answered]
         return min((share for share in shares if share is not None), default=None)
+
+    def converted(self, design: str, share: float = 0.05) -> dict[str, float] | None:
+        """Mean loss of a converted model above the control's, by text, each at its better rate.
+
+        None, and a note of what to run, until every run of both that is planned is recorded; empty where all
+        of one diverged.
+        """
+        rows = {row["run"]: row for row in self.study() if row["kind"] == "conversion"}
+        found = []
+        for name in (design, "full"):
+            plan = [r for r in _planned("C", ConversionRun) if (r.conversion, r.share) == (name, share)]
+            rates: dict[float, list[Row]] = {}
+            for run in plan:
+                if run.name not in rows:
+                    self.waits.add("kvlearn study quality --tier C")
+                    return None
+                if rows[run.name]["loss"] is not None:
+                    rates.setdefault(run.lr, []).append(rows[run.name])
+            means = [
+                {text: _mean([row["after"][text]["loss"] for row in own]) for text in own[0]["after"]}
+                for own in rates.values()
+            ]
+            if not means:
+                return {}
+            found.append(min(means, key=lambda losses: losses["sympy"]))
+        self.rows("quality")
+        return {text: loss - found[1][text] for text, loss in found[0].items()}
+
+
+R = TypeVar("R", RecallRun, ConversionRun)
+
+
+def _planned(tier: str, kind: type[R]) -> list[R]:
+    return [run for part in parts("cpu", tier) for run in part.runs if isinstance(run, kind)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def judge(claim: Claim, records: Records | None = None) -> Finding:

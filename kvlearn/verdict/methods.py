@@ -14,10 +14,13 @@ from kvlearn.model import Spec, convert
 from kvlearn.parallel.simulate import LINKS, Shape, simulate
 from kvlearn.study import base_model, corpus, quality
 from kvlearn.study.evaluation import spread_windows, token_losses
+from kvlearn.study.quality import Difference
 from kvlearn.study.quality.evaluate import ngrams, repeat_distance
+from kvlearn.study.quality.plan import TASKS
 from kvlearn.study.routing import compare as compare_routing
 from kvlearn.verdict.claim import (
     AS_CLAIMED,
+    MORE,
     NOT_YET,
     Claim,
     Evidence,
@@ -55,8 +58,10 @@ def cache_formula(records: Records) -> Evidence:
         f"{elements:,} elements, {format_bytes(elements * 2)} in 16 bit, "
         f"{numbers['times too many']:g} times too many"
     )
-    note = "times batch, times bytes per element; H must be the KV heads. Counted so, it is exact."
-    exact = numbers["bytes per element"] == 2
+    exact = numbers["bytes per element"] == 2 and numbers["times too many"] == 4
+    note = "times batch, times bytes per element; H must be the KV heads. Counted so, " + (
+        "it is exact." if exact else "it is still not what was allocated."
+    )
     return Evidence(CONDITIONS if exact else FAILS, measured, note, numbers)
 
 
@@ -71,32 +76,42 @@ def model_405b(_: Records) -> Evidence:
         f"{stored['published']:.2f} GiB by the published shape; {stored['article']:.0f} GiB by the article's "
         f"own numbers; {stored['unshared']:.0f} GiB if no head were shared"
     )
-    note = "126 layers, 128 query heads, 8 KV heads of 128. Heads are shared 16x already."
+    note = (
+        f"{real.n_layers} layers, {real.n_heads} query heads, {real.n_kv_heads} KV heads of {real.head_dim}. "
+        f"Heads are shared {real.n_heads // real.n_kv_heads}x already."
+    )
     return Evidence(FAILS if stored["published"] < 100 else HOLDS, measured, note, stored)
 
 
 def sharing_bytes(records: Records) -> Evidence:
     full, gqa = (records.hardware("stored", name, K32)["measured"] for name in ("full", "gqa"))
-    saved = 1 - gqa / full
+    read = [records.hardware("read", name, K32)["measured"] for name in ("full", "gqa")]
+    saved, less_read = 1 - gqa / full, 1 - read[1] / read[0]
     measured = (
         f"one layer with 32 heads at 32K tokens: {format_bytes(full)}, with 8 KV heads {format_bytes(gqa)}"
     )
-    note = f"{saved:.0%} less, by definition; what is read falls by as much."
-    return Evidence(HOLDS if saved == 0.75 else FAILS, measured, note, {"saved": saved})
+    as_much = "as much" if less_read == saved else f"{less_read:.0%}"
+    note = f"{saved:.0%} less{', by definition' if saved == 0.75 else ''}; what is read falls by {as_much}."
+    return Evidence(HOLDS if saved == 0.75 else FAILS, measured, note, {"saved": saved, "read": less_read})
 
 
 def sharing_routing(records: Records) -> Evidence:
     rows = records.rows("routing", "kvlearn study routing --record")
-    mean, error = compare_routing(rows)["routed"]["above_gqa"]
-    by_token, its_error = compare_routing(rows)["token_routed"]["above_gqa"]
+    above = {name: found["above_gqa"] for name, found in compare_routing(rows).items()}
+    (mean, error), (by_token, its_error) = above["routed"], above["token_routed"]
+    names = ("gqa", "routed", "token_routed")
+    stored = {row["bytes_stored_per_token"] for row in rows if row["run"] in names}
     measured = (
         f"loss above fixed groups, nats per byte: one learned assignment {mean:+.3f} ± {error:.3f}, "
         f"each token chooses {by_token:+.3f} ± {its_error:.3f}"
     )
-    gains = mean + 2 * error < 0
-    note = "Both ways work and store the same. Learned routing does not beat fixed groups here."
+    gains = mean + 2 * error < 0 or by_token + 2 * its_error < 0
+    note = (
+        f"Both ways store {'the same' if len(stored) == 1 else 'different amounts'}. Learned routing "
+        f"{'beats' if gains else 'does not beat'} fixed groups here."
+    )
     numbers = {"routed": mean, "error": error, "token_routed": by_token}
-    return Evidence(HOLDS if gains else CONDITIONS, measured, "It gains." if gains else note, numbers)
+    return Evidence(HOLDS if gains else CONDITIONS, measured, note, numbers)
 
 
 def sharing_quality(records: Records) -> Evidence:
@@ -138,12 +153,18 @@ def mhc_name(_: Records) -> Evidence:
 def mhc_bytes(records: Records) -> Evidence:
     full, mhc = (records.hardware("stored", name, K32)["measured"] for name in ("full", "mhc"))
     times, beside = full / mhc, records.hardware("stored", "gqa", K32)["measured"] / mhc
+    verdict = HOLDS if times >= 8 else CONDITIONS if times > 7 else FAILS
+    why = {
+        HOLDS: "8x, with the rotary key that is stored beside the latent.",
+        CONDITIONS: "8x counts the latent alone. The rotary key that must be stored beside it makes it a "
+        "little less.",
+        FAILS: "What was allocated is far from 8x less.",
+    }
     return Evidence(
-        CONDITIONS if 7 < times < 8 else (HOLDS if times >= 8 else FAILS),
+        verdict,
         f"one layer with 32 heads at 32K tokens: {format_bytes(full)}, as latents {format_bytes(mhc)}, "
         f"{times:.1f}x",
-        "8x counts the latent alone. The rotary key that must be stored beside it makes it a little less. "
-        f"Beside the same layer with 8 KV heads it is {beside:.1f}x.",
+        f"{why[verdict]} Beside the same layer with 8 KV heads it is {beside:.1f}x.",
         {"times": times, "beside gqa": beside},
     )
 
@@ -163,26 +184,37 @@ def mhc_quality(records: Records) -> Evidence:
 def mhc_training(records: Records) -> Evidence:
     before = after_uptraining(records, "mhc-32-activations", "convert", tokens=0)
     after = after_uptraining(records, "mhc-32-activations", "convert")
+    heads = after_uptraining(records, "gqa-2-mean", "convert", tokens=0)
+    scratch = records.above_full("mhc-4x")
     measured = (
-        f"converted by SVD: {before:+.3f} nats per byte above the control; after 5% more tokens {after:+.3f}"
+        f"converted by SVD: {before:+.3f} nats per byte above the control, {after:+.3f} after 5% more "
+        f"tokens; by averaging heads, before that, {heads:+.3f}; 4x, trained so from the start: "
+        + said(scratch)
     )
-    note = "Both ways work. An SVD alone is a usable start; averaging heads is not."
-    return Evidence(
-        HOLDS if 0 < after < before else FAILS, measured, note, {"before": before, "after": after}
+    helps = after < before
+    note = (
+        f"Fine-tuning {f'brings back {1 - after / before:.0%} of' if helps else 'does not bring back'} what "
+        f"the conversion lost. As a start an SVD is {'better' if before < heads else 'no better'} than "
+        "averaging heads."
     )
+    numbers = {"before": before, "after": after, "heads averaged": heads}
+    return Evidence(HOLDS if helps else FAILS, measured, note, numbers)
 
 
 def window_bytes(records: Records) -> Evidence:
     model = MODELS["Mistral 7B v0.1"]
-    saved = {n: 1 - cache_bytes(model, n) / (128 * 1024 * n) for n in (4096, 8192, K32)}
+    saved = {n: 1 - cache_bytes(model, n) / (128 * 1024 * n) for n in (4096, 8192, 16_384, K32)}
     row = records.hardware("stored", "window", 16_384)
     at_16k = 1 - row["measured"] / (4096 * 16_384)
     measured = (
-        ", ".join(f"{share:.1%} less at {n // 1024}K" for n, share in saved.items())
+        ", ".join(f"{saved[n]:.1%} less at {n // 1024}K" for n in (4096, 8192, K32))
         + f"; allocated for one layer at 16K: {at_16k:.1%} less"
     )
-    note = "The saving is a matter of the length: nothing up to W tokens, and it goes on growing."
-    verdict = HOLDS if saved[8192] == 0.5 else FAILS
+    agrees = abs(at_16k - saved[16_384]) < 0.01
+    note = "The saving is a matter of the length: nothing up to W tokens, and it goes on growing." + (
+        "" if agrees else " What was allocated is not what the formula says."
+    )
+    verdict = HOLDS if saved[8192] == 0.5 and agrees else FAILS
     return Evidence(verdict, measured, note, {"8K": saved[8192], "32K": saved[K32], "16K": at_16k})
 
 
@@ -198,18 +230,24 @@ def window_order(records: Records) -> Evidence:
         f"of a decode step as N^{step['measured']:.2f} ± {step['error']:.2f}"
     )
     linear = abs(prefill["window"] - 1) < 0.2 and abs(step["measured"]) < 0.1
-    note = "For N well above W, and code that skips the masked blocks: a mask alone saves nothing."
+    note = (
+        "For N well above W, and code that skips the masked blocks: a mask alone saves nothing."
+        if linear
+        else "The times that were measured grow in another way."
+    )
     return Evidence(HOLDS if linear else FAILS, measured, note, {**prefill, "step": step["measured"]})
 
 
 def window_models(_: Records) -> Evidence:
     named = ("Mistral 7B v0.1", "Mistral 7B v0.2", "Mixtral 8x7B")
     windows = {name: with_window_everywhere(MODELS[name]) for name in named}
+    having = [name for name, has in windows.items() if has]
     return Evidence(
         CONDITIONS if any(windows.values()) and not all(windows.values()) else FAILS,
         ", ".join(f"{name}: {'window of 4096' if has else 'no window'}" for name, has in windows.items()),
-        "Mistral 7B v0.1 alone. Version 0.2 dropped it; Mixtral's configuration lost it within days, and its "
-        "paper says fully dense. The idea lives on in mixes of local and global layers.",
+        f"{' and '.join(having) or 'None of them'} alone. Version 0.2 dropped it; Mixtral's configuration "
+        "lost it within days, and its paper says fully dense. The idea lives on in mixes of local and global "
+        "layers.",
         {name: float(has) for name, has in windows.items()},
     )
 
@@ -218,20 +256,21 @@ def window_quality(records: Records) -> Evidence:
     ours, far = (records.above_full(NEAREST["M5"], value) for value in (quality.loss, quality.far_loss))
     place = against(far, ARTICLE["M5"]["worse"])
     found = {w: after_uptraining(records, f"window-{w}", "window_quality") for w in (128, 32)}
-    recalled = records.recall("mqar-8", "window-8")
     measured = (
         f"trained on with a window: {math.expm1(found[128]):+.1%} perplexity per byte for W = 128 of 512, "
         f"{math.expm1(found[32]):+.1%} for W = 32; trained so from the start: {said(ours)}, on what was said "
-        f"far above: {said(far)}; pairs recalled with W = 8 of 48: "
-        + (NOT_YET if recalled is None else f"{recalled:.0%}")
-    )
-    note = (
-        "No one number: nothing is lost within the reach of the windows, everything beyond it. What a task "
-        f"loses depends on how far back it has to look. Our study, far above: {place}."
+        f"far above: {said(far)}; 8 pairs in 48 tokens recalled: "
+        + recalled(records, "mqar-8", "window-8", "full")
     )
     low, high = (math.log1p(worse) for worse in ARTICLE["M5"]["worse"])
     depends = found[128] < low and found[32] > high
-    verdict = CONDITIONS if place == AS_CLAIMED or not depends else FAILS
+    note = (
+        "No one number: the wide window loses less than is claimed, the narrow one more. What a task loses "
+        "depends on how far back it has to look."
+        if depends
+        else "Windows of 128 and of 32 do not lie on both sides of what is claimed."
+    ) + f" Our study, far above: {place}."
+    verdict = FAILS if place == MORE or (depends and place != AS_CLAIMED) else CONDITIONS
     return Evidence(verdict, measured, note, {"W=128": found[128], "W=32": found[32]})
 
 
@@ -250,8 +289,10 @@ def pattern_bytes(records: Records) -> Evidence:
     inside = [name for name in names if low <= stored[name] <= high]
     verdict = HOLDS if len(inside) == len(names) else CONDITIONS if inside else FAILS
     note = (
-        "Not one number, and not stored alone. A pattern *reads* less. It *stores* less only where no later "
-        "token can look back at a token any more: next to nothing for a stride, nearly all for Longformer."
+        f"{'Within the range' if verdict is HOLDS else 'Not one number'}: {min(stored.values()):.0%} to "
+        f"{max(stored.values()):.0%} less is stored, {min(read.values()):.0%} to {max(read.values()):.0%} "
+        "less is read. A pattern *stores* less only where no later token can look back at a token any more: "
+        f"{stored['strided']:.0%} for a stride, {stored['longformer']:.0%} for Longformer."
     )
     return Evidence(verdict, measured, note, {f"{name} stored": share for name, share in stored.items()})
 
@@ -263,10 +304,12 @@ def pattern_order(records: Records) -> Evidence:
         name: next(r["measured"] for r in rows if r["what"] == "prefill_time_exponent" and r["name"] == name)
         for name in names
     }
+    linear = max(found["bigbird"], found["longformer"]) < 1.3
     return Evidence(
-        CONDITIONS if max(found["bigbird"], found["longformer"]) < 1.3 else FAILS,
+        CONDITIONS if linear else FAILS,
         "time of a prompt grows as " + ", ".join(f"{name} N^{p:.2f}" for name, p in found.items()),
-        "O(N) for BigBird and Longformer. Sparse Transformer is O(N√N). None of the three is O(N log N).",
+        f"{'' if linear else 'On paper, and not in the times measured: '}O(N) for BigBird and Longformer. "
+        "Sparse Transformer is O(N√N). None of the three is O(N log N).",
         found,
     )
 
@@ -290,8 +333,12 @@ def pattern_quality(records: Records) -> Evidence:
         + f" perplexity per byte; BigBird, trained so from the start: {said(ours)}"
     )
     low = math.log1p(ARTICLE["M6"]["worse"][1])
-    converted = FAILS if min(found.values()) > low else CONDITIONS
-    note = f"A trained model that is given a pattern loses more. Our study, at its scale: {place}."
+    more = [name for name, loss in found.items() if loss > low]
+    converted = FAILS if len(more) == len(found) else CONDITIONS
+    note = (
+        f"A trained model that is given a pattern loses more than that with {len(more)} of {len(found)} "
+        f"patterns. Our study, at its scale: {place}."
+    )
     return Evidence(settle(converted, place), measured, note, found)
 
 
@@ -306,9 +353,8 @@ def state_bytes(records: Records) -> Evidence:
         f"token (in 16 bit): equal at {crossing:.0f} tokens, 90% less from {10 * crossing:.0f} on, "
         f"{numbers['at 32K']:.1%} at 32K"
     )
-    note = (
-        "The saving is a matter of the length, and of what it is counted against: a state is the larger one "
-        "in short texts."
+    note = "The saving is a matter of the length, and of what it is counted against: " + (
+        f"up to {crossing:.0f} tokens a state is the larger one." if crossing > 1 else "a state is smaller."
     )
     return Evidence(CONDITIONS if 10 * crossing < K32 else FAILS, measured, note, numbers)
 
@@ -320,7 +366,11 @@ def state_order(records: Records) -> Evidence:
         f"{name} N^{row['measured']:.2f} ± {row['error']:.2f}" for name, row in found.items()
     )
     flat = all(abs(row["measured"]) < 0.1 for row in found.values())
-    note = "A step costs the same at every length, so a text costs O(N)."
+    note = (
+        "A step costs the same at every length, so a text costs O(N)."
+        if flat
+        else "A step that was measured costs more in a longer text."
+    )
     return Evidence(
         HOLDS if flat else FAILS, measured, note, {name: row["measured"] for name, row in found.items()}
     )
@@ -335,37 +385,33 @@ def state_quality(records: Records) -> Evidence:
     low, high = ARTICLE["M7"]["worse"]
     everywhere = all(low <= loss <= high for loss in lost.values())
     spread = min(lost.values()) < low and max(lost.values()) > high
-    study = records.recall("needle-8", "mamba2-4")
+    least, most = (pick(lost, key=lambda name: lost[name]) for pick in (min, max))
+    why = ", by the size of the state and its update rule" if spread else ""
     note = (
-        "No one number: nothing is lost while the facts fit into the state, most of them when they do not. "
-        "Perplexity is not what is lost. Needle of eight with the small state: "
-        + (NOT_YET if study is None else f"{study:.0%}")
-        + "."
+        f"{'No one number' if spread else 'In answers'}: {least} loses {max(lost[least], 0):.0%} of the "
+        f"answers, {most} {lost[most]:.0%}{why}. Loss on text is another matter: there "
+        f"{beside_full(records.above_full(NEAREST['M7']), 'Mamba-2')}. Recall in our study: "
+        f"{recalled_where_full_does(records, 'mamba2-4', 'mamba2-16')}."
     )
-    verdict = HOLDS if everywhere else FAILS if spread else CONDITIONS
+    verdict = HOLDS if everywhere else FAILS if spread or min(lost.values()) > high else CONDITIONS
     return Evidence(verdict, measured, note, lost)
 
 
 def hybrids(records: Records) -> Evidence:
     mixed = [m for m in RELEASED if len({m.layer(i).kind for i in range(m.n_layers)}) > 1]
     ours = records.above_full("hybrid")
-    mix = records.recall("copy-4", "hybrid-linear-8")
     measured = (
         f"{len(mixed)} of {len(RELEASED)} released models have two kinds of layers; 3 states : 1 full, "
-        f"trained so from the start: {said(ours)}; copying: {NOT_YET if mix is None else f'{mix:.0%}'}"
+        f"trained so from the start: {said(ours)}; four symbols copied: "
+        + recalled(records, "copy-4", "hybrid-linear-8", "full", "linear-8")
     )
-    if ours is None:
-        compared = "For quality our study has not yet compared a mix with full attention"
-    elif ours.tie:
-        compared = "For quality a mix ties with full attention in our study"
-    else:
-        how = "better" if ours.mean < 0 else "worse"
-        compared = f"For quality a mix is {how} than full attention in our study"
+    most = len(mixed) > len(RELEASED) / 2
     note = (
-        f"For memory, yes: it is what people build. {compared}; published comparisons of ratios disagree. A "
-        "window saves memory too, not compute alone; the full or compressed layers give the reach."
+        f"For memory, {'yes: it is what people build' if most else 'few build it'}. For quality "
+        f"{beside_full(ours, 'a mix')}; published comparisons of ratios disagree. A window saves memory too, "
+        "not compute alone; the full or compressed layers give the reach."
     )
-    verdict = CONDITIONS if len(mixed) > len(RELEASED) / 2 else FAILS
+    verdict = CONDITIONS if most else FAILS
     return Evidence(verdict, measured, note, {"mixed": len(mixed), "of": len(RELEASED)})
 
 
@@ -388,9 +434,14 @@ def ring_context(records: Records) -> Evidence:
             for n in minutes
         )
     )
-    note = "In memory: the context grows with the devices, exactly. In time: the work still grows as N²."
+    exact = off < 1e-5
+    note = (
+        "In memory: the context grows with the devices, exactly."
+        if exact
+        else "The output is not that of one device."
+    ) + " In time: the work still grows as N²."
     numbers = {"difference": off, "memory": saved} | {f"{n} devices": t for n, t in minutes.items()}
-    return Evidence(CONDITIONS if off < 1e-5 else FAILS, measured, note, numbers)
+    return Evidence(CONDITIONS if exact else FAILS, measured, note, numbers)
 
 
 def ring_credit(_: Records) -> Evidence:
@@ -411,6 +462,7 @@ def hidden_by_the_mean(n_windows: int = 48, window: int = 128) -> dict[str, floa
     return {
         "mean": math.expm1(float(short.mean() - full.mean())),
         "far": math.expm1(float(short[far].mean() - full[far].mean())),
+        "share": float(far.float().mean()),
     }
 
 
@@ -421,7 +473,9 @@ def perplexity_hides(_: Records) -> Evidence:
         f"{rise['far']:+.1%} on those that end a string last seen further back"
     )
     hidden = rise["far"] > 5 * rise["mean"]
-    note = "Few bytes need the distant past, so the mean does not show them."
+    note = f"{rise['share']:.0%} of the bytes need the distant past, " + (
+        "so the mean does not show them." if hidden else "and the mean shows them all the same."
+    )
     return Evidence(HOLDS if hidden else FAILS, measured, note, rise)
 
 
@@ -441,15 +495,19 @@ def extra_parameters(records: Records) -> Evidence:
     }
     names = ("mhc-32-activations", "mhc-transformer-32-activations", "gqa-2-mean")
     change = {name: rows[name] / rows["full"] - 1 for name in names}
-    untrained = after_uptraining(records, "mhc-32-activations", "convert", tokens=0)
+    before = after_uptraining(records, "mhc-32-activations", "convert", tokens=0)
+    after = after_uptraining(records, "mhc-32-activations", "convert")
     measured = (
         "parameters beside the base model's: "
         + ", ".join(f"{name} {share:+.0%}" for name, share in change.items())
-        + f"; SVD without any training costs {untrained:+.3f} nats per byte"
+        + f"; SVD without any training costs {before:+.3f} nats per byte, with it {after:+.3f}"
     )
-    fewer = change["mhc-32-activations"] < 0 < change["mhc-transformer-32-activations"]
-    note = "Not a linear map: it has fewer. The small transformer has more. Training with it helps much."
-    return Evidence(CONDITIONS if fewer else FAILS, measured, note, change)
+    linear, small = (change[name] < 0 for name in names[:2])
+    note = (
+        f"{'Not a linear map: it has fewer' if linear else 'A linear map has more'}. The small transformer "
+        f"has {'fewer' if small else 'more'}. Training takes back {1 - after / before:.0%} of the loss."
+    )
+    return Evidence(CONDITIONS if linear and not small else FAILS, measured, note, change)
 
 
 def forgetting(records: Records) -> Evidence:
@@ -463,14 +521,24 @@ def forgetting(records: Records) -> Evidence:
         "heads averaged 4x, then trained on sympy alone, nats per byte above the control: "
         + ", ".join(f"{text} {loss:+.2f}" for text, loss in lost.items())
     )
-    measured += f"; the control itself lost {own[1] - own[0]:+.3f} on prose"
-    more = lost["prose"] > lost["sympy"]
-    note = (
-        "Prose, which is not in the further training, comes back less than sympy; networkx, which is code as "
-        "well, does not. Training on without a conversion forgets next to nothing: the conversion is what "
-        "hurts."
+    drift = own[1] - own[0]
+    study = records.converted("gqa-2-mean")
+    measured += f"; the control itself lost {drift:+.3f} on prose; the same with seeds, in the study: " + (
+        NOT_YET
+        if study is None
+        else ", ".join(f"{text} {loss:+.2f}" for text, loss in study.items()) or "all runs diverged"
     )
-    return Evidence(HOLDS if more else FAILS, measured, note, {**lost, "control": own[1] - own[0]})
+    more, code = lost["prose"] > lost["sympy"], lost["networkx"] > lost["sympy"]
+    little = abs(drift) < 0.1 * lost["prose"]
+    note = (
+        f"Prose, which is not in the further training, comes back {'less' if more else 'no less'} than "
+        f"sympy; networkx, which is code as well, {'less too' if code else 'no less'}. Training on without a "
+        f"conversion forgets {'next to nothing: the conversion is what hurts' if little else 'as well'}."
+    )
+    if study:
+        same = (study["prose"] > study["sympy"]) == more
+        note += f" The study {'agrees' if same else 'does not agree'} on prose."
+    return Evidence(HOLDS if more else FAILS, measured, note, {**lost, "control": drift})
 
 
 def recipes(_: Records) -> Evidence:
@@ -501,6 +569,8 @@ def sharing_by_device(_: Records) -> Evidence:
     note = (
         "Bandwidth cancels: sharing and a window of equal bytes gain the same factor on every device. "
         "Capacity, batch and context decide."
+        if same
+        else "The gain differs by device."
     )
     return Evidence(FAILS if same else CONDITIONS, measured, note, gains)
 
@@ -514,7 +584,11 @@ def leaks(records: Records) -> Evidence:
         f"isolation, {salted['prompts']:.0%} with a salt per tenant"
     )
     leak = shared["prompts"] > 0.5 > salted["prompts"]
-    note = "The leak is the reuse of prefixes across requests. Sharing heads or layers leaks nothing."
+    note = (
+        "The leak is the reuse of prefixes across requests. Sharing heads or layers leaks nothing."
+        if leak
+        else "The attack that was recorded does not show it."
+    )
     numbers = {"shared": shared["prompts"], "salted": salted["prompts"]}
     return Evidence(HOLDS if leak else FAILS, measured, note, numbers)
 
@@ -528,11 +602,15 @@ def isolation(records: Records) -> Evidence:
         f"random delays with ε = 1: {one:.0%} of the fields recovered from one answer, {hundred:.0%} from a "
         f"hundred, and a delay of {waited:.1f} times what a hit saves"
     )
+    weak = hundred > 0.5 or waited > 1
     note = (
         "Partitioning is no research: a salt or a pool per tenant is a setting of today's servers. "
-        "Differential privacy is: the measurement says why."
+        "Differential privacy "
+        + ("is: the measurement says why." if weak else "hides the fields at a small cost, as recorded.")
     )
-    return Evidence(CONDITIONS, measured, note, {"one": one, "hundred": hundred, "delay": waited})
+    return Evidence(
+        CONDITIONS if weak else FAILS, measured, note, {"one": one, "hundred": hundred, "delay": waited}
+    )
 
 
 def conversions(records: Records, run: str, name: str) -> list[Row]:
@@ -549,6 +627,43 @@ def after_uptraining(
     at = max(own) if tokens is None else tokens
     above: float = own[at] - control[at]
     return above
+
+
+def recalled(records: Records, task: str, *designs: str) -> str:
+    """The share of right answers of each design in a recall task of the study, or what has not run."""
+    shares = {design: records.recall(task, design) for design in designs}
+    if not any(share is not None for share in shares.values()):
+        return NOT_YET
+    return ", ".join(
+        f"{name} {NOT_YET if share is None else f'{share:.0%}'}" for name, share in shares.items()
+    )
+
+
+def recalled_where_full_does(records: Records, *designs: str) -> str:
+    """From the least to the most of each design, over the tasks of which full attention answers 95% or more.
+
+    A task that full attention fails says nothing about a state.
+    """
+    full = {task: records.recall(task, "full") for task in TASKS["cpu"]}
+    answered = [task for task, share in full.items() if share is not None and share >= 0.95]
+    told, waiting = [], {task for task, share in full.items() if share is None}
+    for design in designs:
+        shares = {task: records.recall(task, design) for task in answered}
+        waiting |= {task for task, share in shares.items() if share is None}
+        own = [share for share in shares.values() if share is not None]
+        told.append(f"{design} {min(own):.0%} to {max(own):.0%}" if own else f"{design} {NOT_YET}")
+    rest = [f"{NOT_YET}: {', '.join(task for task in full if task in waiting)}"] if waiting else []
+    if not answered:
+        return rest[0] if rest else "full attention answers none of the tasks"
+    return "; ".join([f"where full attention answers ({', '.join(answered)}), {', '.join(told)}", *rest])
+
+
+def beside_full(ours: Difference | None, name: str) -> str:
+    """``name`` compared with full attention, as a clause."""
+    if ours is None:
+        return f"our study has not yet compared {name} with full attention"
+    how = "ties with" if ours.tie else "is better than" if ours.mean < 0 else "is worse than"
+    return f"{name} {how} full attention in our study"
 
 
 def recall_shares(rows: list[Row], n_pairs: int) -> dict[str, float]:

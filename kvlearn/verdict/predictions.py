@@ -138,7 +138,8 @@ def _gain_now() -> str:
     gains = gain_by_compression()
     return (
         f"4x fewer KV heads at 128K make one user's step {min(gains.values()):.2f} to "
-        f"{max(gains.values()):.2f} times faster on all {len(gains)} devices of the course: bandwidth cancels"
+        f"{max(gains.values()):.2f} times faster on all {len(gains)} devices of the course"
+        + (": bandwidth cancels" if max(gains.values()) < 1.01 * min(gains.values()) else "")
     )
 
 

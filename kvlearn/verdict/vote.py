@@ -32,7 +32,6 @@ class Answer:
     def lines(self) -> list[tuple[str, str]]:
         """The texts by their titles; titles without a text are left out."""
         finding = self.finding
-        chapter = "" if finding.claim.chapter is None else f"{finding.claim.chapter:02}"
         lines = [
             ("verdict", finding.verdict.value),
             ("measured here", finding.evidence.measured or "nothing to measure"),
@@ -40,7 +39,7 @@ class Answer:
             ("missing", ", ".join(finding.waits)),
             ("published elsewhere", finding.claim.published or "nothing that we know"),
             ("says" if finding.verdict is Verdict.OPEN else "so", finding.evidence.note),
-            ("chapter", chapter),
+            ("chapter", finding.claim.shown),
         ]
         return [(title, text) for title, text in lines if text]
 

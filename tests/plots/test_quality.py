@@ -273,6 +273,65 @@ def test_recall_names_the_tasks_that_wait() -> None:
     assert "induction" in picture.alt
 
 
+def test_no_marker_of_recall_covers_another() -> None:
+    """Designs of equal bytes, all of which answer everything: each marker is seen."""
+    rows = [{**row, "accuracy": 1.0, "state_bytes": 2048} for row in rows_of("B")]
+    for row in rows:
+        row["longer"] = [{**line, "accuracy": 1.0} for line in row["longer"]]
+    for picture in (plots.recall_over_bytes(rows), plots.recall_over_length(rows)):
+        picture.figure.canvas.draw()
+        for axes in picture.figure.axes:
+            drawn = [bars.lines[0] for bars in axes.containers]
+            places = sorted(
+                x
+                for line in drawn
+                for x, _ in axes.transData.transform(
+                    np.column_stack((line.get_xdata(), line.get_ydata())).astype(float)
+                )
+            )
+            assert len(drawn) > 4
+            assert np.diff(places).min() > 3, axes.get_title()
+
+
+def test_a_design_is_drawn_at_its_bytes_where_it_has_room() -> None:
+    sizes = {"a": 512, "b": 2048, "c": 2048, "d": 16_384}
+    at = pictures._side_by_side(sizes)
+    assert at["a"] == pytest.approx(512)
+    assert at["d"] == pytest.approx(16_384)
+    assert at["b"] < 2048 < at["c"]
+    assert at["b"] * at["c"] == pytest.approx(2048**2)
+    assert pictures._side_by_side({}) == {}
+
+
+def test_recall_says_in_a_panel_what_has_not_run_and_what_diverged() -> None:
+    rows = [
+        {**row, "loss": None} if row["design"] == "mamba2-4" else row
+        for row in rows_of("B")
+        if row["task"] == "mqar-8" and row["design"] not in ("window-8", "linear-8")
+    ]
+    picture = plots.recall_over_bytes(rows)
+    (axes,) = picture.figure.axes
+    assert axes.get_title(loc="right") == "not yet run: 2, diverged: 3"
+    assert "mamba2-4 no answer with" in picture.alt
+    assert "3 diverged" in picture.alt
+    assert len(axes.containers) == 4  # full, linear, gated-delta and the larger mamba2
+    longer = plots.recall_over_length(rows)
+    assert longer.data["waiting"] == ["mqar-16", "needle-1", "needle-8", "copy-4", "induction"]
+    assert longer.figure.axes[0].get_title(loc="right") == ""
+
+
+def test_conversions_begin_with_the_text_that_is_trained_on_and_name_what_waits() -> None:
+    """Rows as they come back from a file, whose keys are sorted."""
+    rows = json.loads(json.dumps(rows_of("C"), sort_keys=True))
+    picture = plots.converted(rows)
+    assert [axes.get_title(loc="left") for axes in picture.figure.axes] == ["sympy", "networkx", "prose"]
+    assert picture.data["waiting"] == []
+    part = plots.converted([row for row in rows if row["design"] in ("full", "gqa-2-mean")])
+    assert part.data["waiting"] == ["gqa-1-mean", "mhc-32-activations"]
+    assert "Not yet run: gqa-1-mean, mhc-32-activations." in part.alt
+    assert part.figure.axes[-1].get_title(loc="right") == "not yet run: 2"
+
+
 def test_recall_of_one_figure_has_no_colour_or_marker_twice() -> None:
     styles = plots.picture.line_styles(pictures.RECALL_LINES, fixed=pictures.RECALL_LINES).values()
     for key in ("color", "marker"):

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,29 @@ def test_no_claim_of_the_article_is_without_a_verdict(findings: dict[str, Findin
 def test_a_chapter_that_shows_a_claim_exists() -> None:
     chapters = {int(path.name[:2]) for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert {claim.chapter for claim in CLAIMS} - {None} <= chapters
+
+
+def test_a_claim_without_a_chapter_says_why(findings: dict[str, Finding]) -> None:
+    for name, finding in findings.items():
+        claim = finding.claim
+        if claim.chapter is None:
+            assert len(claim.shows) > 20, f"{name}: why does no chapter show it?"
+            assert claim.shown == f"none: {claim.shows}"
+        else:
+            assert claim.shown.startswith(f"{claim.chapter:02}")
+        assert ("chapter", claim.shown) in Answer(finding).lines
+    cells = {row[""]: row["chapter"] for row in verdict.summary(findings.values()).rows}
+    assert cells == {name: finding.claim.shown for name, finding in findings.items()}
+    without = {name for name in findings if findings[name].claim.chapter is None}
+    assert without == {
+        "claude.price",
+        "claude.method",
+        "gpt.price",
+        "gpt.method",
+        "share",
+        "market",
+        "catch up",
+    }
 
 
 def test_no_measured_cell_without_a_result_file(findings: dict[str, Finding], tmp_path: Path) -> None:
@@ -146,6 +169,189 @@ def test_numbers_that_the_verdicts_rest_on(findings: dict[str, Finding]) -> None
     assert numbers["80%"]["one user, 1K"] < 0.05
 
 
+# What is said in words follows the rows
+
+
+def altered(name: str, edit: Callable[[dict[str, Any]], None], *, quality: Iterable[Any] = ()) -> Records:
+    """The recorded rows, those of the file ``name`` edited; no row of the study but ``quality``."""
+    records = with_study(quality)
+    rows = [json.loads(json.dumps(row)) for row in Records(RESULTS).rows(name)]
+    for row in rows:
+        edit(row)
+    records._read[name] = (rows, {f"{name}-edited.json"})
+    return records
+
+
+def times(factor: float, key: str = "measured", **where: Any) -> Callable[[dict[str, Any]], None]:
+    """An edit: ``key`` times ``factor`` in the rows that have all values of ``where``."""
+
+    def edit(row: dict[str, Any]) -> None:
+        if all(row.get(name) == value for name, value in where.items()):
+            row[key] = row[key] * factor
+
+    return edit
+
+
+def loses(loss: float, text: str = "sympy", **where: Any) -> Callable[[dict[str, Any]], None]:
+    """An edit: the loss on ``text`` of the rows of a converted model."""
+
+    def edit(row: dict[str, Any]) -> None:
+        if all(row[name] == value for name, value in where.items()):
+            row["losses"][text]["loss"] = loss
+
+    return edit
+
+
+def answers(**shares: float) -> Callable[[dict[str, Any]], None]:
+    def edit(row: dict[str, Any]) -> None:
+        row["accuracy"] = shares.get(row["run"].split(",")[0], 1.0)
+
+    return edit
+
+
+def routed_loses(row: dict[str, Any]) -> None:
+    row["loss"] = 1.0 if row["run"] == "routed" else 2.0
+
+
+EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
+    # claim: file, edit, what is said of the recorded rows, what is said of the edited ones
+    "M1": ("hardware", times(2, what="stored", mechanism="gqa"), "it is exact", "still not what was alloc"),
+    "M3.bytes": ("hardware", times(2, what="read", mechanism="gqa"), "as much", "what is read falls by 50%"),
+    "M3.routing": ("routing", routed_loses, "does not beat fixed", "beats fixed groups"),
+    "M4.bytes": ("hardware", times(3, what="stored", mechanism="mhc"), "a little less", "far from 8x less"),
+    "M4.training": ("convert", loses(0.9, run="gqa-2-mean", tokens=0), "SVD is better", "SVD is no better"),
+    "M5.bytes": ("hardware", times(2, what="stored", mechanism="window"), "length", "not what the formula"),
+    "M5.order": ("window", times(2, name="window"), "For N well above W", "grow in another way"),
+    "M5.quality": ("window_quality", loses(1.5, run="window-128"), "No one number", "do not lie on both"),
+    "M6.bytes": (
+        "window_quality",
+        times(0.5, "bytes_stored_at_length", run="strided"),
+        "3% for a stride",
+        "51% for a stride",
+    ),
+    "M6.order": ("window", times(2, name="bigbird"), "O(N) for BigBird", "not in the times measured"),
+    "M6.quality": ("window_quality", loses(0.9, run="bigbird"), "with 3 of 3", "with 2 of 3"),
+    "M7.bytes": ("hardware", times(1e-3, what="stored", mechanism="mamba"), "up to 76", "a state is smaller"),
+    "M7.order": ("hardware", times(-100, what="decode_exponent"), "costs the same", "costs more in a longer"),
+    "M7.quality": ("recall", answers(mamba2=0.96, delta=0.96), "No one number", "In answers: mamba2"),
+    "M9.context": ("ring", times(1e4, what="output_difference"), "exactly", "not that of one device"),
+    "M11.parameters": (
+        "convert",
+        times(2, "parameters", run="mhc-32-activations"),
+        "Not a linear map",
+        "A linear map has more",
+    ),
+    "M11.forgetting": (
+        "convert",
+        loses(0.1, "prose", run="gqa-2-mean"),
+        "comes back less than sympy",
+        "comes back no less than sympy",
+    ),
+    "M13.leak": (
+        "serving",
+        times(0, "prompts", what="leak_prompts"),
+        "leak is the reuse",
+        "does not show it",
+    ),
+    "M13.research": (
+        "serving",
+        times(0.1, epsilon=1),
+        "the measurement says why",
+        "hides the fields at a small cost",
+    ),
+    "69 KB": ("hardware", times(2, what="stored", mechanism="mla"), "69 is DeepSeek-V3", "is neither 69 KiB"),
+}
+# Of these the whole note is made of ``said``, ``against`` and the interval, which other tests hold.
+STUDY_ALONE = {"M3.quality", "M4.quality", "M8"}
+
+
+def test_every_claim_that_reads_rows_is_edited_below(findings: dict[str, Finding]) -> None:
+    assert {name for name, finding in findings.items() if finding.files} == set(EDITS) | STUDY_ALONE
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_words_about_a_measurement_change_with_its_rows(name: str, findings: dict[str, Finding]) -> None:
+    file, edit, before, after = EDITS[name]
+    recorded, edited = findings[name].evidence.note, judge(BY_ID[name], altered(file, edit)).evidence.note
+    assert before in recorded
+    assert after not in recorded
+    assert after in edited
+    assert before not in edited or name in ("M5.bytes", "M6.order")  # those keep what holds on paper
+
+
+def test_words_about_the_wide_and_the_narrow_window_and_about_text_and_its_control() -> None:
+    """The second clauses of a note, each against rows that contradict it."""
+    code = altered("convert", loses(9.0, "networkx", run="gqa-2-mean"))
+    assert "as well, less too" in judge(BY_ID["M11.forgetting"], code).evidence.note
+
+    def drifts(row: dict[str, Any]) -> None:
+        if row["run"] == "full":
+            row["losses"]["prose"]["loss"] += row["tokens"] / 1e7
+
+    control = judge(BY_ID["M11.forgetting"], altered("convert", drifts)).evidence.note
+    assert "forgets as well" in control
+    small = altered("convert", times(0.5, "parameters", run="mhc-transformer-32-activations"))
+    assert "small transformer has fewer" in judge(BY_ID["M11.parameters"], small).evidence.note
+    stored = altered("routing", times(2, "bytes_stored_per_token", run="routed"))
+    assert "different amounts" in judge(BY_ID["M3.routing"], stored).evidence.note
+    worse = altered("convert", loses(9.0, run="mhc-32-activations", tokens=1_228_800))
+    finding = judge(BY_ID["M4.training"], worse)
+    assert "does not bring back" in finding.evidence.note
+    assert finding.verdict is Verdict.FAILS
+
+
+def test_a_loss_far_above_what_is_claimed_is_no_condition() -> None:
+    all_lose = judge(BY_ID["M7.quality"], altered("recall", answers(mamba2=0.5, delta=0.5)))
+    assert all_lose.verdict is Verdict.FAILS
+    some = judge(BY_ID["M7.quality"], altered("recall", answers(mamba2=0.96, delta=0.96)))
+    assert some.verdict is Verdict.HOLDS
+
+
+def test_words_that_are_computed_change_with_what_they_are_computed_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = Records(RESULTS)
+    assert "so the mean does not show them" in judge(BY_ID["M10.mean"], plain).evidence.note
+    monkeypatch.setattr(methods, "hidden_by_the_mean", lambda: {"mean": 0.1, "far": 0.1, "share": 0.06})
+    assert "shows them all the same" in judge(BY_ID["M10.mean"], plain).evidence.note
+    faster = {card.name: 1 + i for i, card in enumerate(methods.DEVICES.values())}
+    step = methods.batch_step_seconds
+    monkeypatch.setattr(
+        methods,
+        "batch_step_seconds",
+        lambda load, card, n: step(load, card, n) / (faster[card.name] if load.stored < 2**31 else 1),
+    )
+    assert "differs by device" in judge(BY_ID["M12"], plain).evidence.note
+    monkeypatch.setattr(methods, "RELEASED", methods.RELEASED[:1])
+    assert "few build it" in judge(BY_ID["M8"], plain).evidence.note
+
+
+def test_what_chapter_13_says_in_prose_is_what_the_rows_say(findings: dict[str, Finding]) -> None:
+    notebook = json.loads((ROOT / "notebooks/13_verdict.ipynb").read_text())
+    prose = " ".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    last: dict[str, Any] = {row["run"]: row for row in Records(RESULTS).rows("convert")}  # the last step
+    latent, losses = last["mhc-32-activations"], {r: x["losses"]["sympy"]["loss"] for r, x in last.items()}
+    assert "converting a trained model it is the best per byte that we measured" in prose
+    for name, row in last.items():
+        if not name.startswith("mhc") and row["bytes_stored_per_token"] <= latent["bytes_stored_per_token"]:
+            assert losses[name] > losses["mhc-32-activations"], name
+    assert "Where a claim can be computed, the article is mostly right, or right with a condition." in prose
+    bytes_ = [f.verdict in (Verdict.HOLDS, Verdict.CONDITIONS) for n, f in findings.items() if "bytes" in n]
+    assert 2 * sum(bytes_) > len(bytes_) == 5
+
+
+def test_words_about_the_predictions_are_those_of_the_shapes_that_are_counted() -> None:
+    first, second, third = predictions.PREDICTIONS
+    now = predictions.small_caches()
+    assert first.note.startswith("Sharing holds already.") == now.shared_or_latent.all
+    most = [2 * len(found.have) > found.total for found in (now.windows, now.long_with_latents)]
+    assert "Windows as the baseline and latents for long contexts do not" in first.note
+    assert most == [False, False]
+    assert "the open ones above use states" in second.note
+    assert all("state" in means for means in predictions.million_tokens().values())
+    assert "bandwidth cancels" in third.state()
+
+
 # Rows of the study that arrive
 
 
@@ -192,6 +398,9 @@ def test_every_verdict_survives_whatever_of_the_study_has_run(findings: dict[str
     rows = [*rows_of("A"), *rows_of("B"), *rows_of("C")]
     whole = {f.claim.id: f for f in verdict.judge_all(CLAIMS, with_study(rows))}
     assert {name for name, f in whole.items() if f.pending} == {"M4.quality"}  # mhc-8x is of tier D
+    for finding in whole.values():
+        told = finding.evidence.measured + finding.evidence.note
+        assert (NOT_YET in told) is finding.pending, finding.claim.id
     nothing = {f.claim.id: f for f in verdict.judge_all(CLAIMS, with_study([]))}
     for name, finding in nothing.items():
         used = "quality-amd-epyc-2-cores.json"
@@ -199,6 +408,107 @@ def test_every_verdict_survives_whatever_of_the_study_has_run(findings: dict[str
         if finding.pending:
             assert NOT_YET in finding.evidence.measured + finding.evidence.note
             assert (used in whole[name].files) is (name != "M4.quality")
+
+
+RECALLED = {
+    "M5.quality": ("mqar-8", ("window-8", "full")),
+    "M8": ("copy-4", ("hybrid-linear-8", "full", "linear-8")),
+}
+
+
+@pytest.mark.parametrize("name", RECALLED)
+def test_recall_is_told_as_it_arrives_task_by_task_and_design_by_design(name: str) -> None:
+    """A number counts when every rate and seed of its design has run, and never before."""
+    task, designs = RECALLED[name]
+    rows = [row for row in rows_of("B") if row["design"] in designs]
+    here, elsewhere = ([row for row in rows if (row["task"] == task) is own] for own in (True, False))
+    nothing, whole = judge(BY_ID[name], with_study(elsewhere)), judge(BY_ID[name], with_study(rows))
+    tier = "kvlearn study quality --tier B"
+    assert tier in nothing.waits
+    assert tier not in whole.waits
+    told = whole.evidence.measured + whole.evidence.note
+    for design in designs:
+        own = [row for row in here if row["design"] == design]
+        share = f"{sum(row['accuracy'] for row in own if row['lr'] == 5e-3) / 3:.0%}"
+        assert f"{design} {share}" in told
+        assert f"{design} {NOT_YET}" not in told
+        for missing in own:  # one run fewer is a number fewer, whichever it is
+            if len(own) == 4:
+                part = judge(BY_ID[name], with_study(row for row in rows if row is not missing))
+                assert tier in part.waits
+                assert f"{design} {NOT_YET}" in part.evidence.measured + part.evidence.note
+        others = judge(BY_ID[name], with_study(row for row in rows if row not in own))
+        assert f"{design} {NOT_YET}" in others.evidence.measured + others.evidence.note
+    assert nothing.verdict is whole.verdict
+
+
+def test_states_are_told_over_the_tasks_that_full_attention_answers() -> None:
+    claim, designs = BY_ID["M7.quality"], ("full", "mamba2-4", "mamba2-16")
+    shares = {"mqar-8": 0.5, "mqar-16": 0.25, "needle-1": 1.0, "needle-8": 0.1}
+    rows = []
+    for row in rows_of("B"):
+        if row["design"] in designs and row["task"] in shares:
+            lost = row["design"] == "full" and row["task"] == "needle-8"
+            share = 0.7 if lost else 1.0 if row["design"] == "full" else shares[row["task"]]
+            rows.append({**row, "accuracy": share})
+    some = judge(claim, with_study(rows))
+    where = "where full attention answers (mqar-8, mqar-16, needle-1), mamba2-4 25% to 100%, mamba2-16 25% to"
+    assert where in some.evidence.note
+    assert f"{NOT_YET}: copy-4, induction." in some.evidence.note
+    assert "kvlearn study quality --tier B" in some.waits
+    part = judge(claim, with_study(row for row in rows if row["design"] != "mamba2-16"))
+    assert f"mamba2-16 {NOT_YET}; {NOT_YET}: mqar-8, mqar-16, needle-1, copy-4" in part.evidence.note
+    nothing = judge(claim, with_study([]))
+    assert f"Recall in our study: {NOT_YET}: mqar-8," in nothing.evidence.note
+    whole = judge(claim, with_study(rows_of("B")))
+    assert NOT_YET not in whole.evidence.note.split("Recall in our study")[1]
+    assert not any("B" in wait for wait in whole.waits)
+    fails = [{**row, "accuracy": 0.5} for row in rows_of("B")]
+    assert "answers none of the tasks" in judge(claim, with_study(fails)).evidence.note
+    assert {f.verdict for f in (some, part, nothing, whole)} == {Verdict.FAILS}
+
+
+def test_recall_that_diverged_has_run_and_another_preset_is_not_ours() -> None:
+    rows = [row for row in rows_of("B") if (row["task"], row["design"]) == ("needle-1", "full")]
+    assert with_study(rows).recall("needle-1", "full") == 1.0
+    lost = [{key: value for key, value in row.items() if key != "accuracy"} | {"loss": None} for row in rows]
+    assert with_study(lost).recall("needle-1", "full") == 0.0
+    gpu = [{**row, "run": row["run"].replace("-cpu-", "-gpu-"), "accuracy": 0.0} for row in rows]
+    assert with_study([*gpu, *rows]).recall("needle-1", "full") == 1.0
+    assert with_study(gpu).recall("needle-1", "full") is None
+
+
+def test_forgetting_is_told_with_seeds_when_every_conversion_of_it_has_run() -> None:
+    claim, rows = BY_ID["M11.forgetting"], rows_of("C")
+    without = judge(claim, with_study([]))
+    assert without.waits == ("kvlearn study quality --tier C",)
+    assert without.evidence.measured.endswith(f"in the study: {NOT_YET}")
+    used = [row for row in rows if row["design"] in ("full", "gqa-2-mean") and row["share"] == 0.05]
+    assert len(used) == 2 * 2 * 3
+    for missing in used:
+        assert judge(claim, with_study(row for row in rows if row is not missing)).pending
+    found = with_study(used).converted("gqa-2-mean")
+    assert found is not None
+    by_hand = {  # 40% of 0.5, mended at the rate of 1e-3
+        text: sum(row["after"][text]["loss"] for row in used if row["design"] == name and row["lr"] == 1e-3)
+        / 3
+        for name, text in (("gqa-2-mean", "sympy"), ("full", "prose"))
+    }
+    assert found["sympy"] == pytest.approx(by_hand["sympy"] - by_hand["prose"])
+    assert judge(claim, with_study(used)).verdict is without.verdict
+    for prose, said in ((0.1, "agrees"), (-0.1, "does not agree")):
+        told = json.loads(json.dumps(used))
+        for row in told:
+            if row["design"] == "gqa-2-mean":
+                row["after"]["prose"]["loss"] += prose
+        finding = judge(claim, with_study(told))
+        assert f"The study {said} on prose." in finding.evidence.note
+        assert f"prose {found['prose'] + prose:+.2f}" in finding.evidence.measured
+    diverged = [{**row, "loss": None} if row["lr"] == 1e-3 else row for row in used]
+    assert with_study(diverged).converted("gqa-2-mean") is not None
+    lost = judge(claim, with_study({**row, "loss": None} for row in used))
+    assert lost.evidence.measured.endswith("all runs diverged")
+    assert not lost.pending
 
 
 def test_short_runs_and_one_seed_give_no_verdict() -> None:
