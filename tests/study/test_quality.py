@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from kvlearn.cli import app
+from kvlearn.measure import provenance as provenance_module
 from kvlearn.measure import results
 from kvlearn.measure.provenance import machine
 from kvlearn.model import Decoder, ModelConfig, Spec
@@ -476,6 +477,17 @@ def test_by_the_recorded_speeds_no_part_takes_more_than_an_hour(tmp_path: Path) 
             timed = [costs(run) for run in each.runs if run.cost_key in costs.known]
             assert len(timed) > 0.8 * len(each.runs)
             assert sum(timed) / len(timed) * len(each.runs) <= 3600, f"{tier}{each.number}: {each.title}"
+
+
+def test_rows_are_kept_where_the_machine_has_other_cores_than_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session(tmp_path)
+    session.record([{"run": "first", "kind": "recall"}])
+    monkeypatch.setattr(provenance_module, "cores", lambda: 1)
+    session.record([{"run": "second", "kind": "recall"}])
+    assert [row["run"] for row in recorded(tmp_path / "results")] == ["first", "second"]
+    assert len(list((tmp_path / "results").iterdir())) == 1
 
 
 def test_a_calibration_times_each_design_beside_full_attention(
