@@ -67,7 +67,7 @@ def selective_scan(
     below 0, and for A above 0 or infinite.
     """
     validate.one_of("form", form, SCAN_FORMS)
-    validate.positive("chunk", chunk)
+    chunk = validate.positive("chunk", chunk)
     state = check_scan(x, dt, A, B, C, D, state)
     x, dt, A, B, C, D = (t.to(state.dtype).contiguous() for t in (x, dt, A, B, C, D))
     if form == "recurrent":

@@ -117,7 +117,7 @@ def by_form(
     is linear in T.
     """
     validate.one_of("form", form, FORMS)
-    validate.positive("chunk", chunk)
+    chunk = validate.positive("chunk", chunk)
     size, outs = chunk if form == "chunked" else inputs[0].shape[2], []
     with no_autocast(state.device):
         if form == "recurrent":
@@ -238,7 +238,7 @@ class ShortConvolution(nn.Conv1d):
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False) -> None:
-        validate.at_least("width", width, 2)
+        width = validate.at_least("width", width, 2)
         super().__init__(channels, channels, width, groups=channels, bias=bias)
 
     @property
