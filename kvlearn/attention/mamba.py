@@ -192,6 +192,8 @@ def check_scan(
     validate.tensor("B", B, (rows, time, N), device=x.device)
     validate.tensor("C", C, (rows, time, N), device=x.device)
     validate.tensor("D", D, (E,), device=x.device)
+    for name, each in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D)):
+        validate.floating(name, each.dtype)
     if validate.may_read(x):
         if not bool((dt >= 0).all()):  # NaN fails too
             raise ValueError(f"dt: expected at least 0, got {float(dt.detach().min())}")

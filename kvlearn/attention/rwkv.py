@@ -85,8 +85,9 @@ def wkv(
     validate.at_least("k.shape[1] (time)", k.shape[1], 1)
     B, T, M = k.shape
     validate.tensor("v", v, (B, T, M), dtype=k.dtype, device=k.device)
+    validate.floating("k", k.dtype)
     for name, x in (("w", w), ("u", u)):
-        validate.tensor(name, x, (M,), device=k.device)
+        validate.floating(name, validate.tensor(name, x, (M,), device=k.device).dtype)
     if validate.may_read(w) and not bool(((w >= 0) & w.isfinite()).all()):
         raise ValueError(f"w: expected finite numbers of at least 0, decays e^-w in (0, 1], got {w.tolist()}")
     validate.one_of("form", form, ("recurrent", "chunked"))

@@ -52,11 +52,14 @@ def study_recall(
     """
     validate.instance("designs", designs, Mapping)
     validate.instance("training", training, TrainConfig)
-    for rate in rates:
+    for task in validate.instance("tasks", tasks, (list, tuple)):
+        validate.instance("tasks", task, Recall)
+    for rate in validate.instance("rates", rates, (list, tuple)):
         validate.above("rates", rate, 0)
-    for seed in seeds:
+    for seed in validate.instance("seeds", seeds, (list, tuple, range)):
         validate.at_least("seeds", seed, 0)
     jobs = validate.positive("jobs", jobs)
+    validate.instance("progress", progress, bool)
     work = [
         (task, design, spec, replace(training, lr=rate, seed=seed, length=task.length))
         for task in tasks

@@ -77,7 +77,9 @@ def train_and_measure(
     for each in validate.instance("held_out", held_out, Mapping).values():
         check_text("held_out", each, config.length)
     n_windows = validate.positive("n_windows", n_windows)
-    wanted = {validate.at_least("at", step, 0) for step in validate.instance("at", at, Collection)}
+    wanted = {
+        validate.at_least("at", step, 0) for step in validate.instance("at", at, (list, tuple, set, range))
+    }
     wanted.add(config.steps)
     clock = time.perf_counter()
 

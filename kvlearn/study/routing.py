@@ -51,6 +51,7 @@ def study_routing(
     """
     validate.instance("config", config, ModelConfig)
     validate.instance("training", training, TrainConfig)
+    validate.instance("progress", progress, bool)
     text = corpus().train if text is None else text
     held_out = corpus().valid if held_out is None else held_out
     for seed in seeds:

@@ -55,6 +55,7 @@ def study_sinks(
     text = corpus().train if text is None else text
     held_out = corpus().valid if held_out is None else held_out
     n_windows = validate.positive("n_windows", n_windows)
+    validate.instance("progress", progress, bool)
     check_text("held_out", held_out, validate.instance("training", training, TrainConfig).length)
     starts = torch.linspace(0, len(held_out) - training.length - 1, n_windows, dtype=torch.float64).long()
     tokens = with_first(held_out[starts[:, None] + torch.arange(training.length + 1)].long())

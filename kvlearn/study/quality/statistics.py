@@ -112,6 +112,10 @@ def _quantile(p: float, df: int) -> float:
 
 def paired_values(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> list[float]:
     """ours - theirs for each seed of which both finished."""
+    for name, losses in (("ours", ours), ("theirs", theirs)):
+        for loss in validate.instance(name, losses, Mapping).values():
+            if loss is not None:
+                validate.finite(name, loss)
     pairs = ((ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys()))
     return [a - b for a, b in pairs if a is not None and b is not None]
 
