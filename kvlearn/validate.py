@@ -32,6 +32,12 @@ def at_least(name: str, value: Any, least: int) -> int:
     return value
 
 
+def fields_at_least(of: Any, prefix: str = "", /, **least: int) -> None:
+    """Fields of a dataclass that are integers of at least so much; numpy's become Python's there."""
+    for name, bound in least.items():
+        object.__setattr__(of, name, at_least(prefix + name, getattr(of, name), bound))
+
+
 def at_most(name: str, value: int, most: int, because: str) -> int:
     """An integer of at most ``most``; ``because`` says where the limit comes from."""
     if value > most:
@@ -41,7 +47,8 @@ def at_most(name: str, value: int, most: int, because: str) -> int:
 
 def divides(name: str, value: int, whole_name: str, whole: int) -> int:
     """A positive integer that divides ``whole``."""
-    if whole % positive(name, value):
+    value = positive(name, value)
+    if whole % value:
         raise ValueError(f"{name}: expected a divisor of {whole_name}={whole}, got {value}")
     return value
 

@@ -1,5 +1,5 @@
-"""Wrong values of every kind at the public functions of attention, kernels, model, parallel, serving, measure
-and verdict.
+"""Wrong values of every kind at the public functions of attention, kernels, model, parallel, serving,
+measure, study and verdict.
 
 Each call is right at first; then one or two of its arguments are replaced. The outcome is a ValueError or
 TypeError that begins with an argument's name, or a result without NaN. A cache is unchanged after a refusal.
@@ -23,8 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvlearn import attention, kernels, measure, model, parallel, serving, verdict
+from kvlearn import attention, kernels, measure, model, parallel, serving, study, verdict
 from kvlearn.attention import REGISTRY
+from kvlearn.attention.delta import delta_rule, generalised_delta_rule
+from kvlearn.attention.linear import gated_linear_attention, linear_attention
+from kvlearn.attention.mamba import selective_scan
+from kvlearn.attention.mla import absorbed_wins, crossover, path_bytes, path_flops
+from kvlearn.attention.rwkv import wkv
+from kvlearn.study import conversion, evaluation, long_context, quality, recall, tasks, text
+from kvlearn.study.quality.statistics import student_cdf, student_quantile
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -602,3 +609,240 @@ SCALINGS: dict[str, Call] = {
 @given(st.data())
 def test_angles_and_caches_take_nothing_that_is_wrong(data: st.DataObject) -> None:
     try_any(data, SCALINGS)
+
+
+def qkv() -> dict[str, Any]:
+    return {name: torch.ones(2, 2, 3, 8) for name in ("q", "k", "v")}
+
+
+def unfaded() -> Tensor:
+    return torch.zeros(2, 2, 3, 8)
+
+
+CHUNKS = {"form": "chunked", "chunk": 2}
+SIZES_OF_A_CALL = {
+    "n_heads": 2, "head_dim": 4, "rank": 8, "rope_dim": 2, "new": 3, "cached": 5, "v_head_dim": None,
+}  # fmt: skip
+RECURRENCES: dict[str, Call] = {
+    "linear_attention": (
+        linear_attention,
+        lambda: qkv() | CHUNKS | {"log_decay": torch.zeros(2, 2, 3), "state": torch.ones(2, 2, 8, 8)},
+    ),
+    "gated_linear_attention": (
+        gated_linear_attention,
+        lambda: qkv() | CHUNKS | {"log_decay": unfaded(), "state": None},
+    ),
+    "delta_rule": (
+        delta_rule,
+        lambda: qkv() | CHUNKS | {"beta": torch.full((2, 2, 3), 0.1), "log_decay": None, "state": None},
+    ),
+    "generalised_delta_rule": (
+        generalised_delta_rule,
+        lambda: (
+            qkv() | CHUNKS | {"probe": unfaded(), "rewrite": unfaded(), "log_decay": unfaded(), "state": None}
+        ),
+    ),
+    "selective_scan": (
+        selective_scan,
+        lambda: {
+            "x": torch.ones(2, 3, 8), "dt": torch.ones(2, 3, 8), "A": -torch.ones(8, 8),
+            "B": torch.ones(2, 3, 8), "C": torch.ones(2, 3, 8), "D": torch.ones(8), "state": None, **CHUNKS,
+        },
+    ),
+    "wkv": (
+        wkv,
+        lambda: {
+            "w": torch.ones(8), "u": torch.ones(8), "k": torch.ones(2, 3, 8), "v": torch.ones(2, 3, 8),
+            "state": (torch.ones(2, 8), torch.ones(2, 8), torch.zeros(2, 8)), **CHUNKS,
+        },
+    ),
+    "path_flops": (path_flops, lambda: SIZES_OF_A_CALL | {"path": "naive", "batch": 2}),
+    "path_bytes": (path_bytes, lambda: SIZES_OF_A_CALL | {"path": "absorbed", "batch": 2}),
+    "absorbed_wins": (absorbed_wins, lambda: {**SIZES_OF_A_CALL}),
+    "crossover": (crossover, lambda: {"head_dim": 4, "rank": 8, "v_head_dim": 4, "cached": 5}),
+}  # fmt: skip
+
+
+@thoroughly
+@given(st.data())
+def test_recurrences_take_nothing_that_is_wrong(data: st.DataObject) -> None:
+    try_any(data, RECURRENCES)
+
+
+# The study
+
+
+def some_text() -> Tensor:
+    return (torch.arange(64) % 16).to(torch.uint8)
+
+
+def run() -> dict[str, Any]:
+    return {
+        "steps": 1, "batch": 1, "length": 4, "lr": 1e-3, "warmup": 1, "weight_decay": 0.1, "clip": 1.0,
+        "seed": 0,
+    }  # fmt: skip
+
+
+def texts_of(kind: type) -> Callable[..., recall.Texts]:
+    """Texts of a task of this kind."""
+    return lambda **sizes: kind(**sizes).texts(2, torch.Generator().manual_seed(0))
+
+
+SHORT = recall.Recall(1, 4, 2, 2)
+STUDY: dict[str, Call] = {
+    "TrainConfig": (study.TrainConfig, run),
+    "lr_at": (study.TrainConfig(10, warmup=2).lr_at, lambda: {"step": 3}),
+    "windows": (
+        study.windows,
+        lambda: {"text": some_text(), "batch": 2, "length": 4, "seed": 0, "step": 0},
+    ),
+    "as_tokens": (text.as_tokens, lambda: {"text": b"text"}),
+    "split_of": (text.split_of, lambda: {"path": "a/b.py"}),
+    "train": (
+        study.train,
+        lambda: {
+            "model": new_decoder(), "text": some_text(), "config": study.TrainConfig(1, 1, 4), "every": 1,
+            "at_step": None, "stop": None, "origin": None, "progress": False,
+        },
+    ),
+    "train_and_measure": (
+        study.train_and_measure,
+        lambda: {
+            "model": new_decoder(), "text": some_text(), "config": study.TrainConfig(1, 1, 4),
+            "held_out": {"a": some_text()}, "at": [1], "n_windows": 2, "progress": False,
+        },
+    ),
+    "evaluate": (
+        study.evaluate,
+        lambda: {"model": decoder(), "text": some_text(), "length": 4, "n_windows": 2, "batch": 2},
+    ),
+    "spread_windows": (
+        evaluation.spread_windows,
+        lambda: {"text": some_text(), "length": 4, "n_windows": 2},
+    ),
+    "token_losses": (
+        evaluation.token_losses,
+        lambda: {"model": decoder(), "windows": torch.zeros(2, 3, dtype=torch.long), "batch": 2},
+    ),
+    "prepare_conversion": (
+        conversion.prepare_conversion,
+        lambda: {
+            "base": decoder(), "layers": ["gqa"], "init": "mean", "text": some_text(), "share": 1.0,
+            "seen": 16, "batch": 2, "length": 4, "lr": 1e-3, "seed": 0,
+        },
+    ),
+    "Recall": (
+        texts_of(recall.Recall),
+        lambda: {"n_pairs": 2, "length": 8, "n_keys": 3, "n_values": 3},
+    ),
+    "Needle": (
+        texts_of(tasks.Needle),
+        lambda: {"n_needles": 2, "length": 8, "n_words": 2, "n_keys": 3, "n_values": 3},
+    ),
+    "Induction": (texts_of(tasks.Induction), lambda: {"length": 4, "vocab_size": 3}),
+    "SelectiveCopy": (texts_of(tasks.SelectiveCopy), lambda: {"n_data": 2, "length": 8, "n_symbols": 3}),
+    **{
+        f"{type(task).__name__}.texts": (
+            task.texts,
+            lambda: {"batch": 2, "generator": torch.Generator().manual_seed(0)},
+        )
+        for task in (SHORT, tasks.Needle(), tasks.Induction(), tasks.SelectiveCopy())
+    },
+    "longer": (tasks.longer, lambda: {"task": SHORT, "factor": 2}),
+    "new_model": (
+        recall.new_model,
+        lambda: {"mixer": "full", "task": SHORT, "d_model": 8, "n_mixers": 1},
+    ),
+    "recall.train": (
+        recall.train,
+        lambda: {
+            "mixer": "full", "task": SHORT, "training": study.TrainConfig(1, 1, 4), "n_mixers": 1, "every": 1,
+            "until": 0.5, "n_texts": 2, "progress": False,
+        },
+    ),
+    "recall.score": (
+        lambda task, n_texts: recall.score(recall.new_model("full", SHORT, 8), task, n_texts),
+        lambda: {"task": SHORT, "n_texts": 2},
+    ),
+    "study_recall": (
+        lambda **arguments: list(study.study_recall(**arguments)),
+        lambda: {
+            "designs": {}, "tasks": [SHORT], "training": study.TrainConfig(1), "rates": [1e-2], "seeds": [0],
+            "jobs": 1, "progress": False,
+        },
+    ),
+    "evaluate_folder": (
+        lambda **arguments: study.evaluate_folder(decoder(), **arguments),
+        lambda: {
+            "folder": "nowhere", "max_length": 100, "encode": long_context.encode_bytes,
+            "decode": long_context.decode_bytes, "limit": 2, "chunk": 8,
+        },
+    ),
+    "encode_bytes": (long_context.encode_bytes, lambda: {"text": "text"}),
+    "decode_bytes": (long_context.decode_bytes, lambda: {"tokens": [104, 105]}),
+    "without_middle": (long_context.without_middle, lambda: {"tokens": [1, 2, 3], "length": 2}),
+    "summarise": (quality.summarise, lambda: {"losses": [1.0, None, 2.0]}),
+    "student_cdf": (student_cdf, lambda: {"t": 1.5, "df": 3}),
+    "student_quantile": (student_quantile, lambda: {"p": 0.9, "df": 3}),
+    "paired_values": (quality.paired_values, lambda: {"ours": {0: 1.0}, "theirs": {0: 2.0, 1: None}}),
+    "paired_difference": (
+        quality.paired_difference,
+        lambda: {"values": [0.1, 0.3], "spread": 0.2, "df": 4, "confidence": 0.9},
+    ),
+    "pooled_spread": (quality.pooled_spread, lambda: {"groups": [[1.0, 2.0], [3.0, 5.0]]}),
+    "bootstrap_difference": (
+        quality.bootstrap_difference,
+        lambda: {"values": [0.1, 0.3], "n_draws": 20, "seed": 0, "confidence": 0.9},
+    ),
+    "smallest_difference": (
+        quality.smallest_difference,
+        lambda: {"spread": 0.1, "df": 4, "n": 3, "confidence": 0.9, "power": 0.8},
+    ),
+}  # fmt: skip
+
+
+@thoroughly
+@given(st.data())
+def test_the_study_takes_nothing_that_is_wrong(data: st.DataObject) -> None:
+    try_any(data, STUDY)
+
+
+# Integers of numpy
+
+
+def same(a: Any, b: Any, depth: int = 0) -> bool:
+    """Whether two results hold the same numbers."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, float | int | str):
+        return bool(a == b)
+    if isinstance(a, list | tuple) and depth < 4:
+        return len(a) == len(b) and all(same(x, y, depth + 1) for x, y in zip(a, b, strict=True))
+    return True
+
+
+TABLES = {
+    "kernels": KERNELS, "model": MODEL, "measure": MEASURE, "shared": SHARED, "guide": GUIDE,
+    "scalings": SCALINGS, "recurrences": RECURRENCES, "study": STUDY,
+}  # fmt: skip
+NOT_COMPARED = ("compare", "prepare_conversion", "recall.train", "train_and_measure")  # results hold times
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_an_integer_of_numpy_gives_what_pythons_gives(table: str) -> None:
+    """The narrowest type that holds it: a sum or product that kept it would overflow."""
+    for name, (call, right) in TABLES[table].items():
+        for argument, value in right().items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                continue
+            narrow = np.min_scalar_type(value).type(value)
+            results = []
+            for given_value in (value, narrow):
+                torch.manual_seed(0)
+                try:
+                    results.append(call(**right() | {argument: given_value}))
+                except (FileNotFoundError, ValueError):
+                    if given_value is narrow and results:
+                        raise
+            if results and name not in NOT_COMPARED:
+                assert same(*results), f"{name}({argument}={narrow!r})"

@@ -162,12 +162,11 @@ class KVCache(Cache):
     ) -> None:
         super().__init__(batch, max_len, device)
         validate.floating("dtype", dtype)
-        for name, size in (("n_heads", n_heads), ("head_dim", head_dim), ("v_head_dim", v_head_dim)):
-            if size is not None or name != "v_head_dim":
-                validate.positive(name, size)
+        n_heads, head_dim = validate.positive("n_heads", n_heads), validate.positive("head_dim", head_dim)
+        v_head_dim = head_dim if v_head_dim is None else validate.positive("v_head_dim", v_head_dim)
         # Zeros, since a masked slot has weight 0, and 0 · NaN would be NaN.
-        self.k = torch.zeros(batch, n_heads, max_len, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(*self.k.shape[:3], v_head_dim or head_dim, dtype=dtype, device=device)
+        self.k = torch.zeros(self.batch, n_heads, self.max_len, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(*self.k.shape[:3], v_head_dim, dtype=dtype, device=device)
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v]

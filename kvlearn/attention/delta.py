@@ -63,6 +63,7 @@ def delta_rule(
     """
     state = check_recurrence(q, k, v, state)
     validate.tensor("beta", beta, q.shape[:3], device=q.device)
+    validate.floating("beta", beta.dtype)
     if validate.may_read(beta) and not bool(beta.isfinite().all()):
         raise ValueError("beta: expected finite numbers, got NaN or infinity among them")
     if log_decay is None:

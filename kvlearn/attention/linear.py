@@ -499,7 +499,7 @@ class GatedLinearAttention(Mechanism):
         super().__init__(d_model, n_heads, head_dim)
         key_dim = max(self.head_dim // 2, 1) if key_dim is None else key_dim
         self.key_dim = validate.positive("key_dim", key_dim)
-        validate.positive("rank", rank)
+        rank = validate.positive("rank", rank)
         self.q_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_heads * self.key_dim, bias=False)
         self.v_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)

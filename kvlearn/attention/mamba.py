@@ -67,7 +67,7 @@ def selective_scan(
     below 0, and for A above 0 or infinite.
     """
     validate.one_of("form", form, SCAN_FORMS)
-    validate.positive("chunk", chunk)
+    chunk = validate.positive("chunk", chunk)
     state = check_scan(x, dt, A, B, C, D, state)
     x, dt, A, B, C, D = (t.to(state.dtype).contiguous() for t in (x, dt, A, B, C, D))
     if form == "recurrent":
@@ -192,6 +192,8 @@ def check_scan(
     validate.tensor("B", B, (rows, time, N), device=x.device)
     validate.tensor("C", C, (rows, time, N), device=x.device)
     validate.tensor("D", D, (E,), device=x.device)
+    for name, each in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D)):
+        validate.floating(name, each.dtype)
     if validate.may_read(x):
         if not bool((dt >= 0).all()):  # NaN fails too
             raise ValueError(f"dt: expected at least 0, got {float(dt.detach().min())}")

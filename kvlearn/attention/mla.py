@@ -408,7 +408,9 @@ def path_flops(
     naive     2 · B · H · (S · R · (D + Dv)  +  P · (D + Dr + Dv))    all S tokens decompressed
     absorbed  2 · B · H · (T · R · (D + Dv)  +  P · (2R + Dr))        T queries folded, T outputs unfolded
     """
-    value_dim = _check_sizes(path, n_heads, head_dim, rank, rope_dim, new, cached, v_head_dim, batch)
+    n_heads, head_dim, rank, rope_dim, new, cached, value_dim, batch = _check_sizes(
+        path, n_heads, head_dim, rank, rope_dim, new, cached, v_head_dim, batch
+    )
     pairs = new * cached + new * (new + 1) // 2
     if path == "naive":
         projected, width = cached + new, head_dim + rope_dim + value_dim
@@ -436,7 +438,9 @@ def path_bytes(
     numbers, and the queries and outputs in the latent space on the absorbed one, 2 · B · T · H · (2R + Dr).
     Scores stay on the chip.
     """
-    value_dim = _check_sizes(path, n_heads, head_dim, rank, rope_dim, new, cached, v_head_dim, batch)
+    n_heads, head_dim, rank, rope_dim, new, cached, value_dim, batch = _check_sizes(
+        path, n_heads, head_dim, rank, rope_dim, new, cached, v_head_dim, batch
+    )
     tokens, heads = cached + new, head_dim + value_dim
     ends = batch * (tokens * (rank + rope_dim) + new * n_heads * (heads + rope_dim))
     between = tokens * heads if path == "naive" else new * (2 * rank + rope_dim)
@@ -475,14 +479,16 @@ def crossover(head_dim: int, rank: int, v_head_dim: int | None = None, cached: i
     170.7, and 158.3 after 1024 tokens. Infinite where the latent is no wider than a head's key and value
     together (2R ≤ D + Dv). Independent of the number of heads and of the rotary part.
     """
-    value_dim = _check_sizes("naive", 1, head_dim, rank, 0, 1, 0, v_head_dim, 1)
+    sizes = _check_sizes("naive", 1, head_dim, rank, 0, 1, 0, v_head_dim, 1)
+    head_dim, rank, value_dim = sizes[1], sizes[2], sizes[6]
     saved = 2 * rank - head_dim - value_dim
     if saved <= 0:
         return math.inf
     limit = rank * (head_dim + value_dim) / saved
     if cached is None:
         return limit
-    half = validate.positive("cached", cached) + 0.5
+    cached = validate.positive("cached", cached)
+    half = cached + 0.5
     # The positive root of T² / 2 + half · T - cached · limit.
     return 2 * cached * limit / (half + math.sqrt(half**2 + 2 * cached * limit))
 
@@ -497,12 +503,16 @@ def _check_sizes(
     cached: int,
     v_head_dim: int | None,
     batch: int,
-) -> int:
-    """Check the arguments of all of these; returns the width of a head's value."""
+) -> tuple[int, ...]:
+    """The arguments of all of these but ``path``, checked, and the width of a head's value."""
     validate.one_of("path", path, ("naive", "absorbed"))
-    sizes = {"n_heads": n_heads, "head_dim": head_dim, "rank": rank, "new": new, "batch": batch}
-    for name, value in sizes.items():
-        validate.positive(name, value)
-    for name, value in {"rope_dim": rope_dim, "cached": cached}.items():
-        validate.at_least(name, value, 0)
-    return head_dim if v_head_dim is None else validate.positive("v_head_dim", v_head_dim)
+    return (
+        validate.positive("n_heads", n_heads),
+        validate.positive("head_dim", head_dim),
+        validate.positive("rank", rank),
+        validate.at_least("rope_dim", rope_dim, 0),
+        validate.positive("new", new),
+        validate.at_least("cached", cached, 0),
+        validate.positive("v_head_dim", head_dim if v_head_dim is None else v_head_dim),
+        validate.positive("batch", batch),
+    )

@@ -247,11 +247,12 @@ class NativeSparseAttention(Mechanism):
         n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         self.n_kv_heads = validate.divides("n_kv_heads", n_kv_heads, "n_heads", self.n_heads)
         self.block = validate.positive("block", block)
-        validate.at_most("compress", validate.positive("compress", compress), block, "block")
-        for name, length in (("compress", compress), ("block", block)):
-            validate.divides("stride", stride, name, length)
+        compress = validate.positive("compress", compress)
+        validate.at_most("compress", compress, self.block, "block")
+        for name, length in (("compress", compress), ("block", self.block)):
+            stride = validate.divides("stride", stride, name, length)
         self.n_local = validate.positive("n_local", n_local)
-        self.n_blocks = validate.at_least("n_blocks", n_blocks, n_local + 1)
+        self.n_blocks = validate.at_least("n_blocks", n_blocks, self.n_local + 1)
         self.sizes = Sizes(compress, stride, validate.positive("window", window))
 
         width = 3 * self.n_kv_heads * self.head_dim  # for compression, selection, window

@@ -109,7 +109,8 @@ class Local(Pattern):
     block: int = 1
 
     def __post_init__(self) -> None:
-        validate.divides("local: block", self.block, "size", validate.positive("local: size", self.size))
+        validate.fields_at_least(self, "local: ", size=1, block=1)
+        validate.divides("local: block", self.block, "size", self.size)
 
     def visible(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return queries // self.block - keys // self.block < self.size // self.block
@@ -129,7 +130,7 @@ class Strided(Pattern):
     stride: int
 
     def __post_init__(self) -> None:
-        validate.positive("strided: stride", self.stride)
+        validate.fields_at_least(self, "strided: ", stride=1)
 
     def visible(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (queries - keys) % self.stride == 0
@@ -153,10 +154,8 @@ class Fixed(Pattern):
     summary: int = 1
 
     def __post_init__(self) -> None:
-        validate.positive("fixed: block", self.block)
-        validate.at_most(
-            "fixed: summary", validate.positive("fixed: summary", self.summary), self.block, "block"
-        )
+        validate.fields_at_least(self, "fixed: ", block=1, summary=1)
+        validate.at_most("fixed: summary", self.summary, self.block, "block")
 
     def visible(self, queries: Int[Tensor, "..."], keys: Int[Tensor, "..."]) -> Bool[Tensor, "..."]:
         return (queries // self.block == keys // self.block) | self._in_summary(keys)
@@ -188,10 +187,9 @@ class Global(Pattern):
     includes_self = False
 
     def __post_init__(self) -> None:
-        validate.at_least("global: first", self.first, 0)
-        object.__setattr__(self, "at", tuple(self.at))  # a list would have no hash
-        for position in self.at:
-            validate.at_least("global: at", position, 0)
+        validate.fields_at_least(self, "global: ", first=0)
+        at = tuple(validate.at_least("global: at", position, 0) for position in self.at)
+        object.__setattr__(self, "at", at)  # a list would have no hash
         if not self.first and not self.at:
             raise ValueError("global: expected at least one position, got none")
 
@@ -240,10 +238,7 @@ class Random(Pattern):
     includes_self = False
 
     def __post_init__(self) -> None:
-        validate.positive("random: n_blocks", self.n_blocks)
-        validate.positive("random: block", self.block)
-        for name in ("skip_first", "skip_last", "seed"):
-            validate.at_least(f"random: {name}", getattr(self, name), 0)
+        validate.fields_at_least(self, "random: ", n_blocks=1, block=1, skip_first=0, skip_last=0, seed=0)
 
     def draw(self, number: int) -> list[int]:
         """The blocks that query block ``number`` attends to, in order."""

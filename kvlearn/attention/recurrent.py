@@ -117,7 +117,7 @@ def by_form(
     is linear in T.
     """
     validate.one_of("form", form, FORMS)
-    validate.positive("chunk", chunk)
+    chunk = validate.positive("chunk", chunk)
     size, outs = chunk if form == "chunked" else inputs[0].shape[2], []
     with no_autocast(state.device):
         if form == "recurrent":
@@ -139,6 +139,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 def check_recurrence(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Float[Tensor, "B H K V"]:
     """Check that queries, keys and values fit each other; returns the state as ``check_state`` does."""
     validate.tensor("q", q, ("batch", "heads", "time", "features"))
+    validate.floating("q", q.dtype)
     validate.at_least("q.shape[0] (batch)", q.shape[0], 1)
     validate.at_least("q.shape[2] (time)", q.shape[2], 1)
     B, H, T, K = q.shape
@@ -160,6 +161,7 @@ def check_state(state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> T
 def check_log_decay(log_decay: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise ValueError unless these are logarithms of decays in (0, 1]."""
     validate.tensor("log_decay", log_decay, shape, device=device)
+    validate.floating("log_decay", log_decay.dtype)
     if validate.may_read(log_decay):
         least, most = (float(bound) for bound in log_decay.detach().aminmax())
         if not (-math.inf < least and most <= 0):  # NaN fails too
@@ -238,7 +240,7 @@ class ShortConvolution(nn.Conv1d):
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False) -> None:
-        validate.at_least("width", width, 2)
+        width = validate.at_least("width", width, 2)
         super().__init__(channels, channels, width, groups=channels, bias=bias)
 
     @property

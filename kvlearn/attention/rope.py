@@ -45,7 +45,7 @@ class Llama3Scaling:
         _check_factor(self.factor)
         low = validate.above("low_freq_factor", self.low_freq_factor, 0)
         validate.above("high_freq_factor", self.high_freq_factor, low)
-        validate.positive("original_max_len", self.original_max_len)
+        validate.fields_at_least(self, original_max_len=1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
-        validate.positive("original_max_len", self.original_max_len)
+        validate.fields_at_least(self, original_max_len=1)
         validate.instance("truncate", self.truncate, bool)
         for name in ("beta_fast", "beta_slow"):
             validate.above(name, getattr(self, name), 0)
@@ -91,7 +91,7 @@ class DynamicScaling:
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
-        validate.positive("original_max_len", self.original_max_len)
+        validate.fields_at_least(self, original_max_len=1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class LongRopeScaling:
         for name in ("short_factor", "long_factor"):  # lists, as read from JSON, become tuples
             factors = validate.instance(name, getattr(self, name), Sequence)
             object.__setattr__(self, name, tuple(validate.above(name, each, 0) for each in factors))
-        validate.positive("original_max_len", self.original_max_len)
+        validate.fields_at_least(self, original_max_len=1)
         validate.above("attention_factor", self.attention_factor, 0)
 
 

@@ -63,7 +63,9 @@ class PooledAttention(Mechanism):
     ) -> None:
         super().__init__(d_model, n_heads, head_dim)
         self.n_kv_heads = validate.positive("n_kv_heads", n_kv_heads)
-        validate.at_most("n_kv_heads", n_kv_heads, n_heads, "n_heads: one head at least for each pool")
+        validate.at_most(
+            "n_kv_heads", self.n_kv_heads, self.n_heads, "n_heads: one head at least for each pool"
+        )
         self.reader = validate.instance("reader", reader, bool)
         self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         if not reader:

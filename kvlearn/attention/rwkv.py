@@ -85,18 +85,19 @@ def wkv(
     validate.at_least("k.shape[1] (time)", k.shape[1], 1)
     B, T, M = k.shape
     validate.tensor("v", v, (B, T, M), dtype=k.dtype, device=k.device)
+    validate.floating("k", k.dtype)
     for name, x in (("w", w), ("u", u)):
-        validate.tensor(name, x, (M,), device=k.device)
+        validate.floating(name, validate.tensor(name, x, (M,), device=k.device).dtype)
     if validate.may_read(w) and not bool(((w >= 0) & w.isfinite()).all()):
         raise ValueError(f"w: expected finite numbers of at least 0, decays e^-w in (0, 1], got {w.tolist()}")
     validate.one_of("form", form, ("recurrent", "chunked"))
-    validate.positive("chunk", chunk)
+    chunk = validate.positive("chunk", chunk)
     k, v = upcast(k), upcast(v)
     w, u = w.to(k.dtype), u.to(k.dtype)
     if state is None:
         sums = Sums(k.new_zeros(B, M), k.new_zeros(B, M), k.new_full((B, M), LOWEST))
     else:
-        if len(state) != len(Sums._fields):
+        if len(validate.instance("state", state, (tuple, list))) != len(Sums._fields):
             raise ValueError(f"state: expected {', '.join(Sums._fields)}, got {len(state)} tensors")
         parts = zip(Sums._fields, state, strict=True)
         sums = Sums(

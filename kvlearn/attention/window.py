@@ -247,7 +247,9 @@ class WindowAttention(Mechanism):
         self.reader = validate.instance("reader", reader, bool)
         self.window = validate.positive("window", window)
         self.n_sinks = validate.at_least("n_sinks", n_sinks, 0)
-        validate.at_most("n_sinks", n_sinks, window, f"window={window}: the tokens kept beside the window")
+        validate.at_most(
+            "n_sinks", self.n_sinks, self.window, f"window={window}: the tokens kept beside the window"
+        )
         self.q_proj = nn.Linear(d_model, self.n_heads * self.head_dim, bias=False)
         if not reader:
             self.k_proj = nn.Linear(d_model, self.n_kv_heads * self.head_dim, bias=False)

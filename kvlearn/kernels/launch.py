@@ -49,8 +49,7 @@ class Workspace:
         A step uses at most ``max_splits`` splits per row.
         """
         device = validate.device("device", device)
-        validate.positive("batch", batch)
-        validate.positive("n_heads", n_heads)
+        batch, n_heads = validate.positive("batch", batch), validate.positive("n_heads", n_heads)
         slots = batch * n_heads * validate.positive("max_splits", max_splits)
         return cls(
             torch.empty(slots * validate.positive("head_dim", head_dim), device=device),

@@ -111,9 +111,9 @@ def choose_splits(programs: int, tiles: int, multiprocessors: int, per_multiproc
     runs all at once, the result is the smallest with the fewest tiles per split, rounded up. One split more
     would take a second wave: no fewer tiles in all, and every start twice.
     """
-    for name, value in (("programs", programs), ("multiprocessors", multiprocessors)):
-        validate.positive(name, value)
+    programs, tiles = validate.positive("programs", programs), validate.at_least("tiles", tiles, 0)
+    multiprocessors = validate.positive("multiprocessors", multiprocessors)
     slots = multiprocessors * validate.positive("per_multiprocessor", per_multiprocessor)
-    most = max(min(validate.at_least("tiles", tiles, 0), slots // programs), 1)
+    most = max(min(tiles, slots // programs), 1)
     tiles_per_split = max(-(-tiles // most), 1)
     return max(-(-tiles // tiles_per_split), 1)

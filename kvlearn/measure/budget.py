@@ -79,7 +79,7 @@ def step_work(model: ModelShape, length: int, *, batch: int = 1, dtype: torch.dt
     Of a mixture of experts this counts all experts, as a large batch needs them.
     """
     validate.instance("model", model, ModelShape)
-    validate.positive("length", length)
+    length, batch = validate.positive("length", length), validate.positive("batch", batch)
     flops = 2.0 * model.n_parameters
     for layer in map(model.layer, range(model.n_layers)):
         flops += 4 * (layer.state or 0)

@@ -43,8 +43,8 @@ class LayerShape:
         for name in ("shared", "beside"):
             validate.instance(name, getattr(self, name), bool)
         for name in ("window", "head_dim", "latent", "index_dim", "top_k", "state", "conv"):
-            if (value := getattr(self, name)) is not None:
-                validate.positive(name, value)
+            if getattr(self, name) is not None:
+                validate.fields_at_least(self, **{name: 1})
         if self.state is None and (self.beside or self.conv is not None):
             raise ValueError("state: expected a number with beside or conv, got None")
 
@@ -69,7 +69,8 @@ def index_key_bytes(index_dim: int) -> int:
 
     Source: deepseek-ai/DeepSeek-V3.2-Exp, inference/model.py, Indexer.
     """
-    return validate.positive("index_dim", index_dim) + 4 * -(-index_dim // 128)
+    index_dim = validate.positive("index_dim", index_dim)
+    return index_dim + 4 * -(-index_dim // 128)
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class ModelShape:
     bytes_per_parameter: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_heads", "head_dim", "n_parameters", "context"):
-            validate.positive(name, getattr(self, name))
+        sizes = ("n_layers", "n_heads", "n_kv_heads", "head_dim", "n_parameters", "context")
+        validate.fields_at_least(self, **dict.fromkeys(sizes, 1))
         validate.divides("n_kv_heads", self.n_kv_heads, "n_heads", self.n_heads)
         validate.instance("layers", self.layers, tuple)
         validate.at_most("len(layers)", len(self.layers), self.n_layers, "n_layers")
@@ -117,7 +118,7 @@ def elements_per_token(model: ModelShape, length: int = 1) -> int:
     Numbers of index keys count too.
     """
     validate.instance("model", model, ModelShape)
-    validate.positive("length", length)
+    length = validate.positive("length", length)
     numbers = [
         _size(model, n, "stored", lambda width: width, lambda index: index, 1) for n in (length, length - 1)
     ]
@@ -172,7 +173,7 @@ def _bytes(
     model: ModelShape, length: int, what: Literal["stored", "read"], batch: int, dtype: torch.dtype
 ) -> int:
     validate.instance("model", model, ModelShape)
-    validate.at_least("length", length, 0)
+    length = validate.at_least("length", length, 0)
     validate.instance("dtype", dtype, torch.dtype)
     one = _size(
         model, length, what, lambda width: width * dtype.itemsize, index_key_bytes, torch.float32.itemsize

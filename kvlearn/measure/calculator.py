@@ -26,8 +26,8 @@ def memory_table(
     """Weights and cache of ``n_users`` sequences of ``context`` tokens, and whether a card holds them."""
     shape = MODELS[validate.one_of("model", model, MODELS)]
     dtype = PRECISIONS[validate.one_of("precision", precision, PRECISIONS)]
-    validate.positive("context", context)
-    validate.positive("n_users", n_users)
+    context = validate.positive("context", context)
+    n_users = validate.positive("n_users", n_users)
     validate.one_of("card", card, CARDS)
     weights = weights_bytes(shape)
     stored = cache_bytes(shape, context, batch=n_users, dtype=dtype)

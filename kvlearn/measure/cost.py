@@ -120,7 +120,7 @@ def batch_step_seconds(load: Load, device: Device, users: int, efficiency: float
     """The least time of a step in which each of ``users`` gets one token."""
     validate.instance("load", load, Load)
     validate.instance("device", device, Device)
-    validate.positive("users", users)
+    users = validate.positive("users", users)
     part("efficiency", efficiency)
     moved = (load.weights + users * load.moved) / device.bandwidth
     return max(moved, users * load.flops / device.peak) / efficiency
@@ -145,7 +145,8 @@ def dollars_per_million(
     part("busy", busy)
     part("efficiency", efficiency)
     users = users_per_device(load, device.memory, reserve) if users is None else users
-    if validate.at_least("users", users, 0) < 1:
+    users = validate.at_least("users", users, 0)
+    if users < 1:
         return float("inf")
     return price / 3600 * batch_step_seconds(load, device, users, efficiency) / (users * busy) * 1e6
 
@@ -153,7 +154,7 @@ def dollars_per_million(
 def devices_needed(load: Load, device: Device, users: int, reserve: float = 0.1) -> float:
     """How many devices hold so many users, each with all weights; infinite where none fits one."""
     validate.instance("device", device, Device)
-    validate.positive("users", users)
+    users = validate.positive("users", users)
     each = users_per_device(load, device.memory, reserve)
     return -(-users // each) if each else float("inf")
 
@@ -161,7 +162,7 @@ def devices_needed(load: Load, device: Device, users: int, reserve: float = 0.1)
 def sharded(device: Device, n: int) -> Device:
     """``n`` devices as one: memory, bandwidth and peak added up. Communication costs nothing here."""
     validate.instance("device", device, Device)
-    validate.positive("n", n)
+    n = validate.positive("n", n)
     return replace(
         device,
         name=f"{n} × {device.name}" if n > 1 else device.name,
@@ -185,7 +186,8 @@ def cost_table(
     ``price``: dollars per hour of one device.
     """
     card = DEVICES[validate.one_of("device", device, DEVICES)]
-    card = sharded(card, validate.positive("n_devices", n_devices))
+    n_devices = validate.positive("n_devices", n_devices)
+    card = sharded(card, n_devices)
     shape = MODELS[validate.one_of("model", model, MODELS)]
     load = Load.of(shape, validate.positive("context", context))
     at_least_zero("price", price)
@@ -244,7 +246,7 @@ def costs() -> None:
 
 def saved_per_year(n_devices: int, price: float, part: float) -> float:
     """Dollars that a ``part`` fewer of ``n_devices`` save in a year at ``price`` dollars per hour each."""
-    validate.at_least("n_devices", n_devices, 0)
+    n_devices = validate.at_least("n_devices", n_devices, 0)
     at_least_zero("price", price)
     if not 0 <= validate.finite("part", part) <= 1:
         raise ValueError(f"part: expected 0 to 1, got {part}")

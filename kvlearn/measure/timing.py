@@ -83,7 +83,7 @@ def compare(
     all run that often, after one call to warm up, as functions need whose calls change what they work on.
     The order turns from round to round, so that none always runs behind the same other.
     """
-    validate.positive("rounds", rounds)
+    rounds = validate.positive("rounds", rounds)
     if not validate.instance("fns", fns, Mapping):
         raise ValueError("fns: expected at least one function, got none")
     for fn in fns.values():
@@ -91,7 +91,7 @@ def compare(
     if validate.finite("min_block_time", min_block_time) < 0:
         raise ValueError(f"min_block_time: expected at least 0, got {min_block_time}")
     if calls is not None:
-        validate.positive("calls", calls)
+        calls = validate.positive("calls", calls)
     times = {}
     for name, fn in fns.items():
         fn()  # warm up: the first call may compile, allocate and fill caches

@@ -34,15 +34,15 @@ class Work:
     __rmul__ = __mul__
 
 
-def _check(dtype: torch.dtype, **sizes: int) -> None:
-    for name, size in sizes.items():
-        validate.positive(name, size)
+def _check(dtype: torch.dtype, **sizes: int) -> list[int]:
+    """``sizes`` as Python's integers, which do not overflow."""
     validate.instance("dtype", dtype, torch.dtype)
+    return [validate.positive(name, size) for name, size in sizes.items()]
 
 
 def linear_work(d_in: int, d_out: int, *, tokens: int, dtype: torch.dtype = torch.float32) -> Work:
     """y = x Wᵀ for ``tokens`` rows: 2 · tokens · d_in · d_out FLOPs; W, x and y moved once."""
-    _check(dtype, d_in=d_in, d_out=d_out, tokens=tokens)
+    d_in, d_out, tokens = _check(dtype, d_in=d_in, d_out=d_out, tokens=tokens)
     numbers = d_in * d_out + tokens * (d_in + d_out)
     return Work(2 * tokens * d_in * d_out, numbers * dtype.itemsize)
 
@@ -63,8 +63,10 @@ def attention_work(
     pairs = new · cached + new · (new + 1) / 2. Bytes: keys and values of all tokens, 2 · B · G · D · (cached
     + new) numbers, and queries and outputs, 2 · B · H · D · new.
     """
-    _check(dtype, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, new=new, batch=batch)
-    validate.at_least("cached", cached, 0)
+    n_heads, n_kv_heads, head_dim, new, batch = _check(
+        dtype, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, new=new, batch=batch
+    )
+    cached = validate.at_least("cached", cached, 0)
     pairs = new * cached + new * (new + 1) // 2
     numbers = 2 * batch * head_dim * (n_kv_heads * (cached + new) + n_heads * new)
     return Work(4 * batch * n_heads * head_dim * pairs, numbers * dtype.itemsize)
@@ -83,8 +85,16 @@ def attention_layer_work(
 ) -> Work:
     """An attention layer: the four projections (queries, keys, values, output) around ``attention_work``."""
     core = attention_work(n_heads, n_kv_heads, head_dim, new=new, cached=cached, batch=batch, dtype=dtype)
+    d_model, n_heads, n_kv_heads, head_dim, new, batch = _check(
+        dtype,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        new=new,
+        batch=batch,
+    )
     tokens = batch * new
-    validate.positive("d_model", d_model)
     q = linear_work(d_model, n_heads * head_dim, tokens=tokens, dtype=dtype)
     kv = linear_work(d_model, 2 * n_kv_heads * head_dim, tokens=tokens, dtype=dtype)
     o = linear_work(n_heads * head_dim, d_model, tokens=tokens, dtype=dtype)
@@ -109,6 +119,6 @@ def decoder_work(
     looked up, not at all). Activations between the layers are small beside the weights and not counted.
     """
     core = attention_work(n_heads, n_kv_heads, head_dim, new=new, cached=cached, batch=batch, dtype=dtype)
-    validate.at_least("n_parameters", n_parameters, 0)
-    validate.positive("n_layers", n_layers)
+    n_parameters = validate.at_least("n_parameters", n_parameters, 0)
+    n_layers, new, batch = _check(dtype, n_layers=n_layers, new=new, batch=batch)
     return Work(2 * batch * new * n_parameters, n_parameters * dtype.itemsize) + n_layers * core

@@ -117,16 +117,15 @@ class ModelConfig:
     pad_token: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads"):
-            validate.positive(name, getattr(self, name))
+        validate.fields_at_least(self, vocab_size=1, d_model=1, n_layers=1, n_heads=1)
         for name in ("embed_norm", "tied", "mlp_bias", "head_bias"):
             validate.instance(name, getattr(self, name), bool)
         for name, kind in (("rope", RopeConfig), ("experts", MoEConfig)):
             validate.instance(name, getattr(self, name), (kind, type(None)))
         if self.head_dim is not None:
-            validate.positive("head_dim", self.head_dim)
+            validate.fields_at_least(self, head_dim=1)
         if self.d_ff is not None:
-            validate.at_least("d_ff", self.d_ff, 0)
+            validate.fields_at_least(self, d_ff=0)
         validate.one_of("norm", self.norm, ("rms", "layer"))
         validate.one_of("norms", self.norms, ("pre", "post", "both"))
         validate.one_of("activation", self.activation, ACTIVATIONS)
@@ -136,11 +135,10 @@ class ModelConfig:
         if self.logit_softcap is not None:
             validate.above("logit_softcap", validate.in_fp32("logit_softcap", self.logit_softcap), 0)
         if self.pad_token is not None:
-            _integer("pad_token", self.pad_token)
+            validate.fields_at_least(self, pad_token=-(2**63))
         for name in ("dense_layers", "stop_tokens"):
-            for number in _sequence(name, getattr(self, name)):
-                _integer(name, number)
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            numbers = _sequence(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(validate.at_least(name, n, -(2**63)) for n in numbers))
         for layer in self.dense_layers:
             validate.one_of("dense_layers", layer, range(self.n_layers))
         _sequence("layers", self.layers)
@@ -206,10 +204,6 @@ class ModelConfig:
 def _sequence(name: str, value: Any) -> Sequence[Any]:
     """A list or tuple; a text would be taken for its letters."""
     return validate.instance(name, value, (list, tuple))
-
-
-def _integer(name: str, value: Any) -> int:
-    return validate.at_least(name, value, -(2**63))
 
 
 def _frozen(value: Any) -> Any:

@@ -77,7 +77,7 @@ def convert(
     """
     validate.instance("model", model, Decoder)
     validate.instance("layers", layers, (list, tuple))
-    validate.at_most("seed", validate.at_least("seed", seed, -(2**63)), 2**64 - 1, "64 bits")
+    seed = validate.at_most("seed", validate.at_least("seed", seed, -(2**63)), 2**64 - 1, "64 bits")
     if any(spec.name != "full" or spec.reads is not None for spec in model.config.specs):
         raise ValueError(f'model: expected "full" layers with keys of their own, got {model.config.layers}')
     config, head_dim = replace(model.config, layers=tuple(layers)), model.mixers[0].head_dim

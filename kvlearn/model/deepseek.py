@@ -164,8 +164,9 @@ def interleave(weight: Float[Tensor, "N M"], rope_dim: int, n_heads: int = 1) ->
 
 def _reorder(weight: Tensor, rope_dim: int, n_heads: int, pairs: tuple[int, int]) -> Tensor:
     validate.tensor("weight", weight, ("rows", "columns"))
-    rows = len(weight) // validate.divides("n_heads", n_heads, "rows", len(weight))
-    validate.at_most("rope_dim", validate.positive("rope_dim", rope_dim), rows, "rows of a head")
+    n_heads = validate.divides("n_heads", n_heads, "rows", len(weight))
+    rows, rope_dim = len(weight) // n_heads, validate.positive("rope_dim", rope_dim)
+    validate.at_most("rope_dim", rope_dim, rows, "rows of a head")
     if rope_dim % 2:
         raise ValueError(f"rope_dim: expected an even number, got {rope_dim}")
     other, rotated = weight.unflatten(0, (n_heads, -1)).split((rows - rope_dim, rope_dim), dim=1)

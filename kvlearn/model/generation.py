@@ -52,12 +52,12 @@ def generate(
     cache), or if RoPE's angles depend on the length of the longest row: these need a call for each prompt.
     """
     validate.instance("model", model, Decoder)
-    validate.positive("n", n)
+    n = validate.positive("n", n)
     check_sampling(temperature, top_k, top_p)
     if seed is not None:
         seed = validate.at_most("seed", validate.at_least("seed", seed, -(2**63)), 2**64 - 1, "64 bits")
     if chunk is not None:
-        validate.positive("chunk", chunk)
+        chunk = validate.positive("chunk", chunk)
     for name, flag in (("use_cache", use_cache), ("progress", progress)):
         validate.instance(name, flag, bool)
     ends = stop_tokens(model, stop)

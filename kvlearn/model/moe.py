@@ -71,11 +71,10 @@ class MoEConfig:
     sum_eps: float = 1e-20
 
     def __post_init__(self) -> None:
-        for name in ("n_experts", "top_k", "d_ff", "n_groups", "topk_groups", "group_best"):
-            validate.positive(name, getattr(self, name))
+        sizes = ("n_experts", "top_k", "d_ff", "n_groups", "topk_groups", "group_best")
+        validate.fields_at_least(self, **dict.fromkeys(sizes, 1), d_ff_shared=0)
         for name in ("normalise", "correction", "shared_gate", "bias"):
             validate.instance(name, getattr(self, name), bool)
-        validate.at_least("d_ff_shared", self.d_ff_shared, 0)
         validate.one_of("routing", self.routing, ("softmax", "sigmoid"))
         validate.divides("n_groups", self.n_groups, "n_experts", self.n_experts)
         validate.at_most("topk_groups", self.topk_groups, self.n_groups, "n_groups")

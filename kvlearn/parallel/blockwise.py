@@ -42,7 +42,7 @@ class Rule:
     def __post_init__(self) -> None:
         validate.instance("causal", self.causal, bool)
         if self.window is not None:
-            validate.positive("window", self.window)
+            validate.fields_at_least(self, window=1)
             if not self.causal:
                 raise ValueError("window: expected a causal rule, got causal=False")
 

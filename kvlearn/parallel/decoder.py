@@ -127,7 +127,7 @@ class ParallelDecoder(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Int[Tensor, "B N"], n_new: int) -> Int[Tensor, "B _"]:
         """``tokens`` continued greedily by ``n_new``, the same on every rank; the cache stays spread out."""
-        validate.positive("n_new", n_new)
+        n_new = validate.positive("n_new", n_new)
         n_prompt = tokens.shape[1]
         caches = self.new_caches(len(tokens), n_prompt + n_new, n_prompt)
         logits = self(tokens, caches)

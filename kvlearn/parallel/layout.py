@@ -41,8 +41,7 @@ class Layout:
     order: Order = "contiguous"
 
     def __post_init__(self) -> None:
-        validate.positive("n_tokens", self.n_tokens)
-        validate.positive("world", self.world)
+        validate.fields_at_least(self, n_tokens=1, world=1)
         validate.one_of("order", self.order, ORDERS)
 
     @property

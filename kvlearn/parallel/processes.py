@@ -55,7 +55,7 @@ def launch(
     ``args`` may be anything, also of a notebook. They run on one thread, must not use a GPU that this process
     has used, and have been tried on Linux alone.
     """
-    validate.positive("world", world)
+    world = validate.positive("world", world)
     if not copied and function.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
         raise ValueError(
             f"function: expected one that other processes can import, got {function.__name__} of a notebook"

@@ -184,7 +184,7 @@ class BlockPool:
 
         Raises OutOfBlocks, and then nothing has changed.
         """
-        validate.at_least("n_tokens", n_tokens, 0)
+        n_tokens = validate.at_least("n_tokens", n_tokens, 0)
         last, filled = divmod(table.length, self.page)
         wanted = blocks_for(table.length + n_tokens, self.page) - len(table.blocks)
         shared = filled > 0 and self.references[table.blocks[last]] > 1
@@ -244,7 +244,8 @@ class BlockPool:
         Raises ValueError if there are fewer, or if the last token that stays was dropped. A window that has
         dropped blocks may also miss tokens before it: only its owner knows how far it looks back.
         """
-        keep = blocks_for(validate.at_least("length", length, 0), self.page)
+        length = validate.at_least("length", length, 0)
+        keep = blocks_for(length, self.page)
         validate.at_most("length", length, table.length, "the tokens in the table")
         if DROPPED in table.blocks[max(keep - 1, 0) : keep]:
             raise ValueError(f"length: expected tokens that are still in the cache, got {length}")

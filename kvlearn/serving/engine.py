@@ -92,10 +92,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         validate.instance("model", self.model, Decoder)
-        validate.positive("n_blocks", self.n_blocks)
-        validate.positive("page", self.page)
-        validate.positive("max_batch", self.max_batch)
-        validate.at_least("budget", self.budget, self.max_batch)
+        validate.fields_at_least(self, n_blocks=1, page=1, max_batch=1)
+        validate.fields_at_least(self, budget=self.max_batch)
         mixers, weight = self.model.mixers, self.model.embed.weight
         self.layers = [paged_layer(i, mixer, self.page) for i, mixer in enumerate(mixers)]
         widths = [math.prod(layer.shape) for layer in self.layers]
@@ -144,7 +142,8 @@ class Engine:
         tokens = [validate.at_least("prompt", token, 0) for token in prompt]
         vocabulary = self.model.config.vocab_size
         validate.at_most("prompt", max(tokens), vocabulary - 1, f"vocab_size={vocabulary}")
-        needed = blocks_for(len(tokens) + validate.positive("n_new", n_new) - 1, self.page)
+        n_new = validate.positive("n_new", n_new)
+        needed = blocks_for(len(tokens) + n_new - 1, self.page)
         table = self.pool.open(tenant)
         if needed > self.pool.limit(tenant):
             raise OutOfBlocks(

@@ -184,8 +184,8 @@ def noise(
         validate.positive(f"len({name})", len(validate.instance(name, times, (list, tuple))))
         for each in times:
             validate.finite(name, each)
-    validate.at_least("n_candidates", n_candidates, 2)
-    validate.positive("probes", probes)
+    n_candidates = validate.at_least("n_candidates", n_candidates, 2)
+    probes = validate.positive("probes", probes)
     rng = random.Random(validate.at_least("seed", seed, 0))
     saved = max(sum(misses) / len(misses) - sum(hits) / len(hits), 0.0)
     scale = saved / epsilon

@@ -40,9 +40,7 @@ class Mix:
     seconds_per_token: float = 0.02
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "n_tenants": 1, "n_public": 1, "system_prompt": 0, "max_len": 2}
-        for name, bound in least.items():
-            validate.at_least(name, getattr(self, name), bound)
+        validate.fields_at_least(self, seed=0, n_tenants=1, n_public=1, system_prompt=0, max_len=2)
         for name in ("question", "answer", "rate"):
             if validate.above(name, getattr(self, name), 0) > MOST:
                 raise ValueError(f"{name}: expected at most {MOST:g}, got {getattr(self, name)}")
@@ -108,9 +106,8 @@ def simulate(mix: Mix, n_requests: int, n_blocks: int, page: int = 16, sharing: 
     """
     validate.instance("mix", mix, Mix)
     validate.one_of("sharing", sharing, ("none", "all", "salts", "quotas"))
-    validate.positive("n_requests", n_requests)
-    validate.positive("n_blocks", n_blocks)
-    validate.positive("page", page)
+    n_requests = validate.positive("n_requests", n_requests)
+    n_blocks, page = validate.positive("n_blocks", n_blocks), validate.positive("page", page)
     quota = n_blocks // mix.n_tenants if sharing == "quotas" else None
     salted = sharing in ("salts", "quotas")
     names = [str(i) for i in range(mix.n_tenants)]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvlearn import validate
 from kvlearn.extras import progress_bar
 from kvlearn.model import Spec
 from kvlearn.study.curve import mean_and_error
@@ -49,6 +50,16 @@ def study_recall(
     convolution before it, which all have. A run ends early where it answers ``ENOUGH`` of the questions.
     Runs are independent: ``jobs`` of them go on at a time, each in a process with one thread.
     """
+    validate.instance("designs", designs, Mapping)
+    validate.instance("training", training, TrainConfig)
+    for task in validate.instance("tasks", tasks, (list, tuple)):
+        validate.instance("tasks", task, Recall)
+    for rate in validate.instance("rates", rates, (list, tuple)):
+        validate.above("rates", rate, 0)
+    for seed in validate.instance("seeds", seeds, (list, tuple, range)):
+        validate.at_least("seeds", seed, 0)
+    jobs = validate.positive("jobs", jobs)
+    validate.instance("progress", progress, bool)
     work = [
         (task, design, spec, replace(training, lr=rate, seed=seed, length=task.length))
         for task in tasks

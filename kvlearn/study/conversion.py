@@ -21,7 +21,7 @@ from kvlearn.model import Decoder, Spec, card, convert
 from kvlearn.study.base import PATH, base_model
 from kvlearn.study.curve import Point, train_and_measure
 from kvlearn.study.other_text import other_texts
-from kvlearn.study.text import corpus, windows
+from kvlearn.study.text import check_seed, corpus, windows
 from kvlearn.study.training import TrainConfig
 
 Layers = Sequence[str | Spec]
@@ -132,7 +132,10 @@ def prepare_conversion(
 
     Arguments and errors are those of ``convert_and_uptrain``.
     """
-    validate.positive("batch", batch)
+    validate.instance("base", base, Decoder)
+    batch, length = validate.positive("batch", batch), validate.positive("length", length)
+    seed = check_seed(seed)
+    validate.finite("share", share)
     seen = card(PATH)["tokens"] if seen is None else validate.positive("seen", seen)
     steps = round(share * seen / (batch * length))
     if steps < 1:

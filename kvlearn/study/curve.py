@@ -12,8 +12,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from kvlearn import validate
 from kvlearn.model import Decoder
 from kvlearn.study.evaluation import evaluate
+from kvlearn.study.text import check_text
 from kvlearn.study.training import TrainConfig, train
 
 
@@ -48,7 +50,8 @@ class Point:
 
 def mean_and_error(values: Collection[float]) -> tuple[float, float]:
     """The mean, and its standard error: the standard deviation over √n (0 where there is but one value)."""
-    n, mean = len(values), math.fsum(values) / len(values)
+    n = validate.positive("len(values)", len(validate.instance("values", values, Collection)))
+    mean = math.fsum(values) / n
     return mean, (math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n) ** 0.5
 
 
@@ -69,7 +72,16 @@ def train_and_measure(
     gives the same curve: the measurements are kept there too. A checkpoint of a run that began with other
     weights or measured otherwise is refused.
     """
-    wanted, clock = {*at, config.steps}, time.perf_counter()
+    validate.instance("model", model, Decoder)
+    validate.instance("config", config, TrainConfig)
+    for each in validate.instance("held_out", held_out, Mapping).values():
+        check_text("held_out", each, config.length)
+    n_windows = validate.positive("n_windows", n_windows)
+    wanted = {
+        validate.at_least("at", step, 0) for step in validate.instance("at", at, (list, tuple, set, range))
+    }
+    wanted.add(config.steps)
+    clock = time.perf_counter()
 
     def measure(step: int) -> dict[str, Any] | None:
         nonlocal clock

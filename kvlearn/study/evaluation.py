@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.model import Decoder
+from kvlearn.study.text import check_text
 
 
 class Evaluation(NamedTuple):
@@ -35,6 +36,7 @@ def evaluate(
     model: Decoder, text: UInt8[Tensor, "N"], *, length: int, n_windows: int = 64, batch: int = 16
 ) -> Evaluation:
     """The loss over ``n_windows`` windows of ``length`` bytes, spread evenly over ``text``."""
+    n_windows = validate.positive("n_windows", n_windows)
     loss = token_losses(model, spread_windows(text, length, n_windows), batch=batch)
     error = loss.mean(1).std(correction=min(1, n_windows - 1)).item() / n_windows**0.5
     return Evaluation(loss.mean().item(), error, loss.mean(0), loss.mean(1))
@@ -42,9 +44,8 @@ def evaluate(
 
 def spread_windows(text: UInt8[Tensor, "N"], length: int, n_windows: int) -> Int[Tensor, "{n_windows} T"]:
     """``n_windows`` windows of ``length`` bytes and the one that follows, spread evenly over ``text``."""
-    validate.positive("n_windows", n_windows)
-    if len(text) <= length:
-        raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
+    n_windows, length = validate.positive("n_windows", n_windows), validate.positive("length", length)
+    check_text("text", text, length)
     starts = torch.linspace(0, len(text) - length - 1, n_windows, dtype=torch.float64).long()
     return text[starts[:, None] + torch.arange(length + 1)].long()
 
@@ -54,6 +55,10 @@ def token_losses(
     model: Decoder, windows: Int[Tensor, "N T"], *, batch: int = 16
 ) -> Float[Tensor, "N length"]:
     """The loss of each token of ``windows`` but the first, in nats; ``batch`` windows at a time."""
+    validate.instance("model", model, nn.Module)
+    validate.integers("windows", validate.tensor("windows", windows, ("windows", "tokens")))
+    validate.positive("windows.shape[0] (windows)", len(windows))
+    validate.at_least("windows.shape[1] (tokens)", windows.shape[1], 2)
     losses = []
     for some in windows.split(validate.positive("batch", batch)):
         some = some.to(model.embed.weight.device)

@@ -57,11 +57,14 @@ class Dataset:
 
 def encode_bytes(text: str) -> list[int]:
     """A byte per token, as the course's models take it."""
-    return list(text.encode())
+    return list(validate.instance("text", text, str).encode())
 
 
 def decode_bytes(tokens: Sequence[int]) -> str:
     """The inverse; bytes that are no text become �."""
+    validate.instance("tokens", tokens, (list, tuple))
+    for token in tokens:
+        validate.at_most("tokens", validate.at_least("tokens", token, 0), 255, "a byte")
     return bytes(tokens).decode(errors="replace")
 
 
@@ -82,6 +85,10 @@ def evaluate_folder(
 
     Raises ValueError where the folder holds no data set, or an answer leaves no room for a prompt.
     """
+    max_length, chunk = validate.positive("max_length", max_length), validate.positive("chunk", chunk)
+    limit = None if limit is None else validate.positive("limit", limit)
+    for name, coder in (("encode", encode), ("decode", decode)):
+        validate.function(name, coder)
     rows = []
     for data in read_folder(folder):
         room = max_length - data.n_new
@@ -116,7 +123,8 @@ def evaluate_folder(
 
 def without_middle(tokens: list[int], length: int) -> list[int]:
     """``tokens``, or its first and last ``length`` / 2 where there are more than ``length``."""
-    validate.at_least("length", length, 2)
+    validate.instance("tokens", tokens, list)
+    length = validate.at_least("length", length, 2)
     return tokens if len(tokens) <= length else tokens[: length - length // 2] + tokens[-(length // 2) :]
 
 
@@ -125,7 +133,7 @@ def read_folder(folder: str | Path) -> Iterator[Dataset]:
 
     Raises ValueError that names the file and the key that is missing.
     """
-    folder = Path(folder)
+    folder = Path(validate.instance("folder", folder, (str, Path)))
     prompts, n_new = (_options(folder, name) for name in ("dataset2prompt", "dataset2maxlen"))
     paths = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     paths |= {path.parent.name: path for path in sorted(folder.glob("*/validation.jsonl"))}
@@ -142,6 +150,11 @@ def read_folder(folder: str | Path) -> Iterator[Dataset]:
             missing = [key for key in wanted if key not in line]
             if missing:
                 raise ValueError(f"{path.name}, line {number}: expected a key {missing[0]!r}")
+            answers = line[wanted[-1]]  # a text would be taken for its letters
+            if not (isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)):
+                raise ValueError(
+                    f"{path.name}, line {number}: {wanted[-1]}: expected a list of texts, got {answers!r}"
+                )
         if is_ruler:
             examples = [
                 Example(line["input"] + line.get("answer_prefix", ""), tuple(line["outputs"]))
@@ -157,7 +170,7 @@ def read_folder(folder: str | Path) -> Iterator[Dataset]:
             name,
             "RULER" if is_ruler else "LongBench",
             tuple(examples),
-            n_new.get(plain_name(name), DEFAULT_NEW_TOKENS),
+            validate.positive("dataset2maxlen.json", n_new.get(plain_name(name), DEFAULT_NEW_TOKENS)),
         )
 
 

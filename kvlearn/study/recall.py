@@ -67,13 +67,13 @@ class Recall:
     n_values: int = 32
 
     def __post_init__(self) -> None:
-        validate.positive("n_pairs", self.n_pairs)
+        validate.fields_at_least(self, n_pairs=1, n_keys=1, n_values=1)
         for name in ("n_keys", "n_values"):
             if getattr(self, name) < self.n_pairs:
                 raise ValueError(
                     f"{name}: expected at least n_pairs={self.n_pairs}, got {getattr(self, name)}"
                 )
-        validate.at_least("length", self.length, 3 * self.n_pairs)
+        validate.fields_at_least(self, length=3 * self.n_pairs)
 
     @property
     def vocab_size(self) -> int:
@@ -81,6 +81,7 @@ class Recall:
 
     def texts(self, batch: int, generator: torch.Generator) -> Texts:
         """``batch`` new texts."""
+        batch = check_draw(batch, generator)
         keys, values, places = (
             torch.rand(batch, n, generator=generator).topk(self.n_pairs).indices
             for n in (self.n_keys, self.n_values, self.length - 2 * self.n_pairs)
@@ -90,6 +91,12 @@ class Recall:
         tokens[:, : 2 * self.n_pairs] = torch.stack((keys, values), dim=-1).flatten(1)
         # topk gives its places in a random order, so keys are asked in one too.
         return Texts(tokens.scatter(1, asked, keys), asked, values)
+
+
+def check_draw(batch: int, generator: torch.Generator) -> int:
+    """Check what a task's ``texts`` is given; returns ``batch``."""
+    validate.instance("generator", generator, torch.Generator)
+    return validate.positive("batch", batch)
 
 
 class Point(NamedTuple):
@@ -145,7 +152,10 @@ def new_model(mixer: Mixer, task: Task, d_model: int = 64, *, n_mixers: int | No
     Weights start larger than a language model's: with those of 0.02, nothing moves for hundreds of steps.
     The output matrix is the embedding: where both are learned, guessing among a text's values lasts long.
     """
+    validate.instance("task", task, Task)
+    validate.instance("mixer", mixer, (str, Spec, list, tuple))
     pattern = [mixer] if isinstance(mixer, str | Spec) else list(mixer)
+    validate.positive("len(mixer)", len(pattern))
     n_mixers = len(pattern) if n_mixers is None else validate.positive("n_mixers", n_mixers)
     mixers = [pattern[i % len(pattern)] for i in range(n_mixers)]
     model = Decoder(
@@ -188,6 +198,12 @@ def train(
     Of ``training`` the length is not used: it is the task's. With ``until`` the run ends as soon as that
     share of the answers was right over ``every`` steps.
     """
+    validate.instance("training", training, TrainConfig)
+    every, n_texts = validate.positive("every", every), validate.positive("n_texts", n_texts)
+    if until is not None:
+        validate.finite("until", until)
+    device = validate.device("device", device)
+    validate.instance("progress", progress, bool)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         model = new_model(mixer, task, n_mixers=n_mixers).to(device)
@@ -218,7 +234,9 @@ def train(
 @torch.no_grad()
 def score(model: Decoder, task: Task, n_texts: int = 512) -> tuple[float, float]:
     """Loss and accuracy on ``n_texts`` texts that no training saw and that all models share."""
-    texts = task.texts(n_texts, torch.Generator().manual_seed(HELD_OUT))
+    validate.instance("model", model, nn.Module)
+    n_texts = validate.positive("n_texts", n_texts)
+    texts = validate.instance("task", task, Task).texts(n_texts, torch.Generator().manual_seed(HELD_OUT))
     loss, accuracy = answer(model.eval(), texts)
     return loss.item(), accuracy.item()
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from kvlearn import validate
 from kvlearn.attention import RoutedAttention
 from kvlearn.model import Decoder, ModelConfig, Spec
 from kvlearn.study.curve import mean_and_error, train_and_measure
@@ -48,6 +49,9 @@ def study_routing(
     ``routes`` holds, of a routed model, the pool that each head of each layer came to read. The state of each
     run lies in ``folder``, so that a killed study goes on.
     """
+    validate.instance("config", config, ModelConfig)
+    validate.instance("training", training, TrainConfig)
+    validate.instance("progress", progress, bool)
     text = corpus().train if text is None else text
     held_out = corpus().valid if held_out is None else held_out
     for seed in seeds:

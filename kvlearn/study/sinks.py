@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from kvlearn import validate
 from kvlearn.attention import GroupedQueryAttention
 from kvlearn.attention.core import causal_mask, split_heads
 from kvlearn.extras import progress_bar
 from kvlearn.model import Decoder, Spec
 from kvlearn.study.base import base_model
 from kvlearn.study.curve import mean_and_error
-from kvlearn.study.text import SEPARATOR, corpus, windows
+from kvlearn.study.text import SEPARATOR, check_text, corpus, windows
 from kvlearn.study.training import TrainConfig, parameter_groups
 
 TRAINING = TrainConfig(steps=300, batch=16, length=256, lr=1e-3, warmup=30)
@@ -53,6 +54,9 @@ def study_sinks(
     base = base_model() if base is None else base
     text = corpus().train if text is None else text
     held_out = corpus().valid if held_out is None else held_out
+    n_windows = validate.positive("n_windows", n_windows)
+    validate.instance("progress", progress, bool)
+    check_text("held_out", held_out, validate.instance("training", training, TrainConfig).length)
     starts = torch.linspace(0, len(held_out) - training.length - 1, n_windows, dtype=torch.float64).long()
     tokens = with_first(held_out[starts[:, None] + torch.arange(training.length + 1)].long())
     for name, model in {

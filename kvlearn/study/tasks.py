@@ -15,13 +15,14 @@ from typing import TypeVar
 import torch
 
 from kvlearn import validate
-from kvlearn.study.recall import Recall, Texts
+from kvlearn.study.recall import Recall, Texts, check_draw
 
 T = TypeVar("T", "Recall", "Needle", "Induction", "SelectiveCopy")
 
 
 def longer(task: T, factor: int) -> T:
     """The same task in texts of ``factor`` times as many tokens."""
+    validate.instance("task", task, (Recall, Needle, Induction, SelectiveCopy))
     return replace(task, length=validate.positive("factor", factor) * task.length)
 
 
@@ -41,11 +42,9 @@ class Needle:
     n_values: int = 16
 
     def __post_init__(self) -> None:
-        validate.positive("n_needles", self.n_needles)
-        validate.positive("n_words", self.n_words)
-        for name in ("n_keys", "n_values"):
-            validate.at_least(name, getattr(self, name), self.n_needles)
-        validate.at_least("length", self.length, 2 * self.n_needles + 1)
+        validate.fields_at_least(self, n_needles=1, n_words=1)
+        least = self.n_needles
+        validate.fields_at_least(self, n_keys=least, n_values=least, length=2 * least + 1)
 
     @property
     def vocab_size(self) -> int:
@@ -53,6 +52,7 @@ class Needle:
 
     def texts(self, batch: int, generator: torch.Generator) -> Texts:
         """``batch`` new texts, each with one question in its last token."""
+        batch = check_draw(batch, generator)
         tokens = torch.randint(self.n_words, (batch, self.length), generator=generator)
         keys, values, slots = (
             torch.rand(batch, n, generator=generator).topk(self.n_needles).indices
@@ -75,11 +75,11 @@ class Induction:
     vocab_size: int = 32
 
     def __post_init__(self) -> None:
-        validate.at_least("length", self.length, 3)
-        validate.at_least("vocab_size", self.vocab_size, 2)
+        validate.fields_at_least(self, length=3, vocab_size=2)
 
     def texts(self, batch: int, generator: torch.Generator) -> Texts:
         """``batch`` new texts, each with one question in its last token."""
+        batch = check_draw(batch, generator)
         tokens = torch.randint(self.vocab_size, (batch, self.length), generator=generator)
         asked = torch.randint(self.vocab_size, (batch, 1), generator=generator)
         others = torch.randint(1, self.vocab_size, (batch, self.length), generator=generator)
@@ -104,9 +104,8 @@ class SelectiveCopy:
     n_symbols: int = 16
 
     def __post_init__(self) -> None:
-        validate.positive("n_data", self.n_data)
-        validate.positive("n_symbols", self.n_symbols)
-        validate.at_least("length", self.length, 2 * self.n_data + 1)
+        validate.fields_at_least(self, n_data=1, n_symbols=1)
+        validate.fields_at_least(self, length=2 * self.n_data + 1)
 
     @property
     def vocab_size(self) -> int:
@@ -114,6 +113,7 @@ class SelectiveCopy:
 
     def texts(self, batch: int, generator: torch.Generator) -> Texts:
         """``batch`` new texts, each with ``n_data`` questions at its end."""
+        batch = check_draw(batch, generator)
         n_places = self.length - self.n_data - 1
         places = torch.rand(batch, n_places, generator=generator).topk(self.n_data).indices.sort(1).values + 1
         symbols = torch.randint(2, 2 + self.n_symbols, (batch, self.n_data), generator=generator)

@@ -22,6 +22,7 @@ SYMPY_VERSION = "1.14.0"
 CHECKSUM = "3ba4ae46b05ffe5bb4f98fef40cd6c360c0150b94334f03dd85071ec3fcf9e89"
 LARGEST = 250_000  # bytes
 SEPARATOR = b"\x00"  # before each file; no source file holds this byte
+MOST = 2**43  # of a seed and of a step: what both make together fits 64 bits
 
 
 class Corpus(NamedTuple):
@@ -77,13 +78,34 @@ def source_files(package: str, version: str, checksum: str) -> dict[str, bytes]:
 
 def as_tokens(text: bytes) -> UInt8[Tensor, "N"]:
     """Bytes as tokens."""
+    validate.instance("text", text, bytes)
     return torch.tensor(np.frombuffer(text, np.uint8))
 
 
 def split_of(path: str) -> str:
     """Which part a file belongs to, by the hash of its path: the same on every machine."""
+    validate.instance("path", path, str)
     bucket = hashlib.sha256(path.encode()).digest()[0] % 20
     return {0: "valid", 1: "test"}.get(bucket, "train")
+
+
+def check_text(name: str, text: UInt8[Tensor, "N"], length: int) -> UInt8[Tensor, "N"]:
+    """A text that holds a window of ``length`` bytes and the one that follows."""
+    validate.integers(name, validate.tensor(name, text, ("bytes",)))
+    if len(text) <= length:
+        raise ValueError(f"{name}: expected more than length={length} bytes, got {len(text)}")
+    return text
+
+
+def check_seed(seed: int) -> int:
+    """A seed that leaves room for the steps in ``step_seed``."""
+    return validate.at_most("seed", validate.at_least("seed", seed, 0), MOST, "with the step it has 64 bits")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A number of its own for every step of every seed."""
+    step = validate.at_most("step", validate.at_least("step", step, 0), MOST, "with the seed it has 64 bits")
+    return check_seed(seed) * 1_000_003 + step
 
 
 def windows(
@@ -94,8 +116,8 @@ def windows(
     A pure function of its arguments, so that a run that was killed goes on with exactly the batches it would
     have seen.
     """
-    if len(text) <= length:
-        raise ValueError(f"text: expected more than length={length} bytes, got {len(text)}")
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + validate.at_least("step", step, 0))
+    batch, length = validate.positive("batch", batch), validate.positive("length", length)
+    check_text("text", text, length)
+    generator = torch.Generator().manual_seed(step_seed(seed, step))
     starts = torch.randint(len(text) - length, (batch,), generator=generator)
     return text[starts[:, None] + torch.arange(length + 1)].long()

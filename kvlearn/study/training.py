@@ -14,13 +14,14 @@ from typing import Any, NotRequired, TypedDict
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.extras import progress_bar
 from kvlearn.files import replacing
+from kvlearn.measure.cost import at_least_zero
 from kvlearn.model import Decoder
-from kvlearn.study.text import windows
+from kvlearn.study.text import check_seed, check_text, step_seed, windows
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length"):
-            validate.positive(name, getattr(self, name))
-        if not self.lr > 0:
-            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        validate.fields_at_least(self, steps=1, batch=1, length=1, warmup=0)
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        for name in ("lr", "clip"):
+            object.__setattr__(self, name, validate.above(name, getattr(self, name), 0))
+        object.__setattr__(self, "weight_decay", at_least_zero("weight_decay", self.weight_decay))
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a tenth. Loshchilov & Hutter, "SGDR" (2016), eq. 5."""
+        step = validate.at_least("step", step, 0)
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
@@ -104,7 +107,15 @@ def train(
     Raises TrainingDiverged (a FloatingPointError) at the first loss or gradient that is not finite, before it
     reaches a weight or the checkpoint; ValueError where the checkpoint is damaged or belongs to another run.
     """
-    validate.positive("every", every)
+    validate.instance("model", model, nn.Module)
+    check_text("text", text, validate.instance("config", config, TrainConfig).length)
+    validate.instance("checkpoint", checkpoint, (str, os.PathLike, type(None)))
+    every = validate.positive("every", every)
+    for name, asked in (("at_step", at_step), ("stop", stop)):
+        if asked is not None:
+            validate.function(name, asked)
+    validate.instance("origin", origin, (str, type(None)))
+    validate.instance("progress", progress, bool)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
     history: list[Step] = []
     if checkpoint is not None and Path(checkpoint).exists():
@@ -150,7 +161,7 @@ def _step(
     batch = batch.to(model.embed.weight.device)
     tokens, targets = batch[:, :-1], batch[:, 1:]
     with torch.random.fork_rng(devices=[]):  # what a layer draws is a function of seed and step too
-        torch.manual_seed(config.seed * 1_000_003 + step)
+        torch.manual_seed(step_seed(config.seed, step))
         loss = F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
     optimizer.zero_grad()
     loss.backward()

@@ -203,8 +203,7 @@ def recommend(
     "any". ``near``: of changes that cost within this part of the cheapest, the least is taken. A name that is
     not in ``MODELS`` or ``DEVICES`` is answered with "I do not know".
     """
-    validate.positive("context", context)
-    validate.positive("users", users)
+    context, users = validate.positive("context", context), validate.positive("users", users)
     validate.one_of("evidence", evidence, EVIDENCE)
     validate.instance("model", model, (str, ModelShape))
     validate.instance("device", device, (str, Device))
@@ -442,8 +441,7 @@ class Request:
 
     def __post_init__(self) -> None:
         validate.instance("name", self.name, str)
-        validate.positive("context", self.context)
-        validate.positive("users", self.users)
+        validate.fields_at_least(self, context=1, users=1)
         at_least_zero("speed", self.speed)
 
 

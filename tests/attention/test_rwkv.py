@@ -133,6 +133,8 @@ def test_wkv_needs_no_memory_larger_than_its_result() -> None:
         ({"w": torch.full((M,), torch.inf)}, ValueError, "w: expected finite"),
         ({"state": (draw(B, M), draw(B, M), draw(B, M + 1))}, ValueError, "state.top: expected shape"),
         ({"state": (draw(B, M), draw(B, M))}, ValueError, "state: expected num, den, top, got 2"),
+        ({"state": True}, TypeError, "state: expected tuple or list, got bool"),
+        ({"w": torch.ones(M, dtype=torch.complex64)}, TypeError, "w: expected a floating-point type"),
         ({"form": "parallel"}, ValueError, "form"),
         ({"chunk": 0}, ValueError, "chunk"),
     ],

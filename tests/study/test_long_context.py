@@ -103,6 +103,14 @@ def test_data_sets_that_need_a_segmenter_get_no_score(tmp_path: Path) -> None:
     [
         ({"input": "?", "answers": []}, "qasper.jsonl, line 1: expected a key 'context'"),
         ({"outputs": ["1"]}, "qasper.jsonl, line 1: expected a key 'input'"),
+        (
+            {"input": "?", "outputs": "12"},
+            "qasper.jsonl, line 1: outputs: expected a list of texts, got '12'",
+        ),
+        (
+            {"input": "?", "context": "", "answers": []},
+            r"qasper.jsonl, line 1: answers: expected a list of texts, got \[\]",
+        ),
     ],
 )
 def test_a_line_without_a_key_is_named(tmp_path: Path, line: dict[str, Any], message: str) -> None:

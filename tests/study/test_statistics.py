@@ -1,6 +1,8 @@
 """Intervals against tables and simulation; what a run that diverged may not do to a mean."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +74,32 @@ def test_the_bootstrap_agrees_with_t_where_pairs_are_many() -> None:
     assert ours.high == pytest.approx(theirs.high, abs=0.01)
     with pytest.raises(ValueError, match="values: expected at least one"):
         bootstrap_difference([])
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: summarise([1.0, math.nan]), "losses: expected a finite number, got nan"),
+        (lambda: student_cdf(math.nan, 3), "t: expected a finite number, got nan"),
+        (lambda: student_cdf(1.0, 0), "df: expected at least 1, got 0"),
+        (lambda: student_quantile(1.0, 3), "p: expected a probability between 0 and 1, got 1.0"),
+        (lambda: student_quantile(0.5, 1.5), r"df: expected an integer, got float \(1.5\)"),  # type: ignore[arg-type]
+        (lambda: paired_values({0: 1.0}, {0: math.inf}), "theirs: expected a finite number, got inf"),
+        (lambda: paired_difference([1.0, math.nan]), "values: expected a finite number, got nan"),
+        (lambda: paired_difference([1.0, 2.0], confidence=1.0), "confidence: expected a probability"),
+        (lambda: paired_difference([1.0], spread=-1.0, df=2), "spread: expected at least 0, got -1.0"),
+        (lambda: pooled_spread([[1.0, math.nan]]), "groups: expected a finite number, got nan"),
+        (lambda: bootstrap_difference([1.0, math.nan]), "values: expected a finite number, got nan"),
+        (lambda: bootstrap_difference([1.0], n_draws=0), "n_draws: expected at least 1, got 0"),
+        (lambda: bootstrap_difference([1.0], confidence=0.0), "confidence: expected a probability"),
+        (lambda: smallest_difference(1.0, 4, 0), "n: expected at least 1, got 0"),
+        (lambda: smallest_difference(1.0, 4, 3, power=1.0), "power: expected a probability"),
+    ],
+)
+def test_numbers_that_no_statistic_has_are_refused_by_name(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        call()
 
 
 def test_the_smallest_visible_difference_is_seen_four_times_in_five() -> None:

@@ -1,6 +1,7 @@
 """The corpus, the training loop and the evaluation."""
 
 import io
+import json
 import math
 import os
 import resource
@@ -9,8 +10,11 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -153,12 +157,34 @@ def test_evaluation_is_the_mean_over_fixed_windows() -> None:
     assert some.perplexity == pytest.approx(math.exp(some.loss))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
-    ("fields", "names"), [({"steps": 0}, "steps"), ({"lr": 0.0}, "lr"), ({"batch": -1}, "batch")]
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "expected at least 1, got 0"),
+        ("batch", -1, "expected at least 1, got -1"),
+        ("lr", 0.0, "expected a number above 0, got 0.0"),
+        ("lr", math.nan, "expected a finite number, got nan"),
+        ("lr", "0.1", r"expected a number, got str \('0.1'\)"),
+        ("warmup", -1, "expected at least 0, got -1"),
+        ("warmup", 2.5, r"expected an integer, got float \(2.5\)"),
+        ("weight_decay", -0.1, "expected at least 0, got -0.1"),
+        ("weight_decay", math.inf, "expected a finite number, got inf"),
+        ("clip", 0.0, "expected a number above 0, got 0.0"),
+        ("clip", math.nan, "expected a finite number, got nan"),
+        ("seed", -1, "expected at least 0, got -1"),
+        ("seed", 2**44, "expected at most 8796093022208 "),
+    ],
 )
-def test_impossible_runs_are_refused_by_name(fields: dict[str, float], names: str) -> None:
-    with pytest.raises(ValueError, match=names):
-        TrainConfig(**{**vars(CONFIG), **fields})  # type: ignore[arg-type]
+def test_impossible_runs_are_refused_by_name(field: str, value: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{field}: {message}"):
+        TrainConfig(**{**vars(CONFIG), field: value})
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_configuration_of_numpys_numbers_can_be_written_as_json() -> None:
+    numbers = {name: np.min_scalar_type(value).type(value) for name, value in vars(CONFIG).items()}
+    assert json.loads(json.dumps(asdict(TrainConfig(**numbers)))) == pytest.approx(asdict(CONFIG), rel=1e-3)
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:

@@ -140,7 +140,7 @@ def decode(
         n_slots = page * block_table.shape[1]
         sizes["NUM_STAGES"] += 2  # the loads of a tile wait for its table entries
     window = n_slots if window is None else validate.positive("window", window)
-    validate.at_least("n_sinks", n_sinks, 0)
+    n_sinks = validate.at_least("n_sinks", n_sinks, 0)
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
         if given is not None:
             validate.tensor(name, given, (n_kv_heads,), dtype=torch.float32, device=q.device)

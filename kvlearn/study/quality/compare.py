@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvlearn import validate
 from kvlearn.study.quality.plan import BUDGETS, Run, parts, tiers
 from kvlearn.study.quality.statistics import (
     Difference,
@@ -50,6 +51,7 @@ def final_runs(rows: Iterable[Row], budget: str = "cpu") -> dict[str, list[Row]]
 
     The rate is the one with the lowest loss in a short run, among those with long runs.
     """
+    validate.one_of("budget", budget, BUDGETS)
     mine = [row for row in rows if row["kind"] == "language" and row["budget"] == budget]
     whole = BUDGETS[budget].training.steps
     found: dict[str, list[Row]] = {}

@@ -128,7 +128,7 @@ def repetition_slices(
     Source: Arora et al., "Zoology" (2023), section 3: the AR slice, tokens that complete a repeated bigram
     which is rare in training. A byte is a token here, so n-grams are longer.
     """
-    validate.positive("far", far)
+    far = validate.positive("far", far)
     B, T = windows.shape[0], windows.shape[1] - 1
     keys = ngrams(windows)
     distance, rare = repeat_distance(keys), trained_on.counts(keys) <= COMMON

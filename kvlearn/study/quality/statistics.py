@@ -11,7 +11,17 @@ from functools import cache
 
 import numpy as np
 
+from kvlearn import validate
+from kvlearn.measure.cost import at_least_zero
+
 CONFIDENCE = 0.95
+
+
+def _numbers(name: str, values: Sequence[float]) -> Sequence[float]:
+    """Finite numbers: one that is not would be in every mean without a word."""
+    for value in validate.instance(name, values, (list, tuple, np.ndarray)):
+        validate.finite(name, value)
+    return values
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,8 @@ class Difference:
 
 def summarise(losses: Sequence[float | None]) -> Summary:
     """``losses`` over the seeds; None is a run that diverged. With one seed there is no spread."""
-    finite = [loss for loss in losses if loss is not None]
+    validate.instance("losses", losses, Sequence)
+    finite = [validate.finite("losses", loss) for loss in losses if loss is not None]
     mean = math.fsum(finite) / len(finite) if finite else None
     spread = float(np.std(finite, ddof=1)) if len(finite) > 1 else None
     return Summary(len(finite), mean, spread, len(losses) - len(finite))
@@ -57,8 +68,7 @@ def student_cdf(t: float, df: int) -> float:
 
     Source: Abramowitz & Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4.
     """
-    if df < 1:
-        raise ValueError(f"df: expected at least 1, got {df}")
+    t, df = validate.finite("t", t), validate.positive("df", df)
     theta = math.atan(abs(t) / math.sqrt(df))
     cosine, sine = math.cos(theta), math.sin(theta)
     if df % 2:
@@ -76,15 +86,23 @@ def student_cdf(t: float, df: int) -> float:
     return (1 + math.copysign(inside, t)) / 2
 
 
-@cache
 def student_quantile(p: float, df: int) -> float:
     """The t with P(T ≤ t) = ``p``, by bisection."""
-    if not 0 < p < 1:
-        raise ValueError(f"p: expected a probability between 0 and 1, got {p}")
+    return _quantile(_probability("p", p), validate.positive("df", df))
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0 < validate.finite(name, value) < 1:
+        raise ValueError(f"{name}: expected a probability between 0 and 1, got {value}")
+    return float(value)
+
+
+@cache
+def _quantile(p: float, df: int) -> float:
     if p < 0.5:
-        return -student_quantile(1 - p, df)
+        return -_quantile(1 - p, df)
     low, high = 0.0, 1.0
-    while student_cdf(high, df) < p:
+    while high < 2.0**1000 and student_cdf(high, df) < p:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
@@ -94,6 +112,10 @@ def student_quantile(p: float, df: int) -> float:
 
 def paired_values(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> list[float]:
     """ours - theirs for each seed of which both finished."""
+    for name, losses in (("ours", ours), ("theirs", theirs)):
+        for loss in validate.instance(name, losses, Mapping).values():
+            if loss is not None:
+                validate.finite(name, loss)
     pairs = ((ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys()))
     return [a - b for a, b in pairs if a is not None and b is not None]
 
@@ -110,7 +132,10 @@ def paired_difference(
     s is the standard deviation of ``values``, with n - 1 degrees of freedom, unless ``spread`` and ``df``
     give one that was estimated from more runs (``pooled_spread``).
     """
-    n = len(values)
+    n = len(_numbers("values", values))
+    _probability("confidence", confidence)
+    spread = None if spread is None else at_least_zero("spread", spread)
+    df = None if df is None else validate.positive("df", df)
     if spread is None:
         if n < 2:
             return None
@@ -127,7 +152,8 @@ def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None
 
     It assumes that all designs scatter alike, and then says more than three seeds of one design can.
     """
-    groups = [group for group in groups if len(group) > 1]
+    validate.instance("groups", groups, Sequence)
+    groups = [group for group in groups if len(_numbers("groups", group)) > 1]
     df = sum(len(group) - 1 for group in groups)
     if not df:
         return None
@@ -144,8 +170,10 @@ def bootstrap_difference(
     it is too narrow: use ``paired_difference``.
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
     """
-    if not len(values):
+    if not len(_numbers("values", values)):
         raise ValueError("values: expected at least one paired difference, got none")
+    n_draws, seed = validate.positive("n_draws", n_draws), validate.at_least("seed", seed, 0)
+    _probability("confidence", confidence)
     data = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(len(data), size=(n_draws, len(data)))
     low, high = np.quantile(data[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -162,5 +190,8 @@ def smallest_difference(
     ``spread`` s is that of one design's runs, estimated with ``df`` degrees of freedom. The two designs' runs
     are taken as independent: where runs of one seed are alike, the study sees smaller ones.
     """
+    spread, n = at_least_zero("spread", spread), validate.positive("n", n)
+    _probability("confidence", confidence)
+    _probability("power", power)
     quantiles = student_quantile((1 + confidence) / 2, df) + student_quantile(power, df)
     return quantiles * math.sqrt(2 / n) * spread
