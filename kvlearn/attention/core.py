@@ -357,10 +357,12 @@ def attend_to_blocks(
     slots = (blocks[..., None] * block + torch.arange(block, device=q.device)).flatten(2)
     at = slots.clamp_max(S - 1)[..., None].expand(-1, -1, -1, D)  # the last block may be half-filled
     visible = rows.gather(-1, blocks[:, :, None].expand(-1, -1, rows.shape[2], -1)) & live[:, :, None]
-    visible = visible.repeat_interleave(block, dim=-1).unflatten(2, (-1, T))
-    visible = visible & (slots[:, :, None, None] <= positions[:, None, None, :, None])
+    # SDPA would make 0 and -inf of a boolean mask, key by key; per block that takes less time.
+    bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    bias = bias.repeat_interleave(block, dim=-1).unflatten(2, (-1, T))
+    later = slots[:, :, None, None] > positions[:, None, None, :, None]
+    mask = bias.masked_fill_(later, -torch.inf).flatten(2, 3)
     keys, values = (x.gather(2, at).to(q.dtype) for x in (k, v))
-    mask = visible.flatten(2, 3)
     out = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), keys, values, attn_mask=mask)
     return out.reshape(B, H, T, D)
 
@@ -373,13 +375,21 @@ def by_tiles(
 ) -> Float[Tensor, "... T D"]:
     """``attend(q, positions, *past)`` for ``TILE`` queries at a time, and the outputs concatenated.
 
-    Scores exist for one tile only: in training they are not kept but computed again for the gradient.
+    In training too scores exist for one tile only, where ``attend`` has its attention ``recomputed``.
     """
-    if torch.is_grad_enabled():
-        attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
     starts = range(0, q.shape[2], TILE)
     tiles = [attend(q[:, :, a : a + TILE], positions[:, a : a + TILE], *past) for a in starts]
     return torch.cat(tiles, dim=-2)
+
+
+def recomputed(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """``attend``; in training its scores are not kept but computed again for the gradient.
+
+    Not for what has no gradient: a selection of blocks would be made twice.
+    """
+    if not torch.is_grad_enabled():
+        return attend
+    return partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
 
 
 class Constants:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from kvlearn import validate
 from kvlearn.attention.base import KV, Cache, KVCache, Mechanism, register, token_positions
-from kvlearn.attention.core import attend_to_blocks, by_tiles, merge_heads, split_heads, top_blocks, upcast
+from kvlearn.attention.core import (
+    attend_to_blocks,
+    by_tiles,
+    merge_heads,
+    recomputed,
+    split_heads,
+    top_blocks,
+    upcast,
+)
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
 
@@ -126,7 +134,8 @@ class MixtureOfBlockAttention(Mechanism):
         self, q: Float[Tensor, "B H T D"], positions: Int[Tensor, "#B T"], k: Tensor, v: Tensor, means: Tensor
     ) -> Float[Tensor, "B H T D"]:
         """Some queries over the blocks that they select."""
-        return attend_to_blocks(q, k, v, positions, self.select(q, positions, means), self.block)
+        blocks = self.select(q, positions, means)
+        return recomputed(attend_to_blocks)(q, k, v, positions, blocks, self.block)
 
     @torch.no_grad()
     def select(

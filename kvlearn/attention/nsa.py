@@ -26,18 +26,20 @@ from torch import Tensor, nn
 from kvlearn import validate
 from kvlearn.attention.base import KV, Cache, KVCache, Mechanism, register, token_positions
 from kvlearn.attention.core import (
+    TILE,
     attend_blockwise,
     attend_to_blocks,
     by_tiles,
     grouped_attention,
     merge_heads,
+    recomputed,
     split_heads,
     top_blocks,
     upcast,
 )
 from kvlearn.attention.full import FullAttention
 from kvlearn.attention.rope import Rope, RopeConfig, rotate_naive
-from kvlearn.attention.window import BLOCK, RingCache, Window
+from kvlearn.attention.window import RingCache, Window
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,25 @@ def compressed_weights(
     A compressed block is visible from its last token on; a query without visible blocks has only zeros.
     Source: Yuan et al., "Native Sparse Attention" (2025), equation 8.
     """
-    groups = upcast(q).unflatten(1, (k_cmp.shape[1], -1))
-    scores = torch.einsum("bgntd, bgcd -> bgntc", groups, k_cmp.to(groups.dtype)) / q.shape[-1] ** 0.5
+    groups = upcast(q).unflatten(1, (k_cmp.shape[1], -1)) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bgntd, bgcd -> bgntc", groups, k_cmp.to(groups.dtype))
     ends = torch.arange(k_cmp.shape[2], device=q.device) * sizes.stride + sizes.compress - 1
     visible = ends <= positions[0, :, None]
     scores = scores.masked_fill(~visible & visible.any(-1, keepdim=True), -torch.inf)
     return scores.softmax(-1) * visible
+
+
+def attend_to_compressed(
+    q: Float[Tensor, "B H T D"],
+    positions: Int[Tensor, "1 T"],
+    k_cmp: Float[Tensor, "B G C D"],
+    v_cmp: Float[Tensor, "B G C D"],
+    sizes: Sizes,
+) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B G n T C"]]:
+    """o_cmp = p ṽ, and the weights p, by which blocks are selected."""
+    weights = compressed_weights(q, positions, k_cmp, sizes)
+    out = torch.einsum("bgntc, bgcd -> bgntd", weights, v_cmp.to(weights.dtype))
+    return out.flatten(1, 2).to(q.dtype), weights
 
 
 @torch.no_grad()
@@ -274,7 +289,7 @@ class NativeSparseAttention(Mechanism):
         compressed, selected = by_tiles(
             self.compress_and_select, q, positions, k_cmp, v_cmp, tokens.k, tokens.v
         )  # (B, H, T, D) each
-        near = attend_blockwise(q, window, Window(self.sizes.window), BLOCK, attend_window)
+        near = attend_blockwise(q, window, Window(self.sizes.window), TILE, attend_window)
         gate_cmp, gate_slc, gate_win = self.gates(x)  # (B, H, T, 1) each
         heads = gate_cmp * compressed + gate_slc * selected + gate_win * near
         return self.o_proj(merge_heads(heads))
@@ -314,10 +329,9 @@ class NativeSparseAttention(Mechanism):
         v: Float[Tensor, "B G S D"],
     ) -> Float[Tensor, "2 B H T D"]:
         """The compressed branch, and the selected branch that reads the blocks of its largest weights."""
-        weights = compressed_weights(q, positions, k_cmp, self.sizes)  # (B, G, n, T, C)
-        compressed = torch.einsum("bgntc, bgcd -> bgntd", weights, v_cmp.to(weights.dtype)).flatten(1, 2)
+        compressed, weights = recomputed(attend_to_compressed)(q, positions, k_cmp, v_cmp, self.sizes)
         blocks = self.select(weights, positions, k.shape[2])
-        return torch.stack((compressed.to(q.dtype), attend_to_blocks(q, k, v, positions, blocks, self.block)))
+        return torch.stack((compressed, recomputed(attend_to_blocks)(q, k, v, positions, blocks, self.block)))
 
     def select(
         self, weights: Float[Tensor, "B G n T C"], positions: Int[Tensor, "1 T"], length: int
