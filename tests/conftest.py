@@ -22,8 +22,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Tests interrupt themselves. A job in the background of a shell ignores interrupts, and would wait for ever.
+# Tests send signals to themselves. A job in the background, or under nohup, would ignore them and wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test reads or records the progress of the person who runs it.
 os.environ["KVLEARN_WORK"] = os.devnull

@@ -169,7 +169,7 @@ def test_numbers_that_the_verdicts_rest_on(findings: dict[str, Finding]) -> None
     assert numbers["80%"]["one user, 1K"] < 0.05
 
 
-# What is said in words follows the rows
+# Words about a measurement, which follow its rows
 
 
 def altered(name: str, edit: Callable[[dict[str, Any]], None], *, quality: Iterable[Any] = ()) -> Records:
