@@ -22,7 +22,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Tests send signals to themselves. A job in the background, or under nohup, would ignore them and wait for ever.
+# Tests send signals to themselves. A job in the background or under nohup would ignore them, and never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
