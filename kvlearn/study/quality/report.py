@@ -140,14 +140,15 @@ def conversion_table(rows: Sequence[Row]) -> Table:
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
-    """A line per design: tokens per second of training, and how many times slower than full attention."""
+    """A line per design and number of threads: tokens per second of training, and times slower than full."""
     table = _table("Training speed", "the bar is a multiple of full attention's time per token")
-    for column in ("design", "tokens/s", "times full", "bar", "verdict"):
+    for column in ("design", "threads", "tokens/s", "times full", "bar", "verdict"):
         table.add_column(column, justify="left" if column == "design" else "right")
     for row in (row for row in rows if "times_full" in row):
         verdict = "pass" if row["times_full"] <= row["bar"] else "miss"
         table.add_row(
             row["design"],
+            str(row["provenance"]["threads"]),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['times_full']:.2f}",
             f"{row['bar']:g}",
