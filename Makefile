@@ -107,9 +107,9 @@ lint: $(READY)
 unit: $(READY)
 	@$(PYTEST)
 
-# Chapters one after the other: they measure this machine. Units side by side, one notebook per worker.
+# Two notebooks side by side: a chapter compares in one process, by ratios, what it times.
 nbval: $(READY)
-	@$(SHARE) $(NO_WORK) $(BIN)/pytest -q $(NBVAL) notebooks
+	@$(SHARE) $(NO_WORK) $(BIN)/pytest -q $(NBVAL) -n 2 --dist loadfile notebooks
 	@$(SHARE) $(NO_WORK) OMP_NUM_THREADS=1 $(BIN)/pytest -q $(NBVAL) -n 2 --dist loadfile solutions
 
 # Makes .venv anew, with the first Python that fits. --clear removes what an interrupted set-up has left.

@@ -232,7 +232,9 @@ def grade_and_show(request: Request) -> bool:
 def _of_kept(kept: Kept | None) -> list[str]:
     lines = []
     if kept is not None and kept.folder is not None and kept.n_unchanged:
-        lines.append(f"{kept.n_unchanged} notebooks are as they were: results from {kept.folder} (--again)")
+        n = kept.n_unchanged
+        unchanged = "1 notebook is as it was" if n == 1 else f"{n} notebooks are as they were"
+        lines.append(f"{unchanged}: results from {kept.folder} (--again)")
     if kept is not None and kept.fault:
         lines.append(kept.fault)
     return lines
