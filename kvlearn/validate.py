@@ -66,6 +66,13 @@ def finite(name: str, value: Any) -> float:
     return number
 
 
+def at_least_zero(name: str, value: Any) -> float:
+    """A finite number that is not negative."""
+    if finite(name, value) < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return float(value)
+
+
 def in_fp32(name: str, value: Any) -> float:
     """A finite number that fp32 can hold: 0, or 1.2e-38 to 3.4e38 without its sign."""
     range_ = torch.finfo(torch.float32)

@@ -131,6 +131,14 @@ class Training:
     label: str = "right answers"
     unit: str = "%"
     over: str = "steps of training"
+    _runs: dict[str, Trained] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def library_runs(self, ours: Mapping[str, Any]) -> dict[str, Trained]:
+        """kvlearn's model and the baselines, trained once: no answer changes them."""
+        for name, answers in {"kvlearn's": {}, **self.baselines}.items():
+            if name not in self._runs:
+                self._runs[name] = self.train({**ours, **answers}, library(self))
+        return self._runs
 
     def compare(self, exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> "Comparison":
         return _trained(exercise, notebook)
@@ -233,7 +241,7 @@ def choose(exercise: Exercise, notebook: Mapping[str, Any] | None) -> list[Part]
     return parts
 
 
-def library(wiring: Wiring) -> SimpleNamespace:
+def library(wiring: Wiring | Training) -> SimpleNamespace:
     """The library's objects by name."""
     return SimpleNamespace(**{name: lib for name, (_, lib) in wiring.parts.items()})
 
@@ -431,12 +439,9 @@ def _trained(exercise: Exercise, notebook: Mapping[str, Any]) -> Comparison:
     training = exercise.wiring
     own, parts = _own(exercise, notebook), choose(exercise, notebook)
     ours = {part.name: part.library for part in own}
-    runs = {
-        "kvlearn's": training.train(ours, library(training)),
-        "yours": training.train({part.name: part.chosen for part in own}, namespace(parts)),
-    }
-    for name, answers in training.baselines.items():
-        runs[name] = training.train({**ours, **answers}, library(training))
+    yours = training.train({part.name: part.chosen for part in own}, namespace(parts))
+    first, *baselines = training.library_runs(ours).items()
+    runs = dict([first, ("yours", yours), *baselines])
     rows = [(what, *(run.numbers[what] for run in runs.values())) for what in runs["kvlearn's"].numbers]
     used = [(part, _works(part)) for part in (*own, *parts)]
     curves = {name: run.curve for name, run in runs.items()}

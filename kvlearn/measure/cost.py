@@ -41,7 +41,7 @@ class Load:
 
     def __post_init__(self) -> None:
         for name in ("weights", "moved", "flops"):
-            at_least_zero(name, getattr(self, name))
+            validate.at_least_zero(name, getattr(self, name))
         validate.above("stored", self.stored, 0)
 
     @classmethod
@@ -55,13 +55,6 @@ class Load:
         """The same model with a cache ``by`` times smaller, stored and moved; FLOPs as they were."""
         validate.above("by", by, 0)
         return replace(self, stored=self.stored / by, moved=self.moved / by)
-
-
-def at_least_zero(name: str, value: Any) -> float:
-    """A finite number that is not negative."""
-    if validate.finite(name, value) < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
-    return float(value)
 
 
 def part(name: str, value: Any) -> float:
@@ -141,7 +134,7 @@ def dollars_per_million(
     ``users`` served together: as many as fit unless given.
     """
     validate.instance("device", device, Device)
-    at_least_zero("price", price)
+    validate.at_least_zero("price", price)
     part("busy", busy)
     part("efficiency", efficiency)
     users = users_per_device(load, device.memory, reserve) if users is None else users
@@ -190,7 +183,7 @@ def cost_table(
     card = sharded(card, n_devices)
     shape = MODELS[validate.one_of("model", model, MODELS)]
     load = Load.of(shape, validate.positive("context", context))
-    at_least_zero("price", price)
+    validate.at_least_zero("price", price)
     if not 1e-6 <= validate.finite("smaller", smaller) <= 1e6:
         raise ValueError(f"smaller: expected a number from 1e-6 to 1e6, got {smaller}")
     rows = []
@@ -247,7 +240,7 @@ def costs() -> None:
 def saved_per_year(n_devices: int, price: float, part: float) -> float:
     """Dollars that a ``part`` fewer of ``n_devices`` save in a year at ``price`` dollars per hour each."""
     n_devices = validate.at_least("n_devices", n_devices, 0)
-    at_least_zero("price", price)
+    validate.at_least_zero("price", price)
     if not 0 <= validate.finite("part", part) <= 1:
         raise ValueError(f"part: expected 0 to 1, got {part}")
     return n_devices * part * price * HOURS

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from kvlearn import validate
 from kvlearn.extras import progress_bar
 from kvlearn.files import replacing
-from kvlearn.measure.cost import at_least_zero
 from kvlearn.model import Decoder
 from kvlearn.study.text import check_seed, check_text, step_seed, windows
 
@@ -42,7 +41,7 @@ class TrainConfig:
         object.__setattr__(self, "seed", check_seed(self.seed))
         for name in ("lr", "clip"):
             object.__setattr__(self, name, validate.above(name, getattr(self, name), 0))
-        object.__setattr__(self, "weight_decay", at_least_zero("weight_decay", self.weight_decay))
+        object.__setattr__(self, "weight_decay", validate.at_least_zero("weight_decay", self.weight_decay))
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a tenth. Loshchilov & Hutter, "SGDR" (2016), eq. 5."""

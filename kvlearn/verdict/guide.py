@@ -21,7 +21,7 @@ from kvlearn import validate
 from kvlearn.measure.budget import KINDS
 from kvlearn.measure.cache_size import LayerShape, ModelShape, cache_bytes, read_bytes
 from kvlearn.measure.controls import table_with_controls
-from kvlearn.measure.cost import Load, at_least_zero, batch_step_seconds, part, sharded, users_per_device
+from kvlearn.measure.cost import Load, batch_step_seconds, part, sharded, users_per_device
 from kvlearn.measure.devices import DEVICES, Device
 from kvlearn.measure.models import MODELS
 from kvlearn.measure.table import Table
@@ -211,7 +211,7 @@ def recommend(
     validate.instance("records", records, (Records, type(None)))
     validate.above("price", price, 0)
     validate.finite("worse", worse)
-    at_least_zero("near", near)
+    validate.at_least_zero("near", near)
     part("efficiency", efficiency)
     records = records or Records()
     name, card_name = (x if isinstance(x, str) else x.name for x in (model, device))
@@ -442,7 +442,7 @@ class Request:
     def __post_init__(self) -> None:
         validate.instance("name", self.name, str)
         validate.fields_at_least(self, context=1, users=1)
-        at_least_zero("speed", self.speed)
+        validate.at_least_zero("speed", self.speed)
 
 
 @dataclass(frozen=True)

@@ -266,3 +266,18 @@ def test_a_model_that_ends_the_process_costs_its_own_points_only(tmp_path: Path)
 
 def test_the_front_of_the_package_has_the_workbench() -> None:
     assert kvlearn.workbench is workbench
+
+
+def test_the_librarys_models_are_trained_once() -> None:
+    """No answer changes them: a comparison that is run again takes the time of the learner's model alone."""
+    trained: list[int] = []
+
+    def train(answers: Any, parts: Any) -> workbench.Trained:
+        trained.append(answers["width"])
+        return workbench.Trained({"width": str(answers["width"])}, {})
+
+    training = workbench.Training({}, (), train, {"narrow": {"width": 1}})
+    for _ in range(2):
+        runs = training.library_runs({"width": 4})
+        assert {name: run.numbers["width"] for name, run in runs.items()} == {"kvlearn's": "4", "narrow": "1"}
+    assert trained == [4, 1]

@@ -55,6 +55,8 @@ def designs(model: ModelConfig, length: int) -> dict[str, Layers]:
         "gated-delta": (delta,),
         "mamba2": (_fitted(model, length, lambda N: Spec("mamba2", d_state=N), most),),
         "hybrid": (delta, delta, delta, full),
+        # The control of designs that come with a short convolution: it is here, and no state is.
+        "hybrid-conv": (Spec("short_conv"), full),
         "gqa-2x": (Spec("gqa", n_kv_heads=H // 2),),
         "gqa-8x": (Spec("gqa", n_kv_heads=H // 8),),
         "cross-layer": (full, Spec("full", reads=-1)),
@@ -81,8 +83,6 @@ def designs(model: ModelConfig, length: int) -> dict[str, Layers]:
         "mamba": (Spec("mamba"),),
         "rwkv7": (Spec("rwkv7"),),
         "hybrid-window-mhc": (narrow, narrow, narrow, Spec("mhc", rank=quarter - D, rope_dim=D)),
-        # The control of designs that come with a short convolution: it is here, and no state is.
-        "hybrid-conv": (Spec("short_conv"), full),
     }
 
 
@@ -455,7 +455,7 @@ def _c() -> Listed:
 
 def _d() -> Listed:
     others = [name for name in CPU.designs if name not in TIER_A]
-    for name in sorted(others, key=lambda name: name != "hybrid-conv"):  # the control of tier A first
+    for name in others:
         short, final = language("cpu", name, seeds=range(3), rates=MORE_RATES)
         yield f"{name}: four rates, one seed", [*short, final[0]]
         yield f"{name}: two more seeds", final[1:]

@@ -12,7 +12,6 @@ from functools import cache
 import numpy as np
 
 from kvlearn import validate
-from kvlearn.measure.cost import at_least_zero
 
 CONFIDENCE = 0.95
 
@@ -134,7 +133,7 @@ def paired_difference(
     """
     n = len(_numbers("values", values))
     _probability("confidence", confidence)
-    spread = None if spread is None else at_least_zero("spread", spread)
+    spread = None if spread is None else validate.at_least_zero("spread", spread)
     df = None if df is None else validate.positive("df", df)
     if spread is None:
         if n < 2:
@@ -190,7 +189,7 @@ def smallest_difference(
     ``spread`` s is that of one design's runs, estimated with ``df`` degrees of freedom. The two designs' runs
     are taken as independent: where runs of one seed are alike, the study sees smaller ones.
     """
-    spread, n = at_least_zero("spread", spread), validate.positive("n", n)
+    spread, n = validate.at_least_zero("spread", spread), validate.positive("n", n)
     _probability("confidence", confidence)
     _probability("power", power)
     quantiles = student_quantile((1 + confidence) / 2, df) + student_quantile(power, df)
