@@ -438,9 +438,11 @@ def _trained(exercise: Exercise, notebook: Mapping[str, Any]) -> Comparison:
     """Models trained one after the other: ours, the learner's, the baselines."""
     training = exercise.wiring
     own, parts = _own(exercise, notebook), choose(exercise, notebook)
-    ours = {part.name: part.library for part in own}
-    yours = training.train({part.name: part.chosen for part in own}, namespace(parts))
-    first, *baselines = training.library_runs(ours).items()
+    first, *baselines = training.library_runs({part.name: part.library for part in own}).items()
+    if any(part.is_theirs for part in (*own, *parts)):
+        yours = training.train({part.name: part.chosen for part in own}, namespace(parts))
+    else:  # it is kvlearn's
+        yours = first[1]
     runs = dict([first, ("yours", yours), *baselines])
     rows = [(what, *(run.numbers[what] for run in runs.values())) for what in runs["kvlearn's"].numbers]
     used = [(part, _works(part)) for part in (*own, *parts)]

@@ -6,6 +6,7 @@ every test, and in all calls with HYPOTHESIS_PROFILE=thorough.
 
 import dataclasses
 import functools
+import gc
 import inspect
 import os
 import signal
@@ -99,6 +100,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         keep_together(item)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: out of the sight of the collector, which benchmarks call after each part."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -96,8 +96,10 @@ def recall_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def show(table: Table, console: Console) -> None:
-    """Print ``table`` whole: a log's lines may be longer than a terminal's."""
-    console.print(table, soft_wrap=not console.is_terminal)
+    """Print ``table`` whole: in a narrow terminal its lines are wrapped, and no number is cut off."""
+    unlimited = console.options.update(max_width=10_000)
+    console.width = max(console.width, console.measure(table, options=unlimited).maximum)
+    console.print(table, soft_wrap=True)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

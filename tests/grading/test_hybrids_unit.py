@@ -342,6 +342,7 @@ def test_a_pattern_by_hand_counts_if_it_learns_and_a_loss_may_gather_and_take_lo
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("07.8")  # with the others that train the baselines
 def test_the_comparison_has_the_baselines_and_a_curve_for_each_model() -> None:
     shown = workbench.compare("07.8", notebook(design=stub))
     assert shown.columns == ("kvlearn's", "yours", "full in every layer", "linear in every layer")

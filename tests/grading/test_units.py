@@ -22,14 +22,22 @@ from kvlearn.grading.run_checks import Outcome
 pytestmark = pytest.mark.answers
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+# Our trainings for "Your model" are kept in the process: one worker has all tests of such an exercise.
 EXERCISES = [
-    # Our trainings for "Your model" are kept in the process: one worker has all tests of such an exercise.
     pytest.param(
         exercise,
         id=exercise.id,
         marks=[pytest.mark.slow, pytest.mark.xdist_group(exercise.id)] if exercise.wiring else [],
     )
     for exercise in exercises().values()
+]
+NOTEBOOKS = [
+    pytest.param(
+        unit,
+        id=unit.name,
+        marks=[pytest.mark.xdist_group(exercise.id) for exercise in unit.exercises if exercise.wiring],
+    )
+    for unit in units()
 ]
 
 
@@ -188,7 +196,7 @@ def results(sources: list[str]) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", units(), ids=lambda unit: unit.name)
+@pytest.mark.parametrize("unit", NOTEBOOKS)
 def test_the_notebook_runs_unsolved_and_earns_nothing(unit, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     """The whole of it, shown as IPython shows it; a line on stderr would cost points in nbgrader."""
     cells = [c for c in read_source(unit.name, unit.folder.parent)["cells"] if c["cell_type"] == "code"]
