@@ -401,7 +401,7 @@ class _TensorWatch(TorchDispatchMode):
 
 def tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     """The tensors among an operation's arguments or results, which are plain or in lists. (Every operation of
-    an answer comes by here, and torch's own ``tree_leaves`` takes ten times as long as most of them.)"""
+    an answer comes by here, and torch's own ``tree_leaves`` takes several times as long as most of them.)"""
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -173,3 +173,16 @@ def test_the_watch_counts_copies_and_no_views() -> None:
     with new_tensors() as made:
         q @ c[:, None, :20].transpose(-2, -1)
     assert (2, 3, 8, 20) in [one.shape for one in made]
+    with new_tensors() as made:
+        c.split(10, dim=1)
+        torch.broadcast_tensors(c, c[:1])
+        torch._foreach_mul_([c, q], 2.0)
+    assert made == []
+    with new_tensors() as made:
+        c.sort()
+        torch.cat((c, c))
+    assert [(one.shape, one.op) for one in made] == [
+        ((2, 30, 8), "sort"),
+        ((2, 30, 8), "sort"),
+        ((4, 30, 8), "cat"),
+    ]
