@@ -789,7 +789,7 @@ STUDY: dict[str, Call] = {
         quality.paired_difference,
         lambda: {"values": [0.1, 0.3], "spread": 0.2, "df": 4, "confidence": 0.9},
     ),
-    "pooled_spread": (quality.pooled_spread, lambda: {"groups": [[1.0, 2.0], [3.0, 5.0]]}),
+    "pooled_spread": (quality.pooled_spread, lambda: {"losses": [{0: 1.0, 1: 2.0}, {0: 3.0, 1: 5.0}]}),
     "bootstrap_difference": (
         quality.bootstrap_difference,
         lambda: {"values": [0.1, 0.3], "n_draws": 20, "seed": 0, "confidence": 0.9},

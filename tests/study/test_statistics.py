@@ -51,11 +51,17 @@ def test_a_run_that_diverged_is_counted_and_in_no_mean() -> None:
     assert paired_values({0: 1.5, 1: None, 2: 2.0}, {0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0}) == [0.5, 1.0]
 
 
-def test_the_pooled_spread_is_about_each_groups_own_mean() -> None:
-    pooled = pooled_spread([[0.0, 2.0], [100.0, 102.0, 104.0], [7.0]])
-    assert pooled is not None
-    assert pooled == (pytest.approx(math.sqrt((2 + 8) / 3)), 3)
-    assert pooled_spread([[1.0], []]) is None
+def test_the_pooled_spread_is_that_of_a_paired_difference() -> None:
+    ours, baseline = {0: 1.0, 1: 2.0, 2: 4.0}, {0: 0.0, 1: 0.0, 2: 0.5, 3: 9.0}
+    pooled = pooled_spread([ours, baseline])
+    assert pooled == (pytest.approx(np.std([1.0, 2.0, 3.5], ddof=1)), 2)
+    # Of three designs, by hand: rests of ±1/3 about the means of designs and seeds, 3 · 2 - 3 - 2 + 1 = 2.
+    assert pooled_spread([{0: 0.0, 1: 1.0}, {0: 5.0, 1: 6.0}, {0: 1.0, 1: 0.0}]) == (
+        pytest.approx(math.sqrt(2 * (4 * (1 / 3) ** 2 + 2 * (2 / 3) ** 2) / 2)),
+        2,
+    )
+    assert pooled_spread([{0: 1.0, 1: None}, {0: 2.0}]) is None
+    assert pooled_spread([{0: None}, {}]) is None
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -63,6 +69,19 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     found = [paired_difference(row) for row in draws.tolist()]
     held = sum(item is not None and item.low <= 0.3 <= item.high for item in found) / len(found)
     assert held == pytest.approx(0.95, abs=0.015)
+
+
+def test_pooled_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Seven designs and the baseline, three seeds each: the baseline's runs are in every difference."""
+    held = []
+    for runs in np.random.default_rng(3).normal(0.0, 1.0, (1000, 8, 3)):
+        baseline, *others = ({seed: float(loss) for seed, loss in enumerate(own)} for own in runs)
+        pooled = pooled_spread([baseline, *others])
+        assert pooled is not None
+        for own in others:
+            found = paired_difference(paired_values(own, baseline), spread=pooled[0], df=pooled[1])
+            held.append(found is not None and found.tie)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.01)
 
 
 def test_the_bootstrap_agrees_with_t_where_pairs_are_many() -> None:
@@ -89,7 +108,7 @@ def test_the_bootstrap_agrees_with_t_where_pairs_are_many() -> None:
         (lambda: paired_difference([1.0, math.nan]), "values: expected a finite number, got nan"),
         (lambda: paired_difference([1.0, 2.0], confidence=1.0), "confidence: expected a probability"),
         (lambda: paired_difference([1.0], spread=-1.0, df=2), "spread: expected at least 0, got -1.0"),
-        (lambda: pooled_spread([[1.0, math.nan]]), "groups: expected a finite number, got nan"),
+        (lambda: pooled_spread([{0: 1.0, 1: math.nan}]), "losses: expected a finite number, got nan"),
         (lambda: bootstrap_difference([1.0, math.nan]), "values: expected a finite number, got nan"),
         (lambda: bootstrap_difference([1.0], n_draws=0), "n_draws: expected at least 1, got 0"),
         (lambda: bootstrap_difference([1.0], confidence=0.0), "confidence: expected a probability"),

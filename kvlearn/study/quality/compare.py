@@ -74,7 +74,7 @@ def compare(
     by_seed = {design: {row["seed"]: value(row) for row in own} for design, own in runs.items()}
     theirs = by_seed.get(baseline, {})
     pairs = {design: paired_values(ours, theirs) for design, ours in by_seed.items() if design != baseline}
-    pool = pooled_spread(list(pairs.values()))
+    pool = pooled_spread(list(by_seed.values()))
     found = []
     for design, own in runs.items():
         values = pairs.get(design, [])

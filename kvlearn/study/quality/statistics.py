@@ -146,18 +146,34 @@ def paired_difference(
     return Difference(n, mean, mean - half, mean + half)
 
 
-def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
-    """One standard deviation for all ``groups``, each about its own mean, and its degrees of freedom.
+def pooled_spread(losses: Sequence[Mapping[int, float | None]]) -> tuple[float, int] | None:
+    """The standard deviation of a paired difference, from the runs of all designs, and its degrees of freedom.
 
+        loss = mean of the design + effect of the seed + rest,   s = √(2 · Σ rest² / df)
+
+    ``losses`` of each design by seed, the baseline's too: it is in every difference, so differences of one
+    seed are not independent, and their own spread would have fewer degrees of freedom than it seems.
     It assumes that all designs scatter alike, and then says more than three seeds of one design can.
+    Source: Scheffé, "The Analysis of Variance" (1959), chapter 4, the two-way layout.
     """
-    validate.instance("groups", groups, Sequence)
-    groups = [group for group in groups if len(_numbers("groups", group)) > 1]
-    df = sum(len(group) - 1 for group in groups)
+    runs = []
+    for design, own in enumerate(validate.instance("losses", losses, Sequence)):
+        for seed, loss in validate.instance("losses", own, Mapping).items():
+            if loss is not None:
+                runs.append((design, seed, validate.finite("losses", loss)))
+    seeds = sorted({seed for _, seed, _ in runs})
+    if not seeds:
+        return None
+    effects = np.zeros((len(runs), len(losses) + len(seeds)))
+    for effect, (design, seed, _) in zip(effects, runs, strict=True):
+        effect[[design, len(losses) + seeds.index(seed)]] = 1
+    values = np.array([loss for _, _, loss in runs])
+    fitted, _, rank, _ = np.linalg.lstsq(effects, values, rcond=None)
+    df = len(runs) - int(rank)
     if not df:
         return None
-    squares = sum(float(np.var(group)) * len(group) for group in groups)
-    return math.sqrt(squares / df), df
+    rest = values - effects @ fitted
+    return math.sqrt(2 * float(rest @ rest) / df), df
 
 
 def bootstrap_difference(
