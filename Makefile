@@ -69,10 +69,13 @@ bench: $(READY) ## measure this machine: make bench NAME=full (all of it without
 study: $(READY) ## train the base model again, or what NAME says (kvlearn study --help)
 	@$(BIN)/kvlearn study $(or $(NAME),base) $(ARGS)
 
-# A widget's id is drawn anew in every run; an empty one is what a saved notebook can keep.
+# What a cell prints comes in pieces that depend on time: the second pass joins them. A widget's id is drawn anew in
+# every run; an empty one is what a saved notebook can keep.
 notebooks: $(READY) ## run every notebook in place and keep its outputs
 	@$(SHARE) $(NO_WORK) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 	  --ExecutePreprocessor.record_timing=False $(CLEAN_METADATA) notebooks/*.ipynb solutions/*/*.ipynb
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \
+	  notebooks/*.ipynb solutions/*/*.ipynb
 	@for notebook in notebooks/*.ipynb; do \
 	  sed 's/"model_id": "[0-9a-f]*"/"model_id": ""/' "$$notebook" >"$$notebook.new" && mv "$$notebook.new" "$$notebook"; done
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_no_output_is_an_error_or_a_warning(path: Path) -> None:
     for output in outputs(read(path)):
         assert output["output_type"] != "error", output.get("evalue")
         assert output.get("name") != "stderr", "".join(output["text"])
+
+
+@every_notebook
+def test_what_a_cell_prints_is_in_one_piece(path: Path) -> None:
+    """In pieces it would differ from run to run, and some viewers put a gap between them."""
+    for cell in code_cells(read(path)):
+        streams = [output.get("name") for output in cell["outputs"]]
+        assert not any(a == b is not None for a, b in pairwise(streams)), "make notebooks joins them"
 
 
 @every_notebook
