@@ -147,7 +147,7 @@ def paired_difference(
 
 
 def pooled_spread(losses: Sequence[Mapping[int, float | None]]) -> tuple[float, int] | None:
-    """The standard deviation of a paired difference, from the runs of all designs, and its degrees of freedom.
+    """The standard deviation of a paired difference, from all designs' runs, and its degrees of freedom.
 
         loss = mean of the design + effect of the seed + rest,   s = √(2 · Σ rest² / df)
 
