@@ -16,6 +16,7 @@ A part that is missing, not written, or does not earn all points of its own exer
 import base64
 import inspect
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kvlearn.model
-from kvlearn import html
+from kvlearn import html, validate
+from kvlearn.grading import run_checks
 from kvlearn.grading.calls import NotWritten
 from kvlearn.grading.catalogue import find_exercise
 from kvlearn.grading.exercise import Exercise
@@ -219,7 +221,7 @@ def without_cache(model: Model, tokens: Tensor, n_new: int) -> Tensor:
 # Whose each part is
 
 
-_chosen: dict[str, tuple[list[Any], list[Part]]] = {}  # by exercise: the objects looked at, and the choice
+_asked: dict[str, tuple[list[Any], str]] = {}  # by exercise: the objects looked at, and what was missing
 
 
 def choose(exercise: Exercise, notebook: Mapping[str, Any] | None) -> list[Part]:
@@ -229,16 +231,11 @@ def choose(exercise: Exercise, notebook: Mapping[str, Any] | None) -> list[Part]
     """
     if notebook is None:
         return [Part(name, source, lib, lib) for name, (source, lib) in exercise.wiring.parts.items()]
-    found = [notebook.get(name) for name in exercise.wiring.parts]
-    known, parts = _chosen.get(exercise.id, ([], []))
-    if len(known) != len(found) or any(a is not b for a, b in zip(known, found, strict=True)):
-        why = {source: _missing(source, notebook) for source, _ in exercise.wiring.parts.values()}
-        parts = [
-            Part(name, source, notebook.get(name), library, why[source])
-            for name, (source, library) in exercise.wiring.parts.items()
-        ]
-        _chosen[exercise.id] = (found, parts)
-    return parts
+    why = {source: _missing(source, notebook) for source, _ in exercise.wiring.parts.values()}
+    return [
+        Part(name, source, notebook.get(name), library, why[source])
+        for name, (source, library) in exercise.wiring.parts.items()
+    ]
 
 
 def library(wiring: Wiring | Training) -> SimpleNamespace:
@@ -247,13 +244,25 @@ def library(wiring: Wiring | Training) -> SimpleNamespace:
 
 
 def _missing(exercise_id: str, notebook: Mapping[str, Any]) -> str:
-    """Why the answer to an exercise is not used; empty if it is."""
+    """Why the answer to an exercise is not used; empty if it is.
+
+    Asked again where an object is another, or ``check`` has run since: what it calls may have changed.
+    """
     exercise = find_exercise(exercise_id)
     answers = tuple(notebook.get(name) for name in exercise.answers)
+    looked_at = [*answers, run_checks._checked.get(exercise_id)]
+    known, why = _asked.get(exercise_id, ([], ""))
+    if len(known) != len(looked_at) or any(a is not b for a, b in zip(known, looked_at, strict=True)):
+        why = _fault(exercise, answers)
+        _asked[exercise_id] = (looked_at, why)
+    return why
+
+
+def _fault(exercise: Exercise, answers: tuple[Any, ...]) -> str:
     if solved(exercise, answers):
         return ""
     absent = [name for name, answer in zip(exercise.answers, answers, strict=True) if not callable(answer)]
-    return f"there is no {absent[0]} yet" if absent else f"{exercise_id} does not have all its points yet"
+    return f"there is no {absent[0]} yet" if absent else f"{exercise.id} does not have all its points yet"
 
 
 def namespace(parts: Sequence[Part], theirs: Sequence[str] | None = None) -> SimpleNamespace:
@@ -312,7 +321,8 @@ def losses(exercise_id: str, chunk: int, text: str = TEXT, **replaced: Any) -> T
     """
     exercise = _wired(exercise_id)
     parts = library(exercise.wiring)
-    vars(parts).update(replaced)
+    for name, part in replaced.items():
+        setattr(parts, validate.one_of("replaced", name, vars(parts)), part)
     attention = dict(zip(exercise.answers, exercise.right, strict=True))["attention"]
     tokens = encode(text)
     model = Model(exercise.wiring, attention, parts)
@@ -535,6 +545,11 @@ class Watched:
     def __init__(self, cache: Any) -> None:
         self._cache, self.read = cache, 0
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """That of the cache, for ``isinstance``."""
+        return type(self._cache)
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._cache, name)
         return partial(self._call, value) if callable(value) else value
@@ -556,14 +571,25 @@ def _bytes(model: Model, length: int) -> tuple[str, str]:
     return f"{sum(storages.values()):,}", f"{sum(each.read for each in watched):,}"
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a value: in lists and mappings, and in the attributes of objects."""
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in a value: in lists and mappings, and in the attributes of objects.
+
+    ``seen``: ids of objects that have been looked into, for they may point back to each other.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple | set):
-        for each in value:
-            yield from tensors_in(each)
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from tensors_in(list(vars(value).values()))
+    elif not isinstance(value, type) and id(value) not in seen:
+        seen.add(id(value))
+        for part in _parts_of(value):
+            yield from tensors_in(part, seen)
+
+
+def _parts_of(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple | set | deque):
+        return list(value)
+    if isinstance(value, Mapping):
+        return list(value.values())
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in names)]
