@@ -204,7 +204,7 @@ def comparable(name: str, folder: Path | None = None) -> Comparable:
 
     Left out, each with its reason: files that are damaged or of another schema, runs from a dirty tree, trial
     runs at small sizes; of the others, rows without a number, rows of another machine than their file's, and
-    rows from a dirty tree. Nothing is averaged.
+    rows from a dirty tree (by their own provenance where they have one). Nothing is averaged.
     """
     found: dict[str, Recorded] = {}
     left_out: dict[str, str] = {}
@@ -235,8 +235,11 @@ def comparable(name: str, folder: Path | None = None) -> Comparable:
 
 
 def unfit(run: Recorded) -> str:
-    """Why a whole run must not be compared; empty where it may."""
-    if run.provenance["dirty"]:
+    """Why a whole run must not be compared; empty where it may.
+
+    Rows that carry their own provenance are judged by that: others, recorded later, may be from a dirty tree.
+    """
+    if run.provenance["dirty"] and not any("provenance" in row for row in run.rows):
         return "measured from a dirty tree"
     if "--small" in run.command.split():
         return "a trial run at small sizes"

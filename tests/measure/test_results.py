@@ -194,3 +194,11 @@ def test_rows_without_a_number_or_of_another_machine_are_named(tmp_path: Path) -
         f"{name}: unclean": "measured from a dirty tree",
     }
     assert results.load("full", tmp_path)[0].rows == rows  # the file itself is read as it is
+
+
+def test_a_row_from_a_dirty_tree_does_not_hide_those_recorded_before_it(tmp_path: Path) -> None:
+    clean, unclean = ({"case": str(dirty), "provenance": record(dirty=dirty)} for dirty in (False, True))
+    name = save(tmp_path, [clean, unclean, {"case": "of the file"}], dirty=True)
+    found = results.comparable("full", tmp_path)
+    assert [run.rows for run in found.recorded] == [[clean]]
+    assert set(found.left_out) == {f"{name}: True", f"{name}: of the file"}
