@@ -509,7 +509,7 @@ def recall_over_bytes(rows: Iterable[Row], *, preset: str = "cpu") -> Picture:
     joins them. The control, a short convolution alone, has no memory to speak of: it is a level. Markers of
     the same bytes are drawn side by side.
     """
-    found = {cell: own for cell, own in best_recall(rows).items() if _of(own[0], preset)}
+    found = best_recall(rows, preset)
     tasks = [task for task in TASKS[preset] if any(name == task for name, _ in found)]
     if not tasks:
         return not_yet("no recall run", f"--preset {preset} --tier B")
@@ -561,7 +561,7 @@ def recall_over_length(rows: Iterable[Row], *, preset: str = "cpu", designs: Seq
     ``designs`` are those to draw: unless given, of each mechanism the one with the most bytes. Markers at the
     same length are drawn side by side, since several designs may answer all or nothing.
     """
-    found = {cell: own for cell, own in best_recall(rows).items() if _of(own[0], preset)}
+    found = best_recall(rows, preset)
     tasks = [task for task in TASKS[preset] if any(name == task for name, _ in found)]
     if not tasks:
         return not_yet("no recall run", f"--preset {preset} --tier B")
@@ -611,10 +611,6 @@ def recall_over_length(rows: Iterable[Row], *, preset: str = "cpu", designs: Seq
         f"Not yet run: {', '.join(waiting) or 'no task'}."
     )
     return Picture(figure, alt, {"curves": curves, "waiting": waiting})
-
-
-def _of(row: Row, preset: str) -> bool:
-    return row["run"].startswith(f"recall-{preset}-")
 
 
 def _planned(preset: str, task: str, design: str) -> bool:
@@ -724,7 +720,9 @@ def converted(rows: Iterable[Row]) -> Picture:
         chosen[design] = {share: runs[0]["lr"] for share, runs in best.items()}
         label = f"{design}, trained on" if design == "full" else design
         for text in texts:
-            before = summarise([row["before"][text]["loss"] for row in own])
+            # Rates and shares start from the same converted model: one value per seed.
+            starts = {row["seed"]: row["before"][text]["loss"] for row in own}
+            before = summarise(list(starts.values()))
             points = [(0.0, before.mean or 0.0, before.error or 0.0)]
             for runs in best.values():
                 after = summarise([row["after"][text]["loss"] for row in runs])

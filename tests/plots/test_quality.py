@@ -266,6 +266,15 @@ def test_recall_is_at_the_best_rate_with_the_spread_of_the_seeds() -> None:
         assert cells[cell][2] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+def test_the_model_as_converted_counts_once_per_seed() -> None:
+    """Every share and rate of a seed starts from one model: its loss is one value, not four."""
+    rows = [json.loads(json.dumps(row)) for row in rows_of("C", ["gqa-2-mean"])]
+    for row in rows:
+        row["before"]["sympy"]["loss"] = 1.4 + 0.1 * row["seed"]
+    start = plots.converted(rows).data["curves"]["sympy"]["gqa-2-mean"][0]
+    assert start == (0.0, pytest.approx(1.5), pytest.approx(0.1 / 3**0.5))
+
+
 def test_recall_names_the_tasks_that_wait() -> None:
     rows = [row for row in rows_of("B") if row["task"] == "mqar-8"]
     picture = plots.recall_over_bytes(rows)

@@ -50,7 +50,13 @@ from kvlearn.study.quality import plan as plan_module
 from kvlearn.study.quality import run as run_module
 from kvlearn.study.quality.evaluate import COMMON, NGRAM, ngrams, repeat_distance
 from kvlearn.study.quality.plan import TIER_A, Budget, unallocated
-from kvlearn.study.quality.report import conversion_table, language_table, recall_table, speed_table
+from kvlearn.study.quality.report import (
+    conversion_table,
+    language_table,
+    plan_table,
+    recall_table,
+    speed_table,
+)
 from kvlearn.study.quality.run import Clock, blew_up, close, execute, find, resolve
 from kvlearn.study.tasks import Needle
 from kvlearn.study.text import Corpus
@@ -128,6 +134,8 @@ def test_designs_that_are_compared_at_equal_cache_bytes_store_them() -> None:
     assert {"gqa-8x", "mhc-8x"} <= {*next(group for group in groups if "gqa-8x" in group)}
     stored = {name: memory(unallocated(CPU.shape(name)), 256)[0]["stored"] for name in ("full", *quarter)}
     assert all(stored[name] == pytest.approx(stored["full"] / 4, rel=0.05) for name in quarter)
+    lengths = [line["length"] for line in memory(unallocated(CPU.shape("full")), 8192)]
+    assert lengths == [8192, 4096, 32_768], "the trained length comes first"
 
 
 def test_tier_a_has_eight_designs_two_rates_three_seeds_and_three_million_tokens() -> None:
@@ -362,8 +370,9 @@ def test_a_recall_run_has_accuracy_bytes_and_longer_texts(tmp_path: Path) -> Non
     assert [beyond["length"] for beyond in rows[0]["longer"]] == [24, 48]
     assert 0 <= rows[0]["accuracy"] <= 1
     assert run_module.first_losses(first, new_session(tmp_path)) == rows[0]["first_losses"]
-    assert best_recall(rows) == {("needle", "linear-8"): rows}
-    assert len(recall_table(rows).rows) == 1
+    assert best_recall(rows, "tiny") == {("needle", "linear-8"): rows}
+    assert best_recall(rows) == {}
+    assert len(recall_table(rows, "tiny").rows) == 1
 
 
 def test_a_conversion_keeps_the_loss_before_and_after_on_each_text(
@@ -379,6 +388,33 @@ def test_a_conversion_keeps_the_loss_before_and_after_on_each_text(
     assert row["before"]["prose"]["loss"] != row["after"]["prose"]["loss"]
     assert row["loss"] == row["after"]["sympy"]["loss"]
     assert len(conversion_table([row]).rows) == 1
+    diverged = {**row, "seed": 1, "diverged": "the training loss rose", "loss": None}
+    assert list(conversion_table([row, diverged]).columns[3].cells) == ["1, 1 diverged"]
+
+
+def test_a_conversion_whose_loss_is_not_finite_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ConversionRun("gqa-2-mean", 0.0004, 1e-3, 0)
+    session = new_session(tmp_path)
+    found = iter([{"sympy": {"loss": 1.0}, "prose": {"loss": loss}} for loss in (1.0, math.nan)])
+    session.__dict__["base_losses"] = {}
+    monkeypatch.setattr(Session, "losses", lambda *_: next(found))
+    row = execute(run, session)
+    assert (row["loss"], row["diverged"]) == (None, "the loss on held-out text is not finite")
+    session.record([row])
+
+
+def test_a_loss_that_is_not_finite_in_longer_contexts_can_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_: Any, **__: Any) -> dict[str, Any]:
+        return {"loss": 1.0, "longer": [{"length": 128, "loss": math.nan}]}
+
+    monkeypatch.setattr(run_module, "evaluate_language", evaluate)
+    (row,) = run_part(part(SHORT), new_session(tmp_path))
+    assert (row["loss"], row["longer"][0]["loss"]) == (1.0, None)
+    assert recorded(tmp_path / "results") == [row]
 
 
 # --- comparing
@@ -442,6 +478,40 @@ def test_designs_are_compared_with_full_attention_seed_by_seed() -> None:
     assert visible_difference(rows, n_seeds=12) == pytest.approx(visible / 2)
     assert visible_difference(rows_of({"full": {0: 1.0}})) is None
     assert len(language_table(rows).rows) == 4
+
+
+def test_a_rate_that_has_just_begun_does_not_hide_the_seeds_of_another() -> None:
+    """Tier D tries more rates: until the best has its three seeds, the comparison is that of tier A."""
+    rows = rows_of({"full": {0: 1.0, 1: 1.1, 2: 1.2, 3: 1.1, 4: 1.0}, "worse": {0: 1.1, 1: 1.2, 2: 1.3}})
+    best = rows_of({"full": {}})[0]
+    rows.append({**best, "run": "short", "lr": 0.012, "loss": 1.9})
+    long = {**best, "lr": 0.012, "settings": {"training": {"steps": 1500}}}
+    for seed, rate in ((0, 0.002), (1, 0.002), (2, 0.012)):
+        rows.append({**long, "run": f"long {seed}", "seed": seed, "loss": 0.9 + 0.1 * seed})
+        full, worse = compare(rows)
+        assert full.lr == rate
+        assert full.summary.n == (5 if rate == 0.002 else 3)
+        assert worse.pooled is not None
+
+
+def test_recall_of_another_preset_is_another_task() -> None:
+    def row(preset: str, accuracy: float) -> dict[str, Any]:
+        about = {"kind": "recall", "task": "needle-1", "design": "full", "lr": 0.01, "seed": 0}
+        name = f"recall-{preset}-needle-1-full-lr0.01-seed0"
+        return {**about, "run": name, "loss": 1 - accuracy, "accuracy": accuracy}
+
+    cpu, gpu = row("cpu", 1.0), row("gpu", 0.5)
+    for preset, only in (("cpu", cpu), ("gpu", gpu)):
+        assert best_recall([gpu, cpu], preset) == {("needle-1", "full"): [only]}
+
+
+def test_a_run_of_two_machines_counts_once(tmp_path: Path) -> None:
+    for name, date, loss in (("b-machine", "2026-01-02", 2.0), ("a-machine", "2026-01-01", 1.0)):
+        where = {**PROVENANCE, "machine": name, "date": date}
+        row = {"run": "a", "kind": "recall", "loss": loss, "provenance": where}
+        results.save("quality", "…", [row], where, tmp_path / "results")
+    assert [row["loss"] for row in recorded(tmp_path / "results")] == [2.0]
+    assert [row["loss"] for row in new_session(tmp_path).rows()] == [1.0, 2.0], "any may be of our sources"
 
 
 def test_short_runs_alone_are_not_taken_for_the_whole_budget() -> None:
@@ -526,6 +596,11 @@ def test_the_plan_is_listed_with_its_cost_before_it_starts(
     lines = [line.split() for line in shown.output.splitlines()]
     assert [line[-1] for line in lines if line[:1] == ["C"]] == ["120"] * 4
     assert any(line[:1] == ["all"] and line[-1] == "480" for line in lines)
+
+
+def test_a_sum_of_minutes_that_are_not_known_is_not_known() -> None:
+    shown = plan_table([*parts("cpu", "C"), *parts("gpu", "A")[:1]], [60.0] * 4 + [None], [])
+    assert [*shown.columns[-1].cells] == [*4 * ["1"], "–", "–"]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def run(chosen: Sequence[Part], session: Session, *, record: bool) -> None:
     budget = "gpu" if chosen[0].preset == "gpu" else "cpu"
     shown: dict[str, Callable[[Sequence[dict[str, Any]]], Table]] = {
         "language": lambda own: report.language_table(own, budget),
-        "recall": report.recall_table,
+        "recall": lambda own: report.recall_table(own, chosen[0].preset),
         "conversion": report.conversion_table,
     }
     everything = recorded() if record else rows

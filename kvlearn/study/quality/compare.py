@@ -1,8 +1,9 @@
 """Recorded rows compared: designs with full attention, seed by seed; what of the plan has not run yet."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kvlearn import validate
 from kvlearn.study.quality.plan import BUDGETS, Run, parts, tiers
@@ -16,8 +17,10 @@ from kvlearn.study.quality.statistics import (
     summarise,
 )
 
+ENOUGH = 3  # seeds of a rate: as many as the plan gives every design, and a rate that has just begun lacks
 Row = Mapping[str, Any]
 Value = Callable[[Row], float | None]
+R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,16 @@ class Compared:
     rows: list[Row]
 
 
+def one_per_run(rows: Iterable[R]) -> list[R]:
+    """Of a run that several machines have recorded, the latest row: it must not count twice."""
+    latest: dict[str, R] = {}
+    for row in rows:
+        known = latest.get(row["run"])
+        if known is None or known["provenance"]["date"] <= row["provenance"]["date"]:
+            latest[row["run"]] = row
+    return list(latest.values())
+
+
 def loss(row: Row) -> float | None:
     """The loss on held-out text, None of a run that diverged."""
     return row["loss"]
@@ -49,7 +62,8 @@ def far_loss(row: Row) -> float | None:
 def final_runs(rows: Iterable[Row], budget: str = "cpu") -> dict[str, list[Row]]:
     """Of each design the language runs of the whole budget, at the learning rate that its short runs chose.
 
-    The rate is the one with the lowest loss in a short run, among those with long runs.
+    The rate is the one with the lowest loss in a short run, among those with long runs of ``ENOUGH`` seeds,
+    or of as many as any rate has.
     """
     validate.one_of("budget", budget, BUDGETS)
     mine = [row for row in rows if row["kind"] == "language" and row["budget"] == budget]
@@ -59,8 +73,9 @@ def final_runs(rows: Iterable[Row], budget: str = "cpu") -> dict[str, list[Row]]
         own = [row for row in mine if row["design"] == design]
         final = [row for row in own if row["settings"]["training"]["steps"] == whole]
         short = {row["lr"]: row["loss"] for row in own if row["settings"]["training"]["steps"] < whole}
-        rates = {row["lr"] for row in final}
-        if rates:
+        seeds = Counter(row["lr"] for row in final)
+        if seeds:
+            rates = [lr for lr, n in seeds.items() if n >= min(ENOUGH, max(seeds.values()))]
             best = min(rates, key=lambda lr: float("inf") if short.get(lr) is None else short[lr])
             found[design] = sorted((row for row in final if row["lr"] == best), key=lambda row: row["seed"])
     return found
@@ -100,11 +115,14 @@ def visible_difference(rows: Iterable[Row], budget: str = "cpu", n_seeds: int = 
     return smallest_difference(full.summary.spread, full.summary.n - 1, n_seeds)
 
 
-def best_recall(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The recall runs of each task and design, at the rate with the lowest loss on the first seed."""
+def best_recall(rows: Iterable[Row], preset: str = "cpu") -> dict[tuple[str, str], list[Row]]:
+    """The recall runs of each task and design, at the rate with the lowest loss on the first seed.
+
+    Of one ``preset``: others have tasks of the same names, of other lengths.
+    """
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["kind"] == "recall":
+        if row["kind"] == "recall" and row["run"].startswith(f"recall-{preset}-"):
             cells.setdefault((row["task"], row["design"]), []).append(row)
     found = {}
     for cell, own in cells.items():

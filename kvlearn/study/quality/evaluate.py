@@ -161,7 +161,8 @@ def memory(model: Decoder, trained_length: int) -> list[dict[str, Any]]:
     In 16-bit numbers; states are kept in fp32, as the mechanisms do.
     """
     rows = []
-    for length in sorted({trained_length, 4 * trained_length, 4096, 32768}):
+    others = {4 * trained_length, 4096, 32768} - {trained_length}
+    for length in (trained_length, *sorted(others)):
         total = model.table(length, dtype=torch.bfloat16)[-1]
         rows.append(
             {

@@ -9,7 +9,7 @@ from rich.table import Table
 from kvlearn.study.curve import mean_and_error
 from kvlearn.study.quality.compare import Row, best_recall, compare, far_loss, progress, visible_difference
 from kvlearn.study.quality.plan import Part
-from kvlearn.study.quality.statistics import CONFIDENCE, Difference, summarise
+from kvlearn.study.quality.statistics import CONFIDENCE, Difference, Summary, summarise
 
 
 def plan_table(parts: Iterable[Part], seconds: Sequence[float | None], rows: Sequence[Row]) -> Table:
@@ -34,7 +34,8 @@ def plan_table(parts: Iterable[Part], seconds: Sequence[float | None], rows: Seq
             "–" if its_seconds is None else f"{its_seconds / 60:.0f}",
         )
     table.add_section()
-    table.add_row("", "", "all", "", "", f"{sum(filter(None, seconds)) / 60:.0f}")
+    known = [its_seconds for its_seconds in seconds if its_seconds is not None]
+    table.add_row("", "", "all", "", "", f"{sum(known) / 60:.0f}" if len(known) == len(seconds) else "–")
     return table
 
 
@@ -58,7 +59,7 @@ def language_table(rows: Sequence[Row], budget: str = "cpu") -> Table:
         table.add_row(
             item.design,
             f"{item.lr:g}",
-            f"{summary.n}" + (f", {summary.diverged} diverged" if summary.diverged else ""),
+            seeds(summary),
             mean + spread,
             difference(item.pooled),
             difference(far[item.design].pooled),
@@ -68,17 +69,22 @@ def language_table(rows: Sequence[Row], budget: str = "cpu") -> Table:
 
 
 def difference(found: Difference | None) -> str:
-    """ "+0.012 [+0.004, +0.020]", and the word tie where the interval holds 0."""
+    """ "+0.0120 [+0.0040, +0.0200]", and the word tie where the interval holds 0."""
     if found is None:
         return "–"
     interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
     return f"{interval} tie" if found.tie else interval
 
 
-def recall_table(rows: Sequence[Row]) -> Table:
+def seeds(summary: Summary) -> str:
+    """How many seeds a mean is of, and how many are in none because they diverged."""
+    return f"{summary.n}" + (f", {summary.diverged} diverged" if summary.diverged else "")
+
+
+def recall_table(rows: Sequence[Row], preset: str = "cpu") -> Table:
     """A line per task and design: accuracy at the trained length and beyond, and bytes of state."""
     table = _table("Recall: share of right answers, mean ± spread over seeds", None)
-    cells = best_recall(rows)
+    cells = best_recall(rows, preset)
     for column in ("task", "design", "rate", "seeds", "accuracy", "longer texts", "state"):
         table.add_column(column, justify="left" if column in ("task", "design") else "right")
     for (task, design), own in cells.items():
@@ -91,7 +97,7 @@ def recall_table(rows: Sequence[Row]) -> Table:
             task,
             design,
             f"{own[0]['lr']:g}",
-            f"{accuracies.n}" + (f", {accuracies.diverged} diverged" if accuracies.diverged else ""),
+            seeds(accuracies),
             "–"
             if accuracies.mean is None
             else f"{accuracies.mean:.3f}"
@@ -135,7 +141,8 @@ def conversion_table(rows: Sequence[Row]) -> Table:
             )
             spread = "" if after.spread is None else f" ± {after.spread:.3f}"
             cells += [f"{before:+.3f}", "diverged" if after.mean is None else f"{after.mean:+.3f}{spread}"]
-        table.add_row(design, f"{share:.0%}", f"{lr:g}", str(len(own)), *cells)
+        finished = summarise([None if row["diverged"] else row["loss"] for row in own])
+        table.add_row(design, f"{share:.0%}", f"{lr:g}", seeds(finished), *cells)
     return table
 
 

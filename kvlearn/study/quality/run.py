@@ -33,6 +33,7 @@ from kvlearn.study.conversion import prepare_conversion
 from kvlearn.study.curve import mean_and_error
 from kvlearn.study.evaluation import spread_windows, token_losses
 from kvlearn.study.other_text import other_texts
+from kvlearn.study.quality.compare import one_per_run
 from kvlearn.study.quality.evaluate import TrainingText, evaluate_language, memory
 from kvlearn.study.quality.plan import (
     BAR,
@@ -119,8 +120,8 @@ class Session:
         return found
 
     def rows(self) -> list[dict[str, Any]]:
-        """All recorded runs, of every machine."""
-        return recorded(self.results)
+        """All recorded runs, of every machine: of one run those of several sources."""
+        return everything(self.results)
 
     def checkpoint(self, run: Run) -> Path:
         """The file of a run's state; other sources have another."""
@@ -179,8 +180,8 @@ class Clock:
 
 
 def plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(value))
+    """As it comes back from JSON; NaN and infinity, which results/ does not hold, are None."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def find(run: Run, rows: Sequence[dict[str, Any]], session: Session) -> dict[str, Any] | None:
@@ -471,8 +472,10 @@ def _conversion(run: ConversionRun, session: Session) -> dict[str, Any]:
         "memory": memory(model, 512),
         "seconds_per_step": seconds,
     }
-    if blew_up([line["loss"] for line in history]) or not math.isfinite(after["sympy"]["loss"]):
+    if blew_up([line["loss"] for line in history]):
         return {**about, "diverged": "the training loss rose by more than 1 nat", "loss": None}
+    if not all(math.isfinite(found["loss"]) for found in after.values()):
+        return {**about, "diverged": "the loss on held-out text is not finite", "loss": None}
     return {**about, "diverged": None, "loss": after["sympy"]["loss"], "after": after}
 
 
@@ -568,7 +571,12 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def recorded(folder: Path | None = None) -> list[dict[str, Any]]:
-    """All rows of the study, of every machine, without those that measure speed."""
+    """The rows of the study, of every machine, one per run."""
+    return one_per_run(everything(folder))
+
+
+def everything(folder: Path | None = None) -> list[dict[str, Any]]:
+    """All rows of the study, without those that measure speed."""
     rows = [row for found in results.load(NAME, folder) for row in found.rows]
     return [row for row in rows if row["kind"] != "speed"]
 
