@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kvlearn.measure import results
 from kvlearn.study.quality import Compared, Difference, best_recall, compare, loss, summarise
-from kvlearn.study.quality.compare import Value
+from kvlearn.study.quality.compare import ENOUGH, Value, one_per_run
 from kvlearn.study.quality.plan import TASKS, TIER_A, ConversionRun, RecallRun, parts
 
 Row = Mapping[str, Any]
@@ -129,6 +129,13 @@ class Records:
         self.files |= files
         return rows
 
+    def row(self, benchmark: str, /, **where: Any) -> Row:
+        """The first row of a benchmark with these values. Raises ``NotRecordedError`` without one."""
+        for row in self.rows(benchmark):
+            if all(row.get(key) == value for key, value in where.items()):
+                return row
+        raise NotRecordedError(f"kvlearn bench {benchmark} --record")
+
     def study(self) -> list[Row]:
         """The rows of ``kvlearn study quality``; none is no error, for they arrive one by one.
 
@@ -138,7 +145,7 @@ class Records:
             rows = self.for_one_check().rows("quality")
         except NotRecordedError:
             return []
-        return [row for row in rows if row["kind"] != "speed"]
+        return one_per_run(row for row in rows if row["kind"] != "speed")
 
     def hardware(self, what: str, mechanism: str, length: int | None = None, model: str = "") -> Row:
         """The row of one layer, real shapes, one thread where several were measured."""
@@ -159,18 +166,20 @@ class Records:
     def above_full(self, design: str, value: Value = loss, budget: str = "cpu") -> Difference | None:
         """Loss of ``design`` above full attention's, paired by seed with the pooled interval.
 
-        None, and a note of what to run, until runs of the whole budget of both are recorded.
+        None until runs of the whole budget of both are recorded. A note of what to run until both have all
+        their seeds: before, the difference is that of the seeds that there are.
         """
         rows = self.study()
         if (budget, value) not in self._compared:
             found = compare(rows, budget, value=value)
             self._compared[budget, value] = {item.design: item for item in found}
-        item = self._compared[budget, value].get(design)
-        if item is not None and item.pooled is not None:
+        items = self._compared[budget, value]
+        pooled = items[design].pooled if design in items else None
+        if pooled is None or any(len(items[name].rows) < ENOUGH for name in (design, "full")):
+            self.waits.add(f"kvlearn study quality --tier {'A' if design in TIER_A else 'D'}")
+        if pooled is not None:
             self.rows("quality")
-            return item.pooled
-        self.waits.add(f"kvlearn study quality --tier {'A' if design in TIER_A else 'D'}")
-        return None
+        return pooled
 
     def recall(self, task: str, design: str) -> float | None:
         """The mean share of right answers of a recall design at its best rate, 0 if all runs diverged.

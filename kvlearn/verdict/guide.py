@@ -237,7 +237,7 @@ def recommend(
     if allowed:
         cheapest = min(option.dollars for option in allowed)
         best = next(option for option in allowed if option.dollars <= (1 + near) * cheapest)
-        why = _why(best, options[0], cheapest)
+        why = _why(best, options[0], cheapest, asked.mostly_weights(options[0]))
     return Recommendation(
         question,
         tuple(options),
@@ -284,6 +284,12 @@ class _Question:
         devices = groups * group
         dollars = devices * self.price / 3600 * step / self.users * 1e6
         return replace(option, per_device=per_group / group, devices=devices, step=step, dollars=dollars)
+
+    def mostly_weights(self, option: Option) -> bool:
+        """Whether a step as it is moves more bytes of weights than of caches."""
+        load = Load.of(self.model, self.context)
+        groups = option.devices / option.group
+        return math.isfinite(groups) and load.weights > math.ceil(self.users / groups) * load.moved
 
     def _layer(self, change: Change) -> tuple[float | None, int | None]:
         """Seconds of a layer of this kind at the longest measured context that is not longer than ours."""
@@ -360,11 +366,12 @@ def _judged(option: Option, context: int, find_anything: bool, worse: float, evi
     return replace(option, excluded=excluded, unknown=tuple(unknown))
 
 
-def _why(best: Option, as_it_is: Option, cheapest: float) -> str:
+def _why(best: Option, as_it_is: Option, cheapest: float, mostly_weights: bool) -> str:
     if best.change is AS_IT_IS:
         if cheapest < best.dollars:
             saved = 1 - cheapest / best.dollars
-            return f"The cheapest change would save {saved:.0%}: most bytes are weights."
+            reason = ": most bytes are weights" if mostly_weights else ""
+            return f"The cheapest change would save {saved:.0%}{reason}."
         return "No change that is allowed is cheaper."
     if not math.isfinite(as_it_is.dollars):
         return "As it is, it does not fit."

@@ -24,6 +24,7 @@ from kvlearn.verdict.claim import (
     NOT_YET,
     Claim,
     Evidence,
+    NotRecordedError,
     Records,
     Row,
     Verdict,
@@ -219,11 +220,7 @@ def window_bytes(records: Records) -> Evidence:
 
 
 def window_order(records: Records) -> Evidence:
-    rows = records.rows("window")
-    prefill = {
-        name: next(r["measured"] for r in rows if r["what"] == "prefill_time_exponent" and r["name"] == name)
-        for name in ("full", "window")
-    }
+    prefill = {name: prompt_exponent(records, name) for name in ("full", "window")}
     step = records.hardware("decode_exponent", "window")
     measured = (
         f"time of a prompt grows as N^{prefill['window']:.2f}, full attention N^{prefill['full']:.2f}; "
@@ -275,11 +272,9 @@ def window_quality(records: Records) -> Evidence:
 
 
 def pattern_bytes(records: Records) -> Evidence:
-    rows = {
-        row["run"]: row for row in records.rows("window_quality", "kvlearn study window_quality --record")
-    }
-    full = rows["full"]["bytes_stored_at_length"]
     names = ("bigbird", "longformer", "fixed", "strided")
+    rows = {name: conversions(records, name, "window_quality")[-1] for name in ("full", *names)}
+    full = rows["full"]["bytes_stored_at_length"]
     stored = {name: 1 - rows[name]["bytes_stored_at_length"] / full for name in names}
     read = {name: 1 - rows[name]["bytes_read_at_length"] / full for name in names}
     measured = "less stored / read at 512 tokens: " + ", ".join(
@@ -298,12 +293,7 @@ def pattern_bytes(records: Records) -> Evidence:
 
 
 def pattern_order(records: Records) -> Evidence:
-    rows = records.rows("window")
-    names = ("bigbird", "longformer", "fixed", "full")
-    found = {
-        name: next(r["measured"] for r in rows if r["what"] == "prefill_time_exponent" and r["name"] == name)
-        for name in names
-    }
+    found = {name: prompt_exponent(records, name) for name in ("bigbird", "longformer", "fixed", "full")}
     linear = max(found["bigbird"], found["longformer"]) < 1.3
     return Evidence(
         CONDITIONS if linear else FAILS,
@@ -416,9 +406,9 @@ def hybrids(records: Records) -> Evidence:
 
 
 def ring_context(records: Records) -> Evidence:
-    rows = records.rows("ring")
-    off = max(row["measured"] for row in rows if row["what"] == "output_difference")
-    saved = next(row["measured"] for row in rows if row["what"] == "layer_memory_ratio")
+    records.row("ring", what="output_difference")
+    off = max(row["measured"] for row in records.rows("ring") if row["what"] == "output_difference")
+    saved = records.row("ring", what="layer_memory_ratio")["measured"]
     model, length = MODELS["Llama 3.1 8B"], 10_000_000
     shape = Shape(model.n_heads, model.n_kv_heads, model.head_dim)
     rate = DEVICES["H100"].peak / 2
@@ -490,10 +480,8 @@ def long_tests(_: Records) -> Evidence:
 
 
 def extra_parameters(records: Records) -> Evidence:
-    rows = {
-        row["run"]: row["parameters"] for row in records.rows("convert", "kvlearn study convert --record")
-    }
     names = ("mhc-32-activations", "mhc-transformer-32-activations", "gqa-2-mean")
+    rows = {name: conversions(records, name, "convert")[-1]["parameters"] for name in ("full", *names)}
     change = {name: rows[name] / rows["full"] - 1 for name in names}
     before = after_uptraining(records, "mhc-32-activations", "convert", tokens=0)
     after = after_uptraining(records, "mhc-32-activations", "convert")
@@ -576,9 +564,9 @@ def sharing_by_device(_: Records) -> Evidence:
 
 
 def leaks(records: Records) -> Evidence:
-    rows = [row for row in records.rows("serving") if row["what"] == "leak_prompts"]
-    found = {row["salted"]: row for row in rows if row["channel"] == "hits"}
-    shared, salted = found[False], found[True]
+    shared, salted = (
+        records.row("serving", what="leak_prompts", channel="hits", salted=salt) for salt in (False, True)
+    )
     measured = (
         f"secrets read out of another user's prompt: {shared['prompts']:.0%} of {shared['trials']} without "
         f"isolation, {salted['prompts']:.0%} with a salt per tenant"
@@ -594,10 +582,10 @@ def leaks(records: Records) -> Evidence:
 
 
 def isolation(records: Records) -> Evidence:
-    rows = records.rows("serving")
-    noise = [row for row in rows if row["what"] == "noise_success" and row["epsilon"] == 1]
-    waited = next(row["measured"] for row in rows if row["what"] == "noise_delay" and row["epsilon"] == 1)
-    one, hundred = (next(row["measured"] for row in noise if row["probes"] == n) for n in (1, 100))
+    one, hundred = (
+        records.row("serving", what="noise_success", epsilon=1, probes=n)["measured"] for n in (1, 100)
+    )
+    waited = records.row("serving", what="noise_delay", epsilon=1)["measured"]
     measured = (
         f"random delays with ε = 1: {one:.0%} of the fields recovered from one answer, {hundred:.0%} from a "
         f"hundred, and a delay of {waited:.1f} times what a hit saves"
@@ -613,9 +601,22 @@ def isolation(records: Records) -> Evidence:
     )
 
 
+def prompt_exponent(records: Records, name: str) -> float:
+    """p where the time of a prompt grows as N^p."""
+    found: float = records.row("window", what="prefill_time_exponent", name=name)["measured"]
+    return found
+
+
 def conversions(records: Records, run: str, name: str) -> list[Row]:
-    """The rows of a converted model, over the tokens of more training; ``name``: the file of results."""
-    return [row for row in records.rows(name, f"kvlearn study {name} --record") if row["run"] == run]
+    """The rows of a converted model, over the tokens of more training; ``name``: the file of results.
+
+    Raises NotRecordedError where the file has none of them.
+    """
+    command = f"kvlearn study {name} --record"
+    own = [row for row in records.rows(name, command) if row["run"] == run]
+    if not own:
+        raise NotRecordedError(command)
+    return own
 
 
 def after_uptraining(

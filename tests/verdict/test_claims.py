@@ -410,6 +410,40 @@ def test_every_verdict_survives_whatever_of_the_study_has_run(findings: dict[str
             assert (used in whole[name].files) is (name != "M4.quality")
 
 
+def test_a_difference_of_too_few_seeds_is_told_and_waits_for_the_others() -> None:
+    rows = [row for row in rows_of("A") if row["design"] in ("full", "gqa-4x")]
+    one = [row for row in rows if row["design"] == "full" or row["seed"] < 2]
+    assert judge(BY_ID["M3.quality"], with_study(rows)).waits == ()
+    found = judge(BY_ID["M3.quality"], with_study(one))
+    assert NOT_YET not in found.evidence.measured
+    assert found.waits == ("kvlearn study quality --tier A",)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "key", "gone"),
+    [
+        ("M5.order", "window", "what", "prefill_time_exponent"),
+        ("M6.order", "window", "name", "bigbird"),
+        ("M9.context", "ring", "what", "output_difference"),
+        ("M9.context", "ring", "what", "layer_memory_ratio"),
+        ("M13.leak", "serving", "what", "leak_prompts"),
+        ("M13.research", "serving", "what", "noise_success"),
+        ("M3.quality", "convert", "run", "gqa-2-mean"),
+        ("M11.parameters", "convert", "run", "mhc-32-activations"),
+        ("M5.quality", "window_quality", "run", "window-32"),
+        ("M6.bytes", "window_quality", "run", "strided"),
+    ],
+)
+def test_a_file_without_the_rows_of_a_claim_is_no_error(name: str, file: str, key: str, gone: str) -> None:
+    """A benchmark that was stopped, or whose row has no number: ``comparable`` leaves that row out."""
+    records = with_study([])
+    rows = [row for row in Records(RESULTS).rows(file) if row.get(key) != gone]
+    records._read[file] = (rows, {f"{file}-cut.json"})
+    finding = judge(BY_ID[name], records)
+    assert finding.verdict is Verdict.OPEN
+    assert any(f" {file} --record" in command for command in finding.waits)
+
+
 RECALLED = {
     "M5.quality": ("mqar-8", ("window-8", "full")),
     "M8": ("copy-4", ("hybrid-linear-8", "full", "linear-8")),

@@ -106,6 +106,19 @@ def test_where_weights_are_most_of_the_bytes_nothing_is_changed() -> None:
         assert found.best.dollars <= 1.1 * cheapest
 
 
+def test_weights_are_named_as_the_reason_only_where_they_are_most_of_the_bytes() -> None:
+    for model, device, context, users in (
+        ("Gemma 3 27B", "A100 80 GB", 524_288, 16),
+        ("Llama 3.1 8B", "A100 80 GB", 1024, 1),
+    ):
+        found = recommend(model, context, users, device, records=with_study([]))
+        assert found.best is not None
+        assert found.best.name == "as it is"
+        load = Load.of(MODELS[model], context)
+        batch = math.ceil(users / (found.best.devices / found.best.group))
+        assert ("most bytes are weights" in found.why) is (load.weights > batch * load.moved)
+
+
 def test_where_the_cache_is_most_of_the_bytes_the_cheapest_is_at_most_a_tenth_cheaper() -> None:
     found = recommend(LLAMA, 131_072, 256, CARD, records=RECORDED)
     assert found.best is not None
