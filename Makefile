@@ -69,8 +69,8 @@ bench: $(READY) ## measure this machine: make bench NAME=full (all of it without
 study: $(READY) ## train the base model again, or what NAME says (kvlearn study --help)
 	@$(BIN)/kvlearn study $(or $(NAME),base) $(ARGS)
 
-# What a cell prints comes in pieces that depend on time: the second pass joins them. A widget's id is drawn anew in
-# every run; an empty one is what a saved notebook can keep.
+# The second pass joins what a cell prints, which comes in pieces. A widget's id is drawn anew in every run; an empty
+# one is what a saved notebook can keep.
 notebooks: $(READY) ## run every notebook in place and keep its outputs
 	@$(SHARE) $(NO_WORK) $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 	  --ExecutePreprocessor.record_timing=False $(CLEAN_METADATA) notebooks/*.ipynb solutions/*/*.ipynb
