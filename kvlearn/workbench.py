@@ -31,11 +31,10 @@ from torch import Tensor
 
 import kvlearn.model
 from kvlearn import html, validate
-from kvlearn.grading import run_checks
 from kvlearn.grading.calls import NotWritten
 from kvlearn.grading.catalogue import find_exercise
 from kvlearn.grading.exercise import Exercise
-from kvlearn.grading.run_checks import judge, one_thread, solved
+from kvlearn.grading.run_checks import judge, last_check, one_thread, solved
 from kvlearn.model import Decoder, load
 
 # Python, as the base model has seen it in training; bytes are its tokens.
@@ -250,7 +249,7 @@ def _missing(exercise_id: str, notebook: Mapping[str, Any]) -> str:
     """
     exercise = find_exercise(exercise_id)
     answers = tuple(notebook.get(name) for name in exercise.answers)
-    looked_at = [*answers, run_checks._checked.get(exercise_id)]
+    looked_at = [*answers, last_check(exercise_id)]
     known, why = _asked.get(exercise_id, ([], ""))
     if len(known) != len(looked_at) or any(a is not b for a, b in zip(known, looked_at, strict=True)):
         why = _fault(exercise, answers)

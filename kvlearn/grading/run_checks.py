@@ -33,6 +33,7 @@ from kvlearn.grading.score import Mistake, Row, Score
 
 # Of each exercise that was checked in this process: the answers, and whether they earned all points.
 _checked: dict[str, tuple[tuple[Any, ...], bool]] = {}
+NEVER: tuple[tuple[Any, ...], bool] = ((), False)
 
 INTERRUPTED = "Stopped while your answer was running: is there a loop that does not end?"
 
@@ -76,9 +77,14 @@ def check(exercise: str, *answers: Any, notebook: Mapping[str, Any] | None = Non
     return score
 
 
+def last_check(exercise_id: str) -> tuple[tuple[Any, ...], bool]:
+    """The answers that ``check`` saw last, and whether they earned all points: a new pair after each check."""
+    return _checked.get(exercise_id, NEVER)
+
+
 def solved(exercise: Exercise, answers: tuple[Any, ...]) -> bool:
     """Do these answers earn all points? What ``check`` has found of the same objects is not run again."""
-    known, passed = _checked.get(exercise.id, ((), False))
+    known, passed = last_check(exercise.id)
     if len(known) == len(answers) and all(a is b for a, b in zip(known, answers, strict=True)):
         return passed
     return judge(exercise, answers, name=False).status == "passed"
