@@ -78,7 +78,7 @@ def check(exercise: str, *answers: Any, notebook: Mapping[str, Any] | None = Non
 
 
 def last_check(exercise_id: str) -> tuple[tuple[Any, ...], bool]:
-    """The answers that ``check`` saw last, and whether they earned all points: a new pair after each check."""
+    """The answers that ``check`` saw last, and whether they earned all points; a new pair by each check."""
     return _checked.get(exercise_id, NEVER)
 
 
