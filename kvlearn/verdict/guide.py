@@ -491,7 +491,12 @@ class Plan:
             f"{name} {dollars:.2f}" if math.isfinite(dollars) else f"{name} cannot"
             for name, dollars in self.alone.items()
         )
-        return Table(rows, f"{self.dollars:.2f} dollars per hour in all; one kind of card alone: {alone}")
+        total = (
+            f"{self.dollars:.2f} dollars per hour in all"
+            if math.isfinite(self.dollars)
+            else "no card serves all of it"
+        )
+        return Table(rows, f"{total}; one kind of card alone: {alone}")
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

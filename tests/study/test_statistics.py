@@ -91,8 +91,11 @@ def test_the_bootstrap_agrees_with_t_where_pairs_are_many() -> None:
     assert ours.mean == pytest.approx(theirs.mean)
     assert ours.low == pytest.approx(theirs.low, abs=0.01)
     assert ours.high == pytest.approx(theirs.high, abs=0.01)
-    with pytest.raises(ValueError, match="values: expected at least one"):
-        bootstrap_difference([])
+    for few in ([], [0.1]):
+        with pytest.raises(
+            ValueError, match=f"values: expected at least two paired differences, got {len(few)}"
+        ):
+            bootstrap_difference(few)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -110,8 +113,8 @@ def test_the_bootstrap_agrees_with_t_where_pairs_are_many() -> None:
         (lambda: paired_difference([1.0], spread=-1.0, df=2), "spread: expected at least 0, got -1.0"),
         (lambda: pooled_spread([{0: 1.0, 1: math.nan}]), "losses: expected a finite number, got nan"),
         (lambda: bootstrap_difference([1.0, math.nan]), "values: expected a finite number, got nan"),
-        (lambda: bootstrap_difference([1.0], n_draws=0), "n_draws: expected at least 1, got 0"),
-        (lambda: bootstrap_difference([1.0], confidence=0.0), "confidence: expected a probability"),
+        (lambda: bootstrap_difference([1.0, 2.0], n_draws=0), "n_draws: expected at least 1, got 0"),
+        (lambda: bootstrap_difference([1.0, 2.0], confidence=0.0), "confidence: expected a probability"),
         (lambda: smallest_difference(1.0, 4, 0), "n: expected at least 1, got 0"),
         (lambda: smallest_difference(1.0, 4, 3, power=1.0), "power: expected a probability"),
     ],

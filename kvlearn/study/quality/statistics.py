@@ -185,8 +185,8 @@ def bootstrap_difference(
     it is too narrow: use ``paired_difference``.
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3.
     """
-    if not len(_numbers("values", values)):
-        raise ValueError("values: expected at least one paired difference, got none")
+    if len(_numbers("values", values)) < 2:  # one alone, drawn again and again, would seem certain
+        raise ValueError(f"values: expected at least two paired differences, got {len(values)}")
     n_draws, seed = validate.positive("n_draws", n_draws), validate.at_least("seed", seed, 0)
     _probability("confidence", confidence)
     data = np.asarray(values, dtype=np.float64)
