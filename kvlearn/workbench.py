@@ -478,6 +478,7 @@ def _compared(exercise: Exercise, notebook: Mapping[str, Any], n_new: int) -> Co
         return lambda model: steps(model, model.new_caches(length), prompt, n_new, chunk)
 
     whole, chunk = prompt.shape[1], 24
+
     def library_run() -> Run:
         return run(with_cache(whole, ours.get("generate", greedy)), LibraryModel(wiring, attention, None))
 
