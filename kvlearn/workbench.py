@@ -551,7 +551,7 @@ class Watched:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """That of the cache, for ``isinstance``."""
+        """The class of the cache, for ``isinstance``."""
         return type(self._cache)
 
     def __getattr__(self, name: str) -> Any:

@@ -356,7 +356,7 @@ def _judged(option: Option, context: int, find_anything: bool, worse: float, evi
     if excluded:
         pass
     elif find_anything and not change.finds and not (context <= WINDOW and "window" in change.name):
-        excluded = "does not find any token again"
+        excluded = "cannot find every token again"
     elif find_anything and option.recall is not None and option.recall < RECALLED:
         excluded = f"found {option.recall:.0%} again where full attention found 95% and more"
     elif option.quality is not None and option.quality.low > worse:

@@ -388,6 +388,28 @@ def test_a_verdict_on_quality_changes_when_rows_arrive() -> None:
     assert judge(BY_ID["M4.quality"], study(mhc_8x=0.015)).verdict is Verdict.CONDITIONS
 
 
+def test_a_converted_model_is_that_of_the_study_once_all_its_runs_are_there() -> None:
+    rows = rows_of("C")
+    for name in ("M3.quality", "M4.quality"):
+        whole, before, cut = (judge(BY_ID[name], with_study(some)) for some in (rows, [], rows[:-1]))
+        assert "(mean over seeds)" in whole.evidence.measured
+        assert "(one run)" in before.evidence.measured
+        assert whole.evidence.numbers["converted"] != before.evidence.numbers["converted"]
+        assert "kvlearn study quality --tier C" not in {*before.waits, *cut.waits}
+
+
+def test_of_a_gain_the_share_that_needs_no_state_is_told() -> None:
+    for name, design in (("M7.quality", "mamba2"), ("M8", "hybrid")):
+        both = judge(BY_ID[name], study(**{design: -0.1, "hybrid_conv": -0.05})).evidence.note
+        assert "no state has 50% of that gain" in both
+        for other in (
+            {design: 0.1, "hybrid_conv": -0.05},
+            {design: -0.1, "hybrid_conv": 0.02},
+            {design: -0.1},
+        ):
+            assert "no state" not in judge(BY_ID[name], study(**other)).evidence.note
+
+
 def test_a_mix_is_compared_with_full_attention_only_where_both_have_run() -> None:
     assert "has not yet compared" in judge(BY_ID["M8"], with_study([])).evidence.note
     for loss, how in ((0.0, "ties with"), (0.1, "worse than"), (-0.1, "better than")):
@@ -407,7 +429,7 @@ def test_every_verdict_survives_whatever_of_the_study_has_run(findings: dict[str
         assert used not in finding.files
         if finding.pending:
             assert NOT_YET in finding.evidence.measured + finding.evidence.note
-            assert (used in whole[name].files) is (name != "M4.quality")
+            assert used in whole[name].files
 
 
 def test_a_difference_of_too_few_seeds_is_told_and_waits_for_the_others() -> None:
