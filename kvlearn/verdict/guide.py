@@ -552,7 +552,7 @@ def guide() -> None:
         "users": widgets.SelectionSlider(options=counts, value=64, description="users"),
         "device": widgets.Dropdown(options=list(DEVICES), value="A100 80 GB", description="device"),
         "price": widgets.FloatSlider(value=2.0, min=0.1, max=10, step=0.1, description="$ per hour"),
-        "find_anything": widgets.Checkbox(value=True, description="any token must be found again"),
+        "find_anything": widgets.Checkbox(value=True, description="every token must be found"),
         "evidence": widgets.Dropdown(options=EVIDENCE, value="planned", description="quality"),
     }
     records = Records()

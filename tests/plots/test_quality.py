@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -410,6 +411,7 @@ def test_the_chapter_needs_no_edit_whatever_has_run(
     }[state]
     monkeypatch.setattr(quality, "recorded", lambda: rows)
     namespace: dict[str, Any] = {"quality": quality, "plots": plots, "math": math, "Table": Table}
+    namespace["pairwise"] = pairwise
     for source in cells_of_the_recorded_study():
         exec(source, namespace)
     told = capsys.readouterr().out
