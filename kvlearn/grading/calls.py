@@ -165,7 +165,7 @@ def watched(record: CallRecord) -> Iterator[None]:
             record.borrowed = record.borrowed or forbidden.get(what, "")
 
     if ours_is_free and not forbidden and not GRADING:
-        yield  # every call counts in time, as each goes through the profiler
+        yield  # nothing to look for, and the profiler makes every call slower
         return
     before = sys.getprofile()
     sys.setprofile(note)

@@ -5,6 +5,7 @@ mean; the design that they belong to says how many. Without any row, the picture
 """
 
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -347,7 +348,7 @@ def pareto(rows: Iterable[Row], *, budget: str = "cpu", lengths: Sequence[int] |
     trained = BUDGETS[budget].training.length
     lengths = (trained, 32_768) if lengths is None else lengths
     visible = visible_difference(rows, budget)
-    fronts, drawn = {}, {}
+    fronts, drawn, kinds = {}, {}, Counter(FAMILY[name] for name in items)
     size = (5.2 * len(lengths), 4.6)
     with drawing(1, len(lengths), size=size, sharey=True, squeeze=False) as (figure, panels):
         for axes, length in zip(panels[0], lengths, strict=True):
@@ -364,8 +365,9 @@ def pareto(rows: Iterable[Row], *, budget: str = "cpu", lengths: Sequence[int] |
                 family = FAMILY[name]
                 style = {"color": COLOURS[family], "marker": MARKERS[family], "ms": 6, "ls": "none"}
                 axes.errorbar(x, y, items[name].summary.error, elinewidth=1.2, capsize=2.5, **style)
-                if name in front:
-                    axes.annotate(name, (x, y), (4, -11), textcoords="offset points", fontsize=8)
+                if name in front or kinds[family] > 1:  # the legend names the others
+                    place = (4, -11) if name in front else (7, -3)
+                    axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=8)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_bytes(round(x))))
             axes.xaxis.set_minor_locator(NullLocator())

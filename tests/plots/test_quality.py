@@ -248,6 +248,16 @@ def test_the_front_at_a_longer_context_is_of_the_bytes_there() -> None:
         assert loss == data["points"][256][design][1]
 
 
+def test_designs_that_the_legend_cannot_tell_apart_are_named_in_every_panel() -> None:
+    picture = plots.pareto(rows_of("A") + rows_of("D"))
+    names = set(picture.data["points"][256])
+    families = [FAMILY[name] for name in names]
+    assert {"gated-delta", "mamba2", "hybrid", "hybrid-conv"} < names
+    for axes in picture.figure.axes:
+        shown = {text.get_text() for text in axes.texts}
+        assert {name for name in names if families.count(FAMILY[name]) > 1} <= shown
+
+
 def test_positions_are_paired_differences_bucket_by_bucket() -> None:
     data = plots.above_by_position(tier_a()).data
     assert data["buckets"] == BUCKETS
