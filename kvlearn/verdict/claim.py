@@ -129,12 +129,13 @@ class Records:
         self.files |= files
         return rows
 
-    def row(self, benchmark: str, /, **where: Any) -> Row:
-        """The first row of a benchmark with these values. Raises ``NotRecordedError`` without one."""
-        for row in self.rows(benchmark):
-            if all(row.get(key) == value for key, value in where.items()):
-                return row
-        raise NotRecordedError(f"kvlearn bench {benchmark} --record")
+    def having(self, name: str, /, command: str = "", **where: Any) -> list[Row]:
+        """The rows with these values. Raises ``NotRecordedError`` without any."""
+        rows = self.rows(name, command)
+        found = [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+        if not found:
+            raise NotRecordedError(command or f"kvlearn bench {name} --record")
+        return found
 
     def study(self) -> list[Row]:
         """The rows of ``kvlearn study quality``; none is no error, for they arrive one by one.

@@ -24,7 +24,6 @@ from kvlearn.verdict.claim import (
     NOT_YET,
     Claim,
     Evidence,
-    NotRecordedError,
     Records,
     Row,
     Verdict,
@@ -409,9 +408,8 @@ def hybrids(records: Records) -> Evidence:
 
 
 def ring_context(records: Records) -> Evidence:
-    records.row("ring", what="output_difference")
-    off = max(row["measured"] for row in records.rows("ring") if row["what"] == "output_difference")
-    saved = records.row("ring", what="layer_memory_ratio")["measured"]
+    off = max(row["measured"] for row in records.having("ring", what="output_difference"))
+    saved = records.having("ring", what="layer_memory_ratio")[0]["measured"]
     model, length = MODELS["Llama 3.1 8B"], 10_000_000
     shape = Shape(model.n_heads, model.n_kv_heads, model.head_dim)
     rate = DEVICES["H100"].peak / 2
@@ -569,7 +567,8 @@ def sharing_by_device(_: Records) -> Evidence:
 
 def leaks(records: Records) -> Evidence:
     shared, salted = (
-        records.row("serving", what="leak_prompts", channel="hits", salted=salt) for salt in (False, True)
+        records.having("serving", what="leak_prompts", channel="hits", salted=salt)[0]
+        for salt in (False, True)
     )
     measured = (
         f"secrets read out of another user's prompt: {shared['prompts']:.0%} of {shared['trials']} without "
@@ -587,9 +586,9 @@ def leaks(records: Records) -> Evidence:
 
 def isolation(records: Records) -> Evidence:
     one, hundred = (
-        records.row("serving", what="noise_success", epsilon=1, probes=n)["measured"] for n in (1, 100)
+        records.having("serving", what="noise_success", epsilon=1, probes=n)[0]["measured"] for n in (1, 100)
     )
-    waited = records.row("serving", what="noise_delay", epsilon=1)["measured"]
+    waited = records.having("serving", what="noise_delay", epsilon=1)[0]["measured"]
     measured = (
         f"random delays with ε = 1: {one:.0%} of the fields recovered from one answer, {hundred:.0%} from a "
         f"hundred, and a delay of {waited:.1f} times what a hit saves"
@@ -607,7 +606,7 @@ def isolation(records: Records) -> Evidence:
 
 def prompt_exponent(records: Records, name: str) -> float:
     """p where the time of a prompt grows as N^p."""
-    found: float = records.row("window", what="prefill_time_exponent", name=name)["measured"]
+    found: float = records.having("window", what="prefill_time_exponent", name=name)[0]["measured"]
     return found
 
 
@@ -616,11 +615,7 @@ def conversions(records: Records, run: str, name: str) -> list[Row]:
 
     Raises NotRecordedError where the file has none of them.
     """
-    command = f"kvlearn study {name} --record"
-    own = [row for row in records.rows(name, command) if row["run"] == run]
-    if not own:
-        raise NotRecordedError(command)
-    return own
+    return records.having(name, f"kvlearn study {name} --record", run=run)
 
 
 def after_uptraining(

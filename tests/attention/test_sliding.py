@@ -431,7 +431,7 @@ def test_rows_cut_back_to_one_length_continue_together() -> None:
 
 
 @torch.no_grad()
-def test_rows_that_stood_apart_begin_together_after_a_reset() -> None:
+def test_rows_at_different_positions_begin_together_after_a_reset() -> None:
     layer, x = window_layer(6, 1), draw(BATCH, TIME, 24)
     cache = layer.new_cache(BATCH, TIME)
     layer(x[:, :5], cache)

@@ -54,7 +54,7 @@ def measured(*names: str) -> Iterator[Row]:
 # Order and time
 
 
-def test_the_parts_stand_in_the_order_of_what_matters_and_each_group_has_its_time() -> None:
+def test_the_parts_are_in_the_order_of_what_matters_and_each_group_has_its_time() -> None:
     parts = gpu.parts(CPU, small=True)
     groups = list(dict.fromkeys(part.details["benchmark"] for part in parts))
     assert groups == ["gpu", "decode_tune", "decode", "hardware"]
@@ -295,7 +295,7 @@ def test_a_run_that_is_killed_keeps_its_rows(
 # The summary
 
 
-def test_a_summary_never_grows_too_long_and_what_matters_stands_first() -> None:
+def test_a_summary_never_grows_too_long_and_what_matters_is_first() -> None:
     wrong = Row("head dim 64", 0.5, "x", 1e-2, "<=", details={"what": "correct"})
     many = [
         Row(f"case {i}", 2.0, "s", 1.0, "<=", details={"what": "time", "benchmark": "decode"})

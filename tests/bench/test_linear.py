@@ -183,7 +183,7 @@ def test_a_step_is_flat_or_misses_its_bar(monkeypatch: pytest.MonkeyPatch, secon
         assert (full.passed, core.passed) == (None, passed)
 
 
-def test_steps_stand_behind_all_of_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_come_after_all_of_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, right = [], linear.checked_step
 
     def checked_step(name: str, layer: Any, x: Tensor, **rest: Any) -> Any:
@@ -206,7 +206,7 @@ def test_a_cache_that_grows_misses_its_bar(monkeypatch: pytest.MonkeyPatch) -> N
     assert missed == {"stored", "stored_growth"}
 
 
-def test_sizes_stand_beside_full_attentions_and_say_how_many_tokens_they_are(
+def test_sizes_are_beside_full_attentions_and_say_how_many_tokens_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     only(monkeypatch, "linear")

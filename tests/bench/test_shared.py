@@ -82,7 +82,7 @@ def test_a_cache_that_allocates_more_misses_its_bars(
     assert missed == {(name, what) for name in ("gqa 4x", "mqa") for what in ("stored", "times_less")}
 
 
-def test_the_bar_is_held_against_the_best_naive_path(seconds: dict[str, float]) -> None:
+def test_the_bar_is_compared_with_the_best_naive_path(seconds: dict[str, float]) -> None:
     seconds.update({"absorbed": 1.0, "naive": 30.0, "naive, one product": 9.0, "naive, in pieces": 20.0})
     (ratio,) = found(list(compressed.step_rows(compressed.SMALL, CPU)), "road_speedup")
     assert ratio.details["name"] == "naive, one product"
@@ -160,7 +160,7 @@ def test_layers_that_answer_differently_are_not_timed(
         list(shared.layer_rows(SHAPES[0], SIZES, CPU))
 
 
-def test_the_speed_up_stands_beside_what_the_bytes_allow(seconds: dict[str, float]) -> None:
+def test_the_speed_up_is_beside_what_the_bytes_allow(seconds: dict[str, float]) -> None:
     seconds.update({"mha": 4.0, "gqa": 2.0})
     measured = list(shared.layer_rows(SHAPES[0], SIZES, CPU))
     (ratio,) = found(measured, "grouped_layer_speedup", name="gqa")

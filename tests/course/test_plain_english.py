@@ -39,6 +39,8 @@ def prose(path: Path) -> str:
 def habits(text: str, allowed: set[str]) -> list[str]:
     """Each habit found in ``text``, with the words around it and the plain form."""
     found = [f"{clause[0][:60]!r}: begin with a noun" for clause in CLAUSE.finditer(text)]
+    # The name of a test is a sentence.
+    text += "".join(f"\n\n{name.replace('_', ' ')}." for name in re.findall(r"def test_(\w+)", text))
     # One line, also where a sentence is cut into several strings or comments.
     line = re.sub(r"\s*\n\s*(# )?|\s+", " ", re.sub(r"\"\s*\n\s*f?\"", "", text))
     for word, plain in WORDS.items():
@@ -71,6 +73,7 @@ def test_sources_are_written_in_plain_english(folder: str) -> None:
         '    """What came of a run."""',
         "x = 1\n# Those of the last step",
         "Gathering is dearer.",
+        "def test_gathering_is_never_dearer() -> None:",
     ],
 )
 def test_a_habit_is_found(text: str) -> None:

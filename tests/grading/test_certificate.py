@@ -163,7 +163,7 @@ def in_copy(course: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_solved_answer_serves_elsewhere_as_long_as_it_stands(
+def test_a_solved_answer_serves_elsewhere_as_long_as_it_is_unchanged(
     in_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert solved_answers("90.5", "90.1")["double"](4) == 8

@@ -279,7 +279,7 @@ def test_a_terminal_of_ascii_ends_neither_grade_nor_progress(solutions: Path, ru
         assert (result.exit_code, result.exception) == (0, None), more
 
 
-def test_the_kernels_clock_stands_still_while_it_waits_for_a_processor(
+def test_the_kernels_clock_stops_while_it_waits_for_a_processor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tree = ProcessTree(os.getpid(), "")

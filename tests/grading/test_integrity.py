@@ -49,7 +49,7 @@ MEDDLING = {
 
 
 @pytest.mark.slow
-def test_only_what_checks_rely_on_is_held_against_an_answer(tmp_path: Path) -> None:
+def test_only_a_change_of_what_checks_rely_on_costs_an_answer_points(tmp_path: Path) -> None:
     solutions = small.write_solutions(tmp_path)
     ask = request(small.UNIT)
 

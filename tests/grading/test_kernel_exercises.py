@@ -157,7 +157,7 @@ def place(first: str, load: str = "mask=live, other=0)") -> str:
         (place("((page * G).to(tl.int64) + g) * PAGE * D + n % PAGE * D"), "widened after the first product"),
     ],
 )
-def test_a_product_of_32_bits_is_found_wherever_it_stands(code: str, mistake: str) -> None:
+def test_a_product_of_32_bits_is_found_wherever_it_is(code: str, mistake: str) -> None:
     score = checked("11.6", code)
     assert [row.earned for row in score.rows] == [1, 1, 1, 1, 1, 0]
     assert names(score) == [mistake]

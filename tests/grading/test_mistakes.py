@@ -51,7 +51,7 @@ def test_a_row_is_a_name_an_edit_and_a_reason() -> None:
     assert nothing.answers[0](3) == 0
 
 
-def test_an_edit_may_span_lines_on_both_sides_and_stands_as_deep_as_what_it_replaces() -> None:
+def test_an_edit_may_span_lines_on_both_sides_and_is_as_deep_as_what_it_replaces() -> None:
     (longer,) = sources(
         """
         lines
@@ -134,7 +134,7 @@ def test_a_unit_with_a_row_that_does_not_fit_is_not_loaded(tmp_path: Path) -> No
         load(solutions / small.UNIT)
 
 
-def test_a_table_and_functions_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_and_functions_are_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLEARN_SOLUTIONS", str(small.write_solutions(tmp_path)))
     for name, mistake in (("90.1", "added once too often"), ("90.2", "shifted back")):
         (known,) = find_exercise(name).misconceptions

@@ -191,7 +191,7 @@ def test_grouping_divides_the_cache_by_the_size_of_a_group(group: int, heads: in
     assert cache_bytes(mha, length) == group * cache_bytes(gqa, length)
 
 
-def test_wrong_shapes_are_named_at_the_door() -> None:
+def test_wrong_shapes_are_named_before_anything_is_computed() -> None:
     with pytest.raises(ValueError, match="n_kv_heads: expected a divisor of n_heads=128, got 7"):
         replace(LLAMA, n_kv_heads=7)
     with pytest.raises(ValueError, match="window: expected at least 1, got 0"):

@@ -44,7 +44,7 @@ def test_dollars_are_the_price_of_the_seconds_that_a_million_tokens_take() -> No
 
 
 @given(st.sampled_from(sorted(DEVICES)), st.sampled_from([4096, 32_768, 131_072]), st.floats(1.01, 16))
-def test_a_smaller_cache_is_never_dearer_per_user_served_and_saves_at_most_its_ratio(
+def test_a_smaller_cache_never_costs_more_per_user_served_and_saves_at_most_its_ratio(
     device: str, length: int, by: float
 ) -> None:
     """For the same number of users: the weights are read all the same."""

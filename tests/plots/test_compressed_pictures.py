@@ -6,7 +6,7 @@ import pytest
 from kvlearn import plots
 
 
-def test_the_largest_intermediate_of_a_road_is_as_counted() -> None:
+def test_the_largest_intermediate_of_a_path_is_as_counted() -> None:
     data = plots.squeeze(8, 16, 32, 8, n_tokens=1024).data
     assert data["full"] == 2 * 8 * 16
     assert data["cached"] == 40

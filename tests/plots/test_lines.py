@@ -73,7 +73,7 @@ def test_lines_of_a_panel_differ_in_colour_and_in_marker(figure: str) -> None:
         assert len({marker for _, marker in found}) == len(found)
 
 
-def test_lines_of_the_scaling_figures_differ_though_their_names_stand_in_a_figures_legend() -> None:
+def test_lines_of_the_scaling_figures_differ_though_their_names_are_in_a_figures_legend() -> None:
     for name in ("window", "linear"):
         picture = plots.scaling(results.load(name)[0].rows)
         for panel in picture.figure.axes:

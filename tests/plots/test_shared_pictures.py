@@ -12,7 +12,7 @@ def test_the_wires_are_the_routes() -> None:
     assert data["pair"]["wires"] == [(i, h, h // 2) for i in range(2) for h in range(4)]
 
 
-def test_the_wires_end_where_the_heads_stand() -> None:
+def test_the_wires_end_where_the_heads_are() -> None:
     panel = plots.pools({"routed": [2, 0, 2, 1]}).figure.axes[0]
     wires = {tuple(line.get_xdata()) for line in panel.lines if len(line.get_xdata()) == 2}
     boxes = sorted({round(box.get_x() + box.get_width() / 2, 6) for box in panel.patches})
@@ -62,7 +62,7 @@ def test_a_stack_that_cannot_be_drawn_is_named(arguments: dict) -> None:
         plots.across_layers(**arguments)
 
 
-def test_bars_far_apart_stand_on_a_logarithmic_axis() -> None:
+def test_bars_far_apart_are_on_a_logarithmic_axis() -> None:
     rows = [{"name": "full", "stored": 2**20, "read": 2**20}, {"name": "mhc", "stored": 2**10, "read": 2**20}]
     assert plots.stored_and_read(rows).data["logarithmic"]
     assert not plots.stored_and_read(rows[:1]).data["logarithmic"]

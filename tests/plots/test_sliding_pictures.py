@@ -15,7 +15,7 @@ def test_the_frames_are_what_the_ring_holds() -> None:
     assert frames[6] == [0, 4, 5, 6]
 
 
-def test_the_replaced_token_stands_beside_its_frame() -> None:
+def test_the_replaced_token_is_beside_its_frame() -> None:
     texts = [text.get_text() for text in plots.ring(3, n_tokens=5).figure.axes[0].texts]
     assert [text for text in texts if text.startswith("in the place")] == [
         "in the place of 0",

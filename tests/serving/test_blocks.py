@@ -346,7 +346,7 @@ def test_a_block_is_cleared_before_another_tenant_gets_it() -> None:
     assert blocks.counts.cleared == 1
 
 
-def test_a_quota_holds_against_any_other_tenant() -> None:
+def test_a_quota_is_kept_whatever_another_tenant_asks() -> None:
     blocks = pool(Tenant("a", b"a", 3), Tenant("b", b"b", 5))
     blocks.close(fill(blocks, [1] * 9, "a"))
     for token in range(20):

@@ -178,7 +178,7 @@ def test_an_unknown_preset_or_tier_is_refused_by_name() -> None:
 # --- what is evaluated
 
 
-def test_no_window_that_evaluates_stands_in_the_training_text() -> None:
+def test_no_window_that_evaluates_is_in_the_training_text() -> None:
     whole = corpus()
     train = bytes(whole.train.numpy())
     trained_on = TrainingText(whole.train)
@@ -190,14 +190,14 @@ def test_no_window_that_evaluates_stands_in_the_training_text() -> None:
 
 
 @given(st.lists(st.integers(0, 1), min_size=NGRAM, max_size=60))
-def test_the_distance_of_a_repeated_ngram_is_that_to_the_last_time_it_stood_there(tokens: list[int]) -> None:
+def test_the_distance_of_a_repeated_ngram_is_that_to_the_last_time_it_occurred(tokens: list[int]) -> None:
     found = repeat_distance(ngrams(torch.tensor([tokens])))[0].tolist()
     for i, distance in enumerate(found):
         earlier = [j for j in range(i) if tokens[j : j + NGRAM] == tokens[i : i + NGRAM]]
         assert distance == (i - earlier[-1] if earlier else 0)
 
 
-def test_ngrams_are_counted_as_they_stand() -> None:
+def test_ngrams_are_counted_as_they_occur() -> None:
     train = torch.tensor(list(b"abcdefgh" + b"abcdefgh" + b"\xff" * 9), dtype=torch.uint8)
     counts = TrainingText(train).counts
     windows = torch.tensor([list(b"abcdefgh"), list(b"\xff" * 8), list(b"hgfedcba")])

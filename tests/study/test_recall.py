@@ -24,7 +24,7 @@ QUICK = TrainConfig(steps=120, batch=32, lr=2e-2, warmup=10, weight_decay=0.0)
     more=st.tuples(*3 * [st.integers(0, 9)]),
     seed=st.integers(0, 1000),
 )
-def test_every_key_is_asked_for_once_and_its_answer_stands_behind_it(
+def test_every_key_is_asked_for_once_and_its_answer_comes_after_it(
     n_pairs: int, more: tuple[int, int, int], seed: int
 ) -> None:
     task = Recall(n_pairs, 3 * n_pairs + more[0], n_pairs + more[1], n_pairs + more[2])
@@ -130,7 +130,7 @@ def test_a_run_ends_where_enough_is_right() -> None:
     assert all(point.accuracy < 0.1 for point in run.curve[:-1])
 
 
-def test_every_design_stands_behind_the_same_convolution_() -> None:
+def test_every_design_comes_after_the_same_convolution_() -> None:
     for spec in {spec for specs in DESIGNS.values() for spec in specs} | {*LIVE.values()}:
         torch.manual_seed(0)
         model = new_model(spec, SMALL)

@@ -55,7 +55,7 @@ def test_the_pooled_spread_is_that_of_a_paired_difference() -> None:
     ours, baseline = {0: 1.0, 1: 2.0, 2: 4.0}, {0: 0.0, 1: 0.0, 2: 0.5, 3: 9.0}
     pooled = pooled_spread([ours, baseline])
     assert pooled == (pytest.approx(np.std([1.0, 2.0, 3.5], ddof=1)), 2)
-    # Of three designs, by hand: rests of ±1/3 about the means of designs and seeds, 3 · 2 - 3 - 2 + 1 = 2.
+    # By hand: rests of ±1/3 and ±2/3 about the means of three designs and two seeds, df = 6 - 3 - 2 + 1.
     assert pooled_spread([{0: 0.0, 1: 1.0}, {0: 5.0, 1: 6.0}, {0: 1.0, 1: 0.0}]) == (
         pytest.approx(math.sqrt(2 * (4 * (1 / 3) ** 2 + 2 * (2 / 3) ** 2) / 2)),
         2,

@@ -14,7 +14,7 @@ sizes = st.tuples(st.integers(1, 5), st.integers(0, 9), st.integers(0, 999))
 
 
 @given(sizes)
-def test_the_asked_key_stands_once_before_its_question_and_the_answer_behind_it(
+def test_the_asked_key_is_once_before_its_question_and_the_answer_after_it(
     size: tuple[int, int, int],
 ) -> None:
     n, more, seed = size
@@ -38,7 +38,7 @@ def test_any_needle_is_asked_for_at_any_depth() -> None:
 
 
 @given(sizes)
-def test_the_last_token_of_induction_stood_there_once(size: tuple[int, int, int]) -> None:
+def test_the_last_token_of_induction_occurred_once_before(size: tuple[int, int, int]) -> None:
     _, more, seed = size
     task = Induction(3 + more, 2 + more)
     tokens, asked, answers = task.texts(4, torch.Generator().manual_seed(seed))

@@ -107,16 +107,30 @@ def test_where_weights_are_most_of_the_bytes_nothing_is_changed() -> None:
 
 
 def test_weights_are_named_as_the_reason_only_where_they_are_most_of_the_bytes() -> None:
-    for model, device, context, users in (
-        ("Gemma 3 27B", "A100 80 GB", 524_288, 16),
-        ("Llama 3.1 8B", "A100 80 GB", 1024, 1),
-    ):
-        found = recommend(model, context, users, device, records=with_study([]))
+    for model, context, users, told in (("Gemma 3 27B", 524_288, 16, False), (LLAMA, 1024, 1, True)):
+        found = recommend(model, context, users, CARD, records=with_study([]))
         assert found.best is not None
-        assert found.best.name == "as it is"
-        load = Load.of(MODELS[model], context)
-        batch = math.ceil(users / (found.best.devices / found.best.group))
-        assert ("most bytes are weights" in found.why) is (load.weights > batch * load.moved)
+        assert found.best.change is AS_IT_IS
+        assert "The cheapest change would save" in found.why
+        assert ("most bytes are weights" in found.why) is told
+
+
+def test_the_three_edits_of_chapter_13_do_what_it_says() -> None:
+    asked = {"find_anything": True, "worse": 0.01, "records": RECORDED}
+    honest = recommend(LLAMA, 32_768, 64, CARD, **asked)
+    assert honest.best is not None
+    assert "latents" not in names(honest)
+    forgets = recommend(LLAMA, 32_768, 64, CARD, **asked | {"find_anything": False}).best
+    assert forgets is not None
+    assert not forgets.change.finds
+    assert forgets.dollars == min(option.dollars for option in honest.options)
+    assert "latents" in names(recommend(LLAMA, 32_768, 64, CARD, **asked | {"worse": 10.0}))
+    gains = []
+    for users in (64, 1):
+        found = recommend(LLAMA, 32_768, users, CARD, **asked)
+        assert found.best is not None
+        gains.append(found.options[0].dollars / found.best.dollars)
+    assert gains[0] > 2 * gains[1] > 2
 
 
 def test_where_the_cache_is_most_of_the_bytes_the_cheapest_is_at_most_a_tenth_cheaper() -> None:

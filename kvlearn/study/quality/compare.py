@@ -17,7 +17,7 @@ from kvlearn.study.quality.statistics import (
     summarise,
 )
 
-ENOUGH = 3  # seeds of a rate: as many as the plan gives every design, and a rate that has just begun lacks
+ENOUGH = 3  # seeds that the plan gives every design; a rate that has fewer has just begun
 Row = Mapping[str, Any]
 Value = Callable[[Row], float | None]
 R = TypeVar("R", bound=Row)
